@@ -1,0 +1,142 @@
+"""Which rows an epoch trains on, and how many optimizer steps that makes.
+
+Everything that is staged is said as ``{first epoch: value}``, and a value holds until the next key. The stage is a
+function of the epoch: nothing is counted, so nothing needs to be restored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+PAPER_SCHEDULE: Mapping[int, float] = {0: 0.25, 8: 0.5, 16: 0.75}
+"""The paper's stages for GPT-2: a quarter more of the rows every eight epochs, the hardest quarter never."""
+
+
+def check_schedule(schedule: Mapping[int, float], name: str = "schedule") -> dict[int, float]:
+    """Return the schedule sorted by epoch.
+
+    Raises:
+        ValueError: It does not begin at epoch 0, or an epoch is negative.
+    """
+    ordered = dict(sorted(schedule.items()))
+    if not ordered or next(iter(ordered)) != 0:
+        raise ValueError(
+            f"{name} must begin at epoch 0, but its epochs are {list(ordered)}; add a value for 0 and none before it"
+        )
+    return ordered
+
+
+def value_at(schedule: Mapping[int, float], epoch: int) -> float:
+    """Return the value that holds in an epoch.
+
+    Example:
+        >>> value_at({0: 1.0, 8: 1.5, 16: 2.0}, epoch=9)
+        1.5
+    """
+    return schedule[max(first for first in schedule if first <= epoch)]
+
+
+@dataclass(frozen=True, eq=False)
+class Curriculum:
+    """Rows that enter training easiest first, in stages that begin at fixed epochs.
+
+    Args:
+        order: Row numbers ``[N]``, easiest first, from `reciprocal_rank_fusion`.
+        schedule: ``{first epoch: fraction of order}``. Fractions lie in (0, 1] and never shrink; the last one is the
+            share of the rows that is kept.
+
+    Raises:
+        ValueError: The schedule lacks epoch 0, shrinks, leaves (0, 1], or its first stage holds no row; the order is
+            not one-dimensional or names a row twice.
+
+    Example:
+        >>> curriculum = Curriculum(torch.tensor([3, 0, 2, 1]), {0: 0.25, 8: 0.5, 16: 0.75})
+        >>> curriculum.rows(epoch=9)
+        tensor([3, 0])
+        >>> curriculum.num_steps(batch_size=2, max_epochs=24)
+        32
+    """
+
+    order: Tensor
+    schedule: Mapping[int, float] = field(default_factory=lambda: dict(PAPER_SCHEDULE))
+
+    def __post_init__(self) -> None:
+        """Validate both, once."""
+        order = torch.as_tensor(self.order, dtype=torch.int64)
+        schedule = check_schedule(self.schedule)
+        fractions = list(schedule.values())
+        if any(not 0 < fraction <= 1 for fraction in fractions):
+            raise ValueError(f"every fraction of the schedule must lie in (0, 1], but they are {fractions}")
+        if fractions != sorted(fractions):
+            raise ValueError(f"the schedule must not shrink, but its fractions are {fractions}")
+        if order.ndim != 1:
+            raise ValueError(f"order must have one dimension, but has shape {list(order.shape)}")
+        if repeats := len(order) - len(torch.unique(order)):
+            raise ValueError(f"order must name every row once, but {repeats} of {len(order)} entries repeat one")
+        object.__setattr__(self, "order", order)
+        object.__setattr__(self, "schedule", schedule)
+        if self.size(0) == 0:
+            raise ValueError(
+                f"the first stage holds no row: {fractions[0]} of {len(order)} rows; use a larger fraction or more data"
+            )
+
+    @classmethod
+    def uniform(cls, order: Tensor, num_stages: int = 3, keep: float = 0.75, epochs_per_stage: int = 8) -> Curriculum:
+        """Stages of equal length that grow by equal shares; the defaults are the paper's.
+
+        Args:
+            order: Row numbers ``[N]``, easiest first.
+            num_stages: Number of stages.
+            keep: Share of the rows in the last stage.
+            epochs_per_stage: Epochs between two stages.
+
+        Returns:
+            The curriculum.
+
+        Example:
+            >>> dict(Curriculum.uniform(torch.arange(8)).schedule)
+            {0: 0.25, 8: 0.5, 16: 0.75}
+        """
+        return cls(order, {stage * epochs_per_stage: keep * (stage + 1) / num_stages for stage in range(num_stages)})
+
+    def size(self, epoch: int) -> int:
+        """Return the number of rows in an epoch: the fraction of ``len(order)``, rounded down."""
+        return math.floor(round(value_at(self.schedule, epoch) * len(self.order), 6))
+
+    def stage(self, epoch: int) -> int:
+        """Return the number of the stage, from 0, that an epoch belongs to."""
+        return sum(first <= epoch for first in self.schedule) - 1
+
+    def rows(self, epoch: int) -> Tensor:
+        """Return the row numbers of an epoch, int64, easiest first."""
+        return self.order[: self.size(epoch)]
+
+    def subset(self, dataset: Dataset[Any], epoch: int) -> Subset[Any]:
+        """Return the rows of an epoch as a data set."""
+        return Subset(dataset, self.rows(epoch).tolist())
+
+    def num_steps(self, batch_size: int, max_epochs: int, world_size: int = 1, accumulate: int = 1) -> int:
+        """Return how many optimizer steps a run takes, as Lightning counts them.
+
+        Args:
+            batch_size: Rows per process and batch.
+            max_epochs: Epochs of the run.
+            world_size: Processes that share the rows; the last of them may see a row again to even out.
+            accumulate: Batches per optimizer step; the last step of an epoch may have fewer.
+
+        Returns:
+            The number of steps of the whole run.
+        """
+        return sum(self.epoch_steps(epoch, batch_size, world_size, accumulate) for epoch in range(max_epochs))
+
+    def epoch_steps(self, epoch: int, batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
+        """Return how many optimizer steps one epoch takes; arguments as for `num_steps`."""
+        batches = math.ceil(math.ceil(self.size(epoch) / world_size) / batch_size)
+        return math.ceil(batches / accumulate)

@@ -1,0 +1,220 @@
+"""Distillation losses: a divergence between teacher and student, averaged over the tokens of the response.
+
+Shift, mask, temperature and mean are written once, in `DistillationLoss`; a loss of one's own is one method::
+
+    class SquaredLogits(DistillationLoss):
+        def divergence(self, teacher_logp, student_logp):
+            return (teacher_logp - student_logp).square().mean(-1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from srd_lightning import divergences
+
+IGNORE_INDEX = -100
+
+
+def response_mask(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return which positions predict a token of the response.
+
+    Args:
+        labels: ``[B, T]``, unshifted, ``ignore_index`` where no loss is wanted.
+        ignore_index: The label that masks.
+
+    Returns:
+        ``[B, T - 1]``, bool; position t predicts the token at t + 1.
+
+    Example:
+        >>> response_mask(torch.tensor([[-100, -100, 7, 8]]))
+        tensor([[False,  True,  True]])
+    """
+    return labels[:, 1:] != ignore_index
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return the mean negative log-likelihood of the response's tokens, the loss of plain fine-tuning.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: ``[B, T]``, unshifted, ``ignore_index`` where no loss is wanted.
+        ignore_index: The label that masks.
+
+    Returns:
+        A scalar in fp32; a zero that is connected to the graph if there is no response token.
+    """
+    mask = response_mask(labels, ignore_index)
+    selected = upcast(logits[:, :-1][mask])
+    return nn.functional.cross_entropy(selected, labels[:, 1:][mask], reduction="sum") / mask.sum().clamp(min=1)
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Return at least fp32: sums over a vocabulary lose too much in bf16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-softmax of ``logits / temperature``, ``[N, V]``, finite also where a logit is -inf."""
+    logp = (upcast(logits) / temperature).log_softmax(-1)
+    return logp.clamp(min=torch.finfo(logp.dtype).min)
+
+
+class DistillationLoss(nn.Module):
+    r"""Mean over response tokens of :math:`T^2 \, D_T(\text{teacher} \| \text{student})`.
+
+    Args:
+        temperature: Divides the logits of both models. Staged by ``HyperparameterScheduler({"loss.temperature": …})``.
+        scale_by_temperature: Multiply by temperature squared, so that the size of the gradient does not fall as the
+            temperature rises (Hinton et al., arXiv 1503.02531). The authors' code does so for forward KL, JSD and skew
+            reverse KL only; ``False`` reproduces it for the other three.
+        ignore_index: The label that masks a position.
+
+    Raises:
+        ValueError: The temperature is not positive.
+
+    Example:
+        >>> teacher = torch.tensor([[[0.0, 2.0], [1.0, 1.0], [0.0, 0.0]]])
+        >>> loss = ForwardKL(temperature=2.0)
+        >>> loss(torch.zeros(1, 3, 2), teacher, labels=torch.tensor([[-100, 1, 0]]))
+        tensor(0.2219)
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, scale_by_temperature: bool = True, ignore_index: int = IGNORE_INDEX
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, but is {temperature}")
+        self.temperature = temperature
+        self.scale_by_temperature = scale_by_temperature
+        self.ignore_index = ignore_index
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """Return the divergence of each token; the one method that a new loss must write.
+
+        Args:
+            teacher_logp: Log-probabilities at the temperature, ``[N, V]``, finite, fp32 or wider.
+            student_logp: The same of the student; only this one has a gradient.
+
+        Returns:
+            ``[N]``
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define divergence(teacher_logp, student_logp)")
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean over the tokens of the response.
+
+        Args:
+            student_logits: ``[B, T, V]``.
+            teacher_logits: ``[B, T, V]``.
+            labels: ``[B, T]``, unshifted, ``ignore_index`` where no loss is wanted.
+
+        Returns:
+            A scalar in fp32; a zero that is connected to the graph if there is no response token.
+
+        Raises:
+            ValueError: The two vocabularies have different sizes.
+        """
+        if student_logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"student and teacher logits must have one shape, but have {list(student_logits.shape)} and "
+                f"{list(teacher_logits.shape)}; distillation needs two models with the same vocabulary"
+            )
+        mask = response_mask(labels, self.ignore_index)
+        student_logp = log_probabilities(student_logits[:, :-1][mask], self.temperature)
+        teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], self.temperature)
+        value = self.divergence(teacher_logp, student_logp).sum() / mask.sum().clamp(min=1)
+        return value * self.temperature**2 if self.scale_by_temperature else value
+
+
+class ForwardKL(DistillationLoss):
+    """KL(teacher ‖ student), the classic distillation loss; see `divergences.forward_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.forward_kl(teacher_logp, student_logp)
+
+
+class ReverseKL(DistillationLoss):
+    """KL(student ‖ teacher); see `divergences.reverse_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.reverse_kl(teacher_logp, student_logp)
+
+
+class TotalVariation(DistillationLoss):
+    """Half the summed absolute difference; see `divergences.total_variation`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.total_variation(teacher_logp, student_logp)
+
+
+class JensenShannon(DistillationLoss):
+    """The generalised Jensen-Shannon divergence; see `divergences.jensen_shannon`.
+
+    Args:
+        beta: Share of the teacher in the mixture, in (0, 1). The authors' code is 0.1 (their lambda 0.9 weighs the
+            student).
+        temperature: As in `DistillationLoss`.
+        scale_by_temperature: As in `DistillationLoss`.
+        ignore_index: As in `DistillationLoss`.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        scale_by_temperature: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(temperature, scale_by_temperature, ignore_index)
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must lie between 0 and 1, but is {beta}; at the ends use ReverseKL or ForwardKL")
+        self.beta = beta
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.jensen_shannon(teacher_logp, student_logp, self.beta)
+
+
+class _Skew(DistillationLoss):
+    """A KL against a mixture.
+
+    Args:
+        alpha: Share that is mixed in, in [0, 1); the authors use 0.1.
+        temperature: As in `DistillationLoss`.
+        scale_by_temperature: As in `DistillationLoss`.
+        ignore_index: As in `DistillationLoss`.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        scale_by_temperature: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(temperature, scale_by_temperature, ignore_index)
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha must lie in [0, 1), but is {alpha}")
+        self.alpha = alpha
+
+
+class SkewForwardKL(_Skew):
+    """KL(teacher ‖ mixture with the student); see `divergences.skew_forward_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.skew_forward_kl(teacher_logp, student_logp, self.alpha)
+
+
+class SkewReverseKL(_Skew):
+    """KL(student ‖ mixture with the teacher); see `divergences.skew_reverse_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.skew_reverse_kl(teacher_logp, student_logp, self.alpha)
