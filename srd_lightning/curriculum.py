@@ -33,6 +33,21 @@ def check_schedule(schedule: Mapping[int, float], name: str = "schedule") -> dic
     return ordered
 
 
+def check_fractions(schedule: Mapping[int, float]) -> dict[int, float]:
+    """Return the schedule of a curriculum sorted by epoch.
+
+    Raises:
+        ValueError: It does not begin at epoch 0, shrinks, or leaves (0, 1].
+    """
+    ordered = check_schedule(schedule)
+    fractions = list(ordered.values())
+    if any(not 0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(f"every fraction of the schedule must lie in (0, 1], but they are {fractions}")
+    if fractions != sorted(fractions):
+        raise ValueError(f"the schedule must not shrink, but its fractions are {fractions}")
+    return ordered
+
+
 def value_at(schedule: Mapping[int, float], epoch: int) -> float:
     """Return the value that holds in an epoch.
 
@@ -70,12 +85,7 @@ class Curriculum:
     def __post_init__(self) -> None:
         """Validate both, once."""
         order = torch.as_tensor(self.order, dtype=torch.int64)
-        schedule = check_schedule(self.schedule)
-        fractions = list(schedule.values())
-        if any(not 0 < fraction <= 1 for fraction in fractions):
-            raise ValueError(f"every fraction of the schedule must lie in (0, 1], but they are {fractions}")
-        if fractions != sorted(fractions):
-            raise ValueError(f"the schedule must not shrink, but its fractions are {fractions}")
+        schedule = check_fractions(self.schedule)
         if order.ndim != 1:
             raise ValueError(f"order must have one dimension, but has shape {list(order.shape)}")
         if repeats := len(order) - len(torch.unique(order)):
@@ -84,7 +94,7 @@ class Curriculum:
         object.__setattr__(self, "schedule", schedule)
         if self.size(0) == 0:
             raise ValueError(
-                f"the first stage holds no row: {fractions[0]} of {len(order)} rows; use a larger fraction or more data"
+                f"the first stage holds no row: {schedule[0]} of {len(order)} rows; use a larger fraction or more data"
             )
 
     @classmethod

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A plain-text template: ``{instruction}`` and ``{input}`` are replaced, everything else is kept.
+    r"""A plain-text template: ``{instruction}`` and ``{input}`` are replaced, everything else is kept.
 
     Args:
         with_input: Text for rows that have an ``input``; must contain ``{instruction}`` and ``{input}``.
@@ -34,11 +34,11 @@ class PromptTemplate:
         ValueError: A placeholder is missing.
 
     Example:
-        >>> template = PromptTemplate("{instruction}\\n{input}\\n", "{instruction}\\n")
+        >>> template = PromptTemplate("{instruction}\n{input}\n", "{instruction}\n")
         >>> template({"instruction": "Add.", "input": "1 + 1", "output": "2"})
-        Example(prompt='Add.\\n1 + 1\\n', response='2')
+        Example(prompt='Add.\n1 + 1\n', response='2')
         >>> template({"prompt": "Say {hello}.", "response": "hello"})
-        Example(prompt='Say {hello}.\\n', response='hello')
+        Example(prompt='Say {hello}.\n', response='hello')
     """
 
     with_input: str
@@ -65,12 +65,12 @@ class PromptTemplate:
             KeyError: The row has none of these fields; the message names what it has.
             ValueError: ``messages`` has several turns (`ChatTemplate` takes those).
         """
-        if "messages" in row:
+        if row.get("messages") is not None:
             *context, answer = _messages(row)
             if [turn["role"] for turn in context] != ["user"]:
                 roles = " ".join(turn["role"] for turn in (*context, answer))
                 raise ValueError(
-                    f"a PromptTemplate takes one user turn and its answer, but the roles are {roles!r}; use ChatTemplate"
+                    f"PromptTemplate takes one user turn and its answer, but the roles are {roles!r}; use ChatTemplate"
                 )
             return Example(self._fill(context[0]["content"], ""), answer["content"])
         return Example(self._fill(instruction_of(row), row.get("input") or ""), response_of(row))
@@ -121,7 +121,7 @@ class ChatTemplate:
         Returns:
             The prompt, ending where the assistant speaks next, and the last turn as the response.
         """
-        if "messages" in row:
+        if row.get("messages") is not None:
             *context, answer = _messages(row)
             response = answer["content"]
         else:
@@ -155,9 +155,10 @@ def response_of(row: Mapping[str, Any]) -> str:
 
 def _field(row: Mapping[str, Any], names: Sequence[str]) -> str:
     for name in names:
-        if name in row:
-            return row[name] or ""
-    raise KeyError(f"expected a field {' or '.join(names)}, but the row has {', '.join(row) or 'no field'}")
+        if row.get(name) is not None:
+            return str(row[name])
+    present = ", ".join(name for name, value in row.items() if value is not None)
+    raise KeyError(f"expected a field {' or '.join(names)}, but the row has {present or 'no field'}")
 
 
 def _messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:

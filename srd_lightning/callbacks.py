@@ -1,0 +1,239 @@
+"""Callbacks: what is staged, what is checked, what is measured, what is exported."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from srd_lightning.curriculum import Curriculum, check_schedule, value_at
+from srd_lightning.planning import find_curriculum
+from srd_lightning.store import write_atomically
+
+
+class HyperparameterScheduler(Callback):
+    """Gives attributes of the module the value of the epoch.
+
+    Args:
+        schedules: ``{attribute: {first epoch: value}}``; an attribute may be dotted.
+
+    Raises:
+        ValueError: A schedule that does not begin at epoch 0, or (at set-up) an attribute that the module lacks.
+
+    Example:
+        >>> HyperparameterScheduler({"loss.temperature": {0: 1.0, 8: 1.5, 16: 2.0}}).values(epoch=8)
+        {'loss.temperature': 1.5}
+    """
+
+    def __init__(self, schedules: dict[str, dict[int, float]]) -> None:
+        self.schedules = {name: check_schedule(schedule, name) for name, schedule in schedules.items()}
+
+    def values(self, epoch: int) -> dict[str, float]:
+        """Return the values that hold in an epoch."""
+        return {name: value_at(schedule, epoch) for name, schedule in self.schedules.items()}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse an attribute that is not there: assigning it would change nothing."""
+        for name in self.schedules:
+            try:
+                attrgetter(name)(pl_module)
+            except AttributeError as error:
+                raise ValueError(
+                    f"{type(pl_module).__name__} has no attribute {name!r} to schedule: {error}"
+                ) from error
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the values also where a run is resumed within an epoch."""
+        self._apply(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set and log the values of the epoch."""
+        self._apply(trainer, pl_module)
+        pl_module.log_dict({f"schedule/{name}": value for name, value in self.values(trainer.current_epoch).items()})
+
+    def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in self.values(trainer.current_epoch).items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(attrgetter(owner)(pl_module) if owner else pl_module, attribute, value)
+
+
+class CurriculumCallback(Callback):
+    """Makes any data module grow: loaders are rebuilt every epoch, and the size of the pool is checked and logged.
+
+    Args:
+        curriculum: By default the one of the data module.
+
+    Raises:
+        ValueError: There is no curriculum, or an epoch trains on another number of rows than planned.
+    """
+
+    def __init__(self, curriculum: Curriculum | None = None) -> None:
+        self.curriculum = curriculum
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the loaders rebuilt every epoch: one that is built once keeps its first length."""
+        if stage != "fit":
+            return
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        if find_curriculum(trainer) is None:
+            raise ValueError("CurriculumCallback needs a curriculum: give it one, or use SRDDataModule")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check and log the pool of the epoch."""
+        curriculum, epoch = find_curriculum(trainer), trainer.current_epoch
+        assert curriculum is not None
+        planned, rows = curriculum.size(epoch), len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+        if rows != planned:
+            raise ValueError(
+                f"epoch {epoch} should train on {planned} rows, but its loader holds {rows}; build the loader in "
+                "train_dataloader() from curriculum.subset(dataset, self.trainer.current_epoch)"
+            )
+        stage = curriculum.stage(epoch)
+        if epoch in curriculum.schedule:
+            rank_zero_info(f"stage {stage} begins at epoch {epoch} with {rows} rows")
+        pl_module.log_dict({"curriculum/stage": float(stage), "curriculum/rows": float(rows)})
+
+
+class RuntimeBenchmark(Callback):
+    """Measures where the time of a run goes: curation, each stage, validation.
+
+    Args:
+        path: JSON file to write at the end of training.
+
+    Attributes:
+        report: ``curation``, ``stages`` (``first_epoch, rows, steps, tokens, seconds``: rows of the pool, and what this
+            process did and took, validation left out), ``validation_seconds``, ``peak_memory_bytes`` (of the GPU where
+            there is one, else the process's resident set).
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self.report: dict[str, Any] = {}
+        self._stages: dict[int, dict[str, Any]] = {}
+        self._validation = 0.0
+        self._validation_in_epoch = 0.0
+        self._epoch_start = self._validation_start = 0.0
+        self._steps_at_start = 0
+        self._tokens: torch.Tensor | int = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the epoch."""
+        self._validation_in_epoch, self._tokens, self._steps_at_start = 0.0, 0, trainer.global_step
+        self._epoch_start = _now()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count tokens where they are, without waiting for the GPU."""
+        if isinstance(batch, Mapping) and "attention_mask" in batch:
+            self._tokens = self._tokens + batch["attention_mask"].sum()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the validation."""
+        self._validation_start = _now()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the validation."""
+        seconds = _now() - self._validation_start
+        self._validation += seconds
+        self._validation_in_epoch += seconds
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch to its stage."""
+        curriculum, epoch = find_curriculum(trainer), trainer.current_epoch
+        stage = self._stages.setdefault(
+            0 if curriculum is None else curriculum.stage(epoch),
+            {
+                "first_epoch": epoch,
+                "rows": len(trainer.train_dataloader.dataset),  # type: ignore[union-attr]
+                "steps": 0,
+                "tokens": 0,
+                "seconds": 0.0,
+            },
+        )
+        stage["steps"] += trainer.global_step - self._steps_at_start
+        stage["tokens"] += int(self._tokens)
+        stage["seconds"] += _now() - self._epoch_start - self._validation_in_epoch
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the report and write it."""
+        curation = getattr(getattr(trainer, "datamodule", None), "curation", None)
+        self.report = {
+            "curation": None if curation is None else asdict(curation),
+            "stages": list(self._stages.values()),
+            "validation_seconds": self._validation,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        if self.path is not None and trainer.is_global_zero:
+            write_atomically(Path(self.path), json.dumps(self.report, indent=2).encode())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the stages so far, so that a resumed run reports all of them."""
+        return {
+            "stages": {str(stage): values for stage, values in self._stages.items()},
+            "validation": self._validation,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the stages of the run that is resumed."""
+        self._stages = {int(stage): values for stage, values in state_dict["stages"].items()}
+        self._validation = state_dict["validation"]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held: of the GPU where there is one, else its resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class HuggingFaceExport(Callback):
+    """Saves the trained student as a Hugging Face folder: safetensors, configuration, tokenizer.
+
+    Args:
+        dirpath: The folder; replaced as a whole when training ends. LoRA adapters are merged into the weights.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.dirpath = Path(dirpath)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module whose student cannot be saved, before it is trained."""
+        if not hasattr(pl_module, "student"):
+            raise ValueError(f"HuggingFaceExport saves `student`, which {type(pl_module).__name__} does not have")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write to a folder beside it, then rename."""
+        if not trainer.is_global_zero:
+            return
+        student: Any = pl_module.student
+        if hasattr(student, "merge_and_unload"):
+            student = copy.deepcopy(student).merge_and_unload()
+        temporary = self.dirpath.with_name(f".{self.dirpath.name}.partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        student.save_pretrained(temporary)
+        tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        shutil.rmtree(self.dirpath, ignore_errors=True)
+        temporary.rename(self.dirpath)
+        rank_zero_info(f"student saved to {self.dirpath}")

@@ -1,0 +1,102 @@
+"""The command line: ``srd fit | validate | test | predict | curate``, LightningCLI with one more subcommand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningCLI
+from torch.utils.data import DataLoader
+
+import srd_lightning.callbacks  # noqa: F401 (short names on the command line)
+from srd_lightning.data import SRDDataModule
+from srd_lightning.module import KDLightningModule
+
+
+class SRDTrainer(Trainer):
+    """Lightning's Trainer that can also curate."""
+
+    def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
+        """Reflect and rank only: let the student answer every prompt, save the scores, train nothing."""
+        self.predict(_Bystander(model), datamodule=_CurationOnly(datamodule))
+
+
+class _Bystander(LightningModule):
+    """Stands where a model must stand in a run without steps; knows the student, never loads the teacher."""
+
+    def __init__(self, model: LightningModule) -> None:
+        super().__init__()
+        self.models: list[Any] = [model]  # in a list, so that it is no part of this module
+
+    def build_student(self) -> Any:
+        return self.models[0].build_student()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.models[0].tokenizer
+
+    def predict_step(self, *_: Any) -> None: ...
+
+
+class _CurationOnly(LightningDataModule):
+    """Runs the curation of a data module in its own set-up, on every process."""
+
+    def __init__(self, datamodule: SRDDataModule) -> None:
+        super().__init__()
+        self.datamodule = datamodule
+
+    def setup(self, stage: str) -> None:
+        self.datamodule.trainer = self.trainer
+        self.datamodule.setup("fit")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return DataLoader([])  # type: ignore[arg-type]
+
+
+class SRDCLI(LightningCLI):
+    """LightningCLI of `KDLightningModule` and `SRDDataModule`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Add ``curate`` to Lightning's subcommands."""
+        return {**LightningCLI.subcommands(), "curate": {"model", "datamodule"}}
+
+
+def main() -> None:
+    """Run the command line with the arguments of the process."""
+    run()
+
+
+def run(args: ArgsType = None) -> SRDCLI:
+    """Run the command line from Python.
+
+    Args:
+        args: Arguments; by default those of the process.
+
+    Returns:
+        The CLI, with the trainer, module and data module of the run.
+    """
+    return SRDCLI(
+        KDLightningModule,
+        SRDDataModule,
+        trainer_class=SRDTrainer,
+        save_config_kwargs={"overwrite": True},
+        args=args,
+    )
+
+
+def find_config(name: str) -> Path:
+    """Return a configuration that comes with the package.
+
+    Args:
+        name: Such as ``debug.yaml``.
+
+    Raises:
+        FileNotFoundError: There is none of that name.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):  # in the wheel, in a checkout
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no configuration {name} in {package / 'configs'}")

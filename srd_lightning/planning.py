@@ -1,0 +1,73 @@
+"""How many optimizer steps a run will take, stage by stage.
+
+``trainer.estimated_stepping_batches`` multiplies the first stage by the number of epochs, so a learning-rate schedule
+built on it is over long before a growing curriculum is.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lightning import Trainer
+
+from srd_lightning.curriculum import Curriculum
+
+
+def find_curriculum(trainer: Trainer) -> Curriculum | None:
+    """Return the curriculum of the trainer's data module or of its `CurriculumCallback`, if there is one."""
+    for holder in (getattr(trainer, "datamodule", None), *getattr(trainer, "callbacks", [])):
+        curriculum = getattr(holder, "curriculum", None)
+        if isinstance(curriculum, Curriculum):
+            return curriculum
+    return None
+
+
+def stage_steps(trainer: Trainer) -> list[int]:
+    """Plan the optimizer steps of each stage.
+
+    Args:
+        trainer: Set up for fitting, with ``max_epochs`` or ``max_steps``.
+
+    Returns:
+        One number per stage that the run reaches; a single one without a curriculum.
+
+    Raises:
+        ValueError: The run has no end to plan for.
+    """
+    endless = trainer.max_epochs in (None, -1)
+    if endless and trainer.max_steps < 0:
+        raise ValueError(
+            "a learning-rate schedule needs the length of the run: set the trainer's max_epochs or max_steps"
+        )
+    curriculum = find_curriculum(trainer)
+    if endless:
+        return [trainer.max_steps]
+    if curriculum is None:
+        return [int(trainer.estimated_stepping_batches)]
+    steps: dict[int, int] = {}
+    left = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    for epoch in range(trainer.max_epochs or 0):
+        planned = int(min(_epoch_steps(trainer, curriculum, epoch), left))
+        left -= planned
+        stage = curriculum.stage(epoch)
+        steps[stage] = steps.get(stage, 0) + planned
+    return [count for count in steps.values() if count]
+
+
+def _epoch_steps(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
+    world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    batches = curriculum.epoch_steps(epoch, _batch_size(trainer), world_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def _batch_size(trainer: Trainer) -> int:
+    known = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if isinstance(known, int):
+        return known
+    trainer.fit_loop.setup_data()
+    batch_size = getattr(trainer.train_dataloader, "batch_size", None)
+    if batch_size is None:
+        raise ValueError("cannot plan the steps: the training loader has no batch_size; give the data module one")
+    return int(batch_size)

@@ -1,0 +1,138 @@
+"""What the package must compute, written a second time in the plainest way: loops, exact fractions, probabilities.
+
+Nothing here is fast or numerically careful, and nothing imports the package. Teacher is p, student is q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+def chained_sorts(rouge_l: Sequence[float], loss: Sequence[float], k: int = 60) -> list[int]:
+    """Return the rows in the order of the paper's code: three stable sorts, each of the list the last one left."""
+    rows = sorted(range(len(rouge_l)), key=lambda row: rouge_l[row], reverse=True)
+    rank_rouge_l = {row: rank for rank, row in enumerate(rows, start=1)}
+    rows = sorted(rows, key=lambda row: loss[row])
+    rank_loss = {row: rank for rank, row in enumerate(rows, start=1)}
+    return sorted(rows, key=lambda row: 1 / (k + rank_rouge_l[row]) + 1 / (k + rank_loss[row]), reverse=True)
+
+
+def average_rank(values: Sequence[float], row: int) -> Fraction:
+    """Return the mean of the ranks that the rows of this row's value take together, highest value first."""
+    easier = sum(value > values[row] for value in values)
+    equal = sum(value == values[row] for value in values)
+    return Fraction(sum(range(easier + 1, easier + equal + 1)), equal)
+
+
+def fused_scores(*ease: Sequence[float], k: int = 60) -> list[Fraction]:
+    """Return the sum of reciprocal average ranks of every row, as exact fractions."""
+    return [sum(1 / (k + average_rank(values, row)) for values in ease) for row in range(len(ease[0]))]
+
+
+def average_rank_fusion(*ease: Sequence[float], k: int = 60) -> list[int]:
+    """Return the rows by fused score, then by each criterion in turn, easiest first."""
+    fused = fused_scores(*ease, k=k)
+    return sorted(range(len(fused)), key=lambda row: (fused[row], *(values[row] for values in ease)), reverse=True)
+
+
+def staged_value(schedule: Mapping[int, float], epoch: int) -> float:
+    """Return the value of the last key that has been reached, walking epoch by epoch."""
+    value = schedule[0]
+    for passed in range(epoch + 1):
+        value = schedule.get(passed, value)
+    return value
+
+
+def stage_size(fraction: float, num_rows: int) -> int:
+    """Return the whole rows in a fraction, taken as the decimal number that it is written as."""
+    return math.floor(Fraction(str(fraction)) * num_rows)
+
+
+def count_steps(sizes: Iterable[int], batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
+    """Return the optimizer steps of epochs of these sizes, by walking through the batches of the first process."""
+    steps = 0
+    for size in sizes:
+        rows = list(range(size))
+        while len(rows) % world_size != 0:
+            rows.append(rows[0])
+        mine = rows[::world_size]
+        batches = 0
+        while mine:
+            mine = mine[batch_size:]
+            batches += 1
+            if batches % accumulate == 0 or not mine:
+                steps += 1
+    return steps
+
+
+def softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the probabilities of one token, ``[V]``, float64."""
+    weights = (logits.double() / temperature).exp()
+    return weights / weights.sum()
+
+
+def forward_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p ‖ q)."""
+    return (p * (p / q).log()).sum()
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(q ‖ p)."""
+    return (q * (q / p).log()).sum()
+
+
+def jensen_shannon(p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    """Return beta KL(p ‖ m) + (1 - beta) KL(q ‖ m) with m = beta p + (1 - beta) q."""
+    m = beta * p + (1 - beta) * q
+    return beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """Return half the summed absolute difference."""
+    return (p - q).abs().sum() / 2
+
+
+def skew_forward_kl(p: Tensor, q: Tensor, alpha: float = 0.1) -> Tensor:
+    """Return KL(p ‖ alpha p + (1 - alpha) q)."""
+    m = alpha * p + (1 - alpha) * q
+    return (p * (p / m).log()).sum()
+
+
+def skew_reverse_kl(p: Tensor, q: Tensor, alpha: float = 0.1) -> Tensor:
+    """Return KL(q ‖ (1 - alpha) p + alpha q)."""
+    m = (1 - alpha) * p + alpha * q
+    return (q * (q / m).log()).sum()
+
+
+def response_positions(labels: Tensor, ignore_index: int = -100) -> list[tuple[int, int]]:
+    """Return (row, position) of every position whose next token belongs to the response."""
+    positions = []
+    for row, tokens in enumerate(labels.tolist()):
+        for position in range(len(tokens) - 1):
+            if tokens[position + 1] != ignore_index:
+                positions.append((row, position))
+    return positions
+
+
+def distillation_loss(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+) -> Tensor:
+    """Return the mean divergence over the response, token by token in float64, times the temperature squared."""
+    total = torch.zeros((), dtype=torch.float64)
+    positions = response_positions(labels)
+    for row, position in positions:
+        p = softmax(teacher_logits[row, position], temperature)
+        q = softmax(student_logits[row, position], temperature)
+        total = total + divergence(p, q)
+    mean = total / len(positions)
+    return mean * temperature * temperature if scale_by_temperature else mean
