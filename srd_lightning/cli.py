@@ -72,17 +72,31 @@ def run(args: ArgsType = None) -> SRDCLI:
     """Run the command line from Python.
 
     Args:
-        args: Arguments; by default those of the process.
+        args: Arguments, subcommand first; by default those of the process.
 
     Returns:
         The CLI, with the trainer, module and data module of the run.
     """
+    return _cli(args, run=True)
+
+
+def parse(args: ArgsType) -> SRDCLI:
+    """Return trainer, module and data module as a command line describes them, without running anything.
+
+    Args:
+        args: Arguments, without a subcommand.
+    """
+    return _cli(args, run=False)
+
+
+def _cli(args: ArgsType, run: bool) -> SRDCLI:
     return SRDCLI(
         KDLightningModule,
         SRDDataModule,
         trainer_class=SRDTrainer,
         save_config_kwargs={"overwrite": True},
         args=args,
+        run=run,
     )
 
 

@@ -7,6 +7,7 @@ A row says its text in one of three ways: ``instruction`` (with an optional ``in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -81,8 +82,8 @@ class PromptTemplate:
 
     def _fill(self, instruction: str, context: str) -> str:
         text = self.with_input if context else self.without_input
-        before, after = text.split("{instruction}", 1)
-        return before.replace("{input}", context) + instruction + after.replace("{input}", context)
+        values = {"{instruction}": instruction, "{input}": context}
+        return re.sub(r"\{instruction\}|\{input\}", lambda found: values[found[0]], text)
 
 
 ALPACA = PromptTemplate(

@@ -26,7 +26,7 @@ def curricula(draw):
 @given(curriculum=curricula())
 def test_every_pool_is_a_prefix_of_the_next(curriculum):
     pools = [curriculum.rows(epoch).tolist() for epoch in EPOCHS]
-    for pool, following in zip(pools, pools[1:], strict=False):
+    for pool, following in pairwise(pools):
         assert following[: len(pool)] == pool
 
 

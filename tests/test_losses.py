@@ -225,9 +225,9 @@ def test_forward_kl_with_the_models_swapped_is_reverse_kl(pair):
     ids=["forward", "reverse"],
 )
 @settings(deadline=None)
-@given(pair=two_distributions(), alpha=st.sampled_from([0.0, 1e-15]))
-def test_skew_of_nothing_is_the_plain_kl(skew, plain, pair, alpha):
-    assert skew(*pair, alpha=alpha).item() == pytest.approx(plain(*pair).item(), rel=1e-4, abs=1e-12)
+@given(pair=two_distributions())
+def test_skew_of_nothing_is_the_plain_kl(skew, plain, pair):
+    assert skew(*pair, alpha=0.0).item() == pytest.approx(plain(*pair).item(), rel=1e-12, abs=1e-12)
 
 
 # Masks

@@ -62,9 +62,15 @@ class TestEveryWayToSayARow:
         assert chat()(row) == Example("user: Hi\nassistant: ", "Hello")
 
 
-@pytest.mark.parametrize("output", ["", None], ids=["empty", "none"])
-def test_a_row_without_answer_has_an_empty_response(output):
-    assert PLAIN({"instruction": "Hi", "output": output}).response == ""
+def test_an_empty_answer_is_an_empty_response():
+    assert PLAIN({"instruction": "Hi", "output": ""}).response == ""
+
+
+def test_a_null_is_a_missing_field():
+    with pytest.raises(
+        KeyError, match="expected a field output or response or completion, but the row has instruction"
+    ):
+        PLAIN({"instruction": "Hi", "output": None})
 
 
 def test_braces_of_the_data_are_kept():

@@ -1,0 +1,49 @@
+"""A tiny model, a tokenizer of bytes, and rows: all that the tests need, made in memory."""
+
+import os
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def tiny_model(seed=0, **options):
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 384,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        **options,
+    }
+    return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def make_rows(number):
+    return [{"instruction": f"Say {row}.", "output": "ab" * (1 + row % 5) + str(row)} for row in range(number)]
+
+
+@pytest.fixture
+def student():
+    return tiny_model(seed=0)
+
+
+@pytest.fixture
+def teacher():
+    return tiny_model(seed=1)
+
+
+@pytest.fixture
+def tokenizer():
+    return ByT5Tokenizer()
+
+
+@pytest.fixture
+def rows():
+    return make_rows(16)
