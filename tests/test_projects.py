@@ -1,0 +1,123 @@
+"""Whole projects, run as their owners would, on one process and on two (DDP over gloo)."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import references
+
+from srd_lightning import ALPACA
+
+PROJECTS = Path(__file__).parent / "projects"
+both = pytest.mark.parametrize("devices", [1, 2], ids=["one_process", "two_processes"])
+
+
+def run(project, devices, folder):
+    """Return what each process saw."""
+    command = [sys.executable, str(PROJECTS / "drive.py"), project, str(devices), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+
+
+def rows_by_epoch(records):
+    """Return the rows of each epoch over all processes, each row once, and the number of rows with repeats."""
+    seen = {}
+    for record in records:
+        for epoch, rows in record["epochs"].items():
+            seen.setdefault(int(epoch), []).extend(map(tuple, rows))
+    return {epoch: set(rows) for epoch, rows in seen.items()}, {epoch: len(rows) for epoch, rows in seen.items()}
+
+
+def byte_ids(text):
+    return [byte + 3 for byte in text.encode()]
+
+
+def expected_pools(folder, rows, schedule, epochs):
+    """Rank the stored scores with plain loops, and return the token ids of each epoch's rows."""
+    scores = {s["id"]: s for part in folder.glob("part-*.parquet") for s in pq.read_table(part).to_pylist()}
+    ordered = sorted(rows, key=lambda row: str(row["id"]))
+    rouge_l = [scores[str(row["id"])]["rouge_l"] for row in ordered]
+    ease = [-scores[str(row["id"])]["nll"] for row in ordered]
+    easiest_first = [ordered[position] for position in references.average_rank_fusion(rouge_l, ease)]
+    pools = {}
+    for epoch in range(epochs):
+        size = references.stage_size(references.staged_value(schedule, epoch), len(rows))
+        examples = [ALPACA(row) for row in easiest_first[:size]]
+        pools[epoch] = {(*byte_ids(prompt), *byte_ids(response), 1) for prompt, response in examples}
+    return pools
+
+
+@both
+def test_every_epoch_trains_on_the_planned_rows_for_the_planned_steps(devices, tmp_path):
+    sys.path.insert(0, str(PROJECTS))
+    import distil
+
+    records = run("distil", devices, tmp_path)
+    pools = expected_pools(tmp_path / "scores", distil.make_rows(), distil.SCHEDULE, epochs=5)
+    seen, counts = rows_by_epoch(records)
+    assert seen == pools
+    assert counts == {epoch: math.ceil(len(pool) / devices) * devices for epoch, pool in pools.items()}
+
+    steps = references.count_steps([len(pool) for pool in pools.values()], 3, world_size=devices, accumulate=2)
+    assert [record["steps"] for record in records] == [steps] * devices
+    falling = [1e-3 * (1 - step / steps) for step in range(steps)]
+    for record in records:
+        assert record["learning_rates"] == pytest.approx(falling, abs=1e-9)
+    assert {"val_nll", "val_kl", "train_kd"} <= set(records[0]["metrics"])
+    assert len({record["weights"] for record in records}) == 1
+
+
+def test_two_processes_reflect_as_one_does(tmp_path):
+    scores = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        run("distil", devices, folder)
+        parts = (folder / "scores").glob("part-*.parquet")
+        scores.append({row["id"]: row for part in parts for row in pq.read_table(part).to_pylist()})
+    assert len(scores[0]) == 41
+    assert scores[0] == scores[1]
+
+
+def test_two_processes_measure_as_one_does(tmp_path):
+    records = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        records += run("evaluate", devices, folder)
+    one, *two = (record["metrics"] for record in records)
+    assert set(one) == {"test_nll", "test_kl", "test_rouge_l"}
+    assert two == [pytest.approx(one, rel=1e-6)] * 2
+
+
+@both
+def test_own_module_takes_our_data(devices, tmp_path):
+    records = run("own_module", devices, tmp_path)
+    seen, _ = rows_by_epoch(records)
+    assert [len(rows) for rows in seen.values()] == [6, 6, 9, 9]
+    assert seen[0] < seen[2]
+    assert records[0]["steps"] == references.count_steps([6, 6, 9, 9], 2, world_size=devices)
+    assert "val_loss" in records[0]["metrics"]
+
+
+@both
+def test_own_module_and_data_gain_the_curriculum(devices, tmp_path):
+    records = run("own_both", devices, tmp_path)
+    seen, _ = rows_by_epoch(records)
+    assert seen == {epoch: {(float(n),) for n in range(size)} for epoch, size in enumerate([5, 10, 10, 18])}
+    assert records[0]["steps"] == references.count_steps([5, 10, 10, 18], 3, world_size=devices)
+
+
+@both
+def test_own_data_with_our_module(devices, tmp_path):
+    records = run("own_data", devices, tmp_path)
+    seen, _ = rows_by_epoch(records)
+    assert seen[0] == {(n, n + 1, n + 2, n + 1, n) for n in range(2, 12)}
+    assert {"val_nll", "val_kl", "train_kd", "train_ce"} <= set(records[0]["metrics"])
