@@ -46,7 +46,7 @@ class HyperparameterScheduler(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an attribute that is not there: assigning it would change nothing."""
-        for name in self.schedules:
+        for name in self.schedules if stage == "fit" else ():
             try:
                 attrgetter(name)(pl_module)
             except AttributeError as error:
@@ -218,7 +218,7 @@ class HuggingFaceExport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module whose student cannot be saved, before it is trained."""
-        if not hasattr(pl_module, "student"):
+        if stage == "fit" and not hasattr(pl_module, "student"):
             raise ValueError(f"HuggingFaceExport saves `student`, which {type(pl_module).__name__} does not have")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

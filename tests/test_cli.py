@@ -1,0 +1,143 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import make_rows, tiny_model
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+
+from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A folder to run in, with a tiny student and teacher and some rows."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+    for name, seed in (("student", 0), ("teacher", 1)):
+        tiny_model(seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
+    return tmp_path
+
+
+def tiny_options(path):
+    """Return what turns a recipe for real models into one for tiny ones, leaving the rest as it is."""
+    models = yaml.safe_load(path.read_text())["model"]
+    options = ["--data.data={train: rows.jsonl, validation: rows.jsonl, test: rows.jsonl}"]
+    if "name" in models["student"]:
+        options += ["--model.student.name=student", "--model.student.keep_layers=null"]
+    if "name" in models.get("teacher", {}):
+        options += ["--model.teacher.name=teacher"]
+    return [*options, "--data.decoding.max_new_tokens=2", "--data.max_length=512", "--data.max_prompt_length=400"]
+
+
+def test_there_are_configurations():
+    assert {path.stem for path in CONFIGS} >= {"debug", "quickstart", "gpt2_dolly"}
+
+
+@each_config
+def test_configuration_is_read_as_it_stands(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.parse(["--config", str(config)]).trainer.max_epochs >= 1
+
+
+@each_config
+def test_configuration_trains(config, tiny):
+    options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    run = cli.run(["fit", "--config", str(config), "--trainer.accelerator=cpu", *tiny_options(config), *options])
+    assert run.trainer.global_step >= 1
+    (exported,) = (callback for callback in run.trainer.callbacks if isinstance(callback, HuggingFaceExport))
+    assert AutoModelForCausalLM.from_pretrained(exported.dirpath).num_parameters() > 0
+
+
+def test_debug_recipe_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = cli.run(["fit", "--config", str(ROOT / "configs" / "debug.yaml")]).trainer
+    assert trainer.global_step == 2 * (1 + 2 + 3)
+    stages = json.loads((tmp_path / "runs" / "debug" / "runtime.json").read_text())["stages"]
+    assert [(stage["rows"], stage["steps"]) for stage in stages] == [(2, 2), (4, 4), (6, 6)]
+
+
+def base(*more):
+    """Return the debug recipe with models that are loaded from folders."""
+    recipe = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
+    recipe["model"] |= {"student": {"name": "student"}, "teacher": {"name": "teacher"}}
+    Path("base.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", "base.yaml", *more]
+
+
+def test_short_names_and_layers(tiny):
+    (tiny / "later.yaml").write_text("model: {loss: {class_path: JensenShannon, init_args: {beta: 0.1}}}\n")
+    assert isinstance(cli.parse(base("--model.loss", "ReverseKL")).model.loss, ReverseKL)
+    loss = cli.parse(base("--model.loss", "ReverseKL", "--config", "later.yaml")).model.loss
+    assert isinstance(loss, JensenShannon)
+    assert loss.beta == 0.1
+
+
+def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):
+    monkeypatch.setattr("srd_lightning.models.Pretrained.model", lambda self: load(self.name))
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return AutoModelForCausalLM.from_pretrained(name)
+
+    cli.run(["curate", *base("--data.scores=scores")])
+    scores = [row for part in (tiny / "scores").glob("part-*.parquet") for row in pq.read_table(part).to_pylist()]
+    assert len(scores) == 8
+    assert loaded == ["student"]
+    monkeypatch.setattr("srd_lightning.reflection.generate", None)
+    assert cli.run(["fit", *base("--data.scores=scores")]).trainer.global_step == 12
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_evaluation_subcommands(subcommand, tiny):
+    run = cli.run([subcommand, *base()])
+    expected = {"validate": {"val_nll", "val_kl"}, "test": {"test_nll", "test_kl", "test_rouge_l"}, "predict": set()}
+    assert set(run.trainer.callback_metrics) == expected[subcommand]
+
+
+def test_a_misspelt_key_is_named(tiny, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(base("--model.kd_wieght=1"))
+    assert "kd_wieght" in capsys.readouterr().err
+
+
+def test_what_is_no_loss_is_refused(tiny, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(base("--model.loss=torch.nn.Linear"))
+    assert "DistillationLoss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["cli.py"], ["-c", "from srd_lightning.cli import main; main()"]], ids=["cli.py", "srd"]
+)
+def test_help_names_the_subcommands(command):
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for subcommand in ("fit", "validate", "test", "predict", "curate"):
+        assert subcommand in done.stdout
+    assert "let the student answer every prompt" in " ".join(done.stdout.split())
+
+
+def test_print_config_is_a_configuration(tiny):
+    command = [sys.executable, str(ROOT / "cli.py"), "fit", *base("--print_config")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (tiny / "printed.yaml").write_text(printed)
+    run = cli.run(["fit", "--config", "printed.yaml"])
+    assert run.datamodule.schedule == {0: 0.25, 2: 0.5, 4: 0.75}
+    assert run.trainer.global_step == 12
+
+
+def test_configurations_of_the_package_are_found():
+    assert cli.find_config("debug.yaml").read_text() == (ROOT / "configs" / "debug.yaml").read_text()
+    with pytest.raises(FileNotFoundError, match=r"no configuration nope\.yaml"):
+        cli.find_config("nope.yaml")

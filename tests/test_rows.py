@@ -1,0 +1,324 @@
+import csv
+import json
+
+import pytest
+import torch
+from conftest import make_rows
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+
+from srd_lightning.rows import collate, load_rows, load_splits, row_ids, tokenize
+from srd_lightning.templates import ChatTemplate, PromptTemplate
+
+PLAIN = PromptTemplate(with_input="{instruction} {input}: ", without_input="{instruction}: ")
+ROWS = make_rows(6)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def as_jsonl(folder, rows):
+    return str(write_jsonl(folder / "rows.jsonl", rows))
+
+
+def as_json(folder, rows):
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return str(folder / "rows.json")
+
+
+def as_csv(folder, rows):
+    return str(write_csv(folder / "rows.csv", rows))
+
+
+def as_parquet(folder, rows):
+    Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+def as_path(folder, rows):
+    return write_jsonl(folder / "rows.jsonl", rows)
+
+
+def as_files(folder, rows):
+    return [str(write_jsonl(folder / f"{name}.jsonl", part)) for name, part in (("a", rows[:1]), ("b", rows[1:]))]
+
+
+def as_saved_dataset(folder, rows):
+    Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def as_dataset(folder, rows):
+    return Dataset.from_list(rows)
+
+
+def as_list(folder, rows):
+    return rows
+
+
+def each(*sources):
+    return pytest.mark.parametrize("source", sources, ids=[source.__name__[3:] for source in sources])
+
+
+every_source = each(as_jsonl, as_json, as_csv, as_parquet, as_path, as_files, as_saved_dataset, as_dataset, as_list)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def splits(data):
+    return {split: rows.to_list() for split, rows in load_splits(data).items()}
+
+
+def tokenised(tokenizer, rows, template=PLAIN, **lengths):
+    return tokenize(Dataset.from_list(rows), tokenizer, template, **lengths)
+
+
+def merging_tokenizer(bos=False):
+    """Byte pairs with one merge, "a" and "b" to "ab"; puts ``<s>`` in front if asked."""
+    vocab = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}
+    fast = Tokenizer(models.BPE(vocab, [("a", "b")]))
+    fast.pre_tokenizer = pre_tokenizers.Split("|", "removed")
+    fast.add_special_tokens(["<s>", "</s>"])
+    if bos:
+        fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+
+
+class TestSources:
+    @every_source
+    def test_one_source_is_the_training_data(self, tmp_path, source):
+        assert splits(source(tmp_path, ROWS)) == {"train": ROWS}
+
+    @every_source
+    def test_a_source_per_split(self, tmp_path, source):
+        assert splits({"train": source(tmp_path, ROWS), "test": ROWS[:1]}) == {"train": ROWS, "test": ROWS[:1]}
+
+    @each(as_jsonl, as_json, as_csv, as_parquet)
+    @pytest.mark.parametrize(
+        "outputs",
+        [["007", "1.50"], ["2020-01-01", "2021-02-03"], ["True", "False"], ["NA", "null"]],
+        ids=["numbers", "dates", "booleans", "missing_values"],
+    )
+    def test_text_stays_as_it_is_written(self, tmp_path, source, outputs):
+        rows = [{"instruction": "Say it.", "output": output} for output in [*outputs, *outputs]]
+        assert splits(source(tmp_path, rows)) == {"train": rows}
+
+    def test_files_of_several_formats(self, tmp_path):
+        files = [write_jsonl(tmp_path / "a.jsonl", ROWS[:2]), write_csv(tmp_path / "b.csv", ROWS[2:])]
+        assert splits(files) == {"train": ROWS}
+
+    @each(as_jsonl, as_json, as_files, as_list)
+    def test_a_field_that_the_first_row_lacks_is_kept(self, tmp_path, source):
+        rows = [{"instruction": "Hi", "output": "a"}, {"instruction": "Add.", "input": "1 + 1", "output": "2"}]
+        assert [row.get("input") for row in splits(source(tmp_path, rows))["train"]] == [None, "1 + 1"]
+
+    @pytest.mark.parametrize("saved", [False, True], ids=["in_memory", "folder"])
+    def test_dataset_dict(self, tmp_path, saved):
+        data = DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS[:2]))
+        if saved:
+            data.save_to_disk(tmp_path / "saved")
+            data = str(tmp_path / "saved")
+        assert splits(data) == {"train": ROWS, "validation": ROWS[:2]}
+
+    @pytest.mark.parametrize(
+        ("found", "expected"),
+        [
+            (Dataset.from_list(ROWS), {"train": ROWS}),
+            (DatasetDict(test=Dataset.from_list(ROWS)), {"test": ROWS}),
+        ],
+        ids=["one_split", "several_splits"],
+    )
+    def test_hub_id(self, monkeypatch, found, expected):
+        monkeypatch.setattr("srd_lightning.rows.load_dataset", {"owner/name": found}.__getitem__)
+        assert splits("owner/name") == expected
+
+    def test_hub_that_does_not_answer(self, monkeypatch):
+        def unreachable(name):
+            raise ConnectionError("no route")
+
+        monkeypatch.setattr("srd_lightning.rows.load_dataset", unreachable)
+        with pytest.raises(FileNotFoundError, match=r"^'owner/name' is neither .* that the hub gives: no route$"):
+            load_splits("owner/name")
+
+    @pytest.mark.parametrize("saved", [False, True], ids=["in_memory", "folder"])
+    def test_a_split_cannot_hold_splits(self, tmp_path, saved):
+        data = DatasetDict(easy=Dataset.from_list(ROWS), hard=Dataset.from_list(ROWS))
+        data.save_to_disk(tmp_path / "saved")
+        with pytest.raises(ValueError, match="holds the splits easy, hard; name one"):
+            load_splits({"train": str(tmp_path / "saved") if saved else data})
+
+    def test_the_rows_given_are_not_changed(self):
+        rows = make_rows(2)
+        load_rows(rows)
+        assert rows == make_rows(2)
+
+
+class TestIds:
+    def test_content_ids_stay_with_their_rows(self):
+        rows = [ROWS[position] for position in (3, 1, 5, 0, 2, 4)]
+        ids = dict(zip([row["instruction"] for row in ROWS], row_ids(Dataset.from_list(ROWS)), strict=True))
+        assert row_ids(Dataset.from_list(rows)) == [ids[row["instruction"]] for row in rows]
+
+    def test_content_ids_do_not_depend_on_the_order_of_the_fields(self):
+        turned = [dict(reversed(row.items())) for row in ROWS]
+        assert row_ids(Dataset.from_list(turned)) == row_ids(Dataset.from_list(ROWS))
+
+    @pytest.mark.parametrize("field", ["instruction", "output"])
+    def test_content_ids_tell_rows_apart(self, field):
+        rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", field: "c"}]
+        assert len(set(row_ids(Dataset.from_list(rows)))) == 2
+
+    def test_repeated_rows_have_ids_of_their_own(self):
+        rows = [ROWS[0], ROWS[1], ROWS[0], ROWS[0]]
+        ids = row_ids(Dataset.from_list(rows))
+        assert len(set(ids)) == 4
+        assert set(ids[:2]) == set(row_ids(Dataset.from_list(ROWS[:2])))
+
+    @pytest.mark.parametrize(
+        ("given", "ids"), [([3, 1], ["3", "1"]), (["x", "03"], ["x", "03"])], ids=["numbers", "text"]
+    )
+    def test_given_ids_are_kept_as_text(self, given, ids):
+        assert row_ids(Dataset.from_list([{"id": row_id, "output": ""} for row_id in given])) == ids
+
+    def test_a_repeated_id_is_named(self):
+        with pytest.raises(ValueError, match="1 stand more than once, 'b' among them"):
+            row_ids(Dataset.from_list([{"id": "a"}, {"id": "b"}, {"id": "b"}]))
+
+    def test_a_missing_id(self):
+        with pytest.raises(ValueError, match="id"):
+            row_ids(Dataset.from_list([{"id": None}, {"id": "b"}]))
+
+
+class TestTokenize:
+    def test_labels_are_the_response_and_the_end(self, tokenizer):
+        rows, _ = tokenised(tokenizer, ROWS)
+        labels = collate(rows.to_list(), pad_token_id=0)["labels"]
+        for row, given in zip(labels.tolist(), ROWS, strict=True):
+            assert tokenizer.decode([label for label in row if label != -100]) == given["output"] + tokenizer.eos_token
+
+    def test_input_ids_are_prompt_response_and_end(self, tokenizer):
+        rows, _ = tokenised(tokenizer, [{"instruction": "Hi", "output": "é"}])
+        bytes_of = [byte + 3 for byte in "Hi: é".encode()]
+        assert rows[0]["input_ids"] == [*bytes_of, 1]
+        assert rows[0]["prompt_length"] == 4
+
+    def test_texts_and_ids_are_kept(self, tokenizer):
+        rows, _ = tokenised(tokenizer, [{"id": 7, "instruction": "Add", "input": "1", "output": "2"}])
+        assert (rows[0]["id"], rows[0]["prompt"], rows[0]["response"]) == ("7", "Add 1: ", "2")
+
+    def test_columns(self, tokenizer):
+        rows, _ = tokenised(tokenizer, [{"prompt": "Hi", "response": "a", "cut": 1, "drop": "x", "input_ids": [0]}])
+        assert rows.column_names == ["id", "prompt", "response", "input_ids", "prompt_length"]
+        assert rows[0]["prompt"] == "Hi: "
+
+    def test_no_token_spans_the_border(self):
+        tokenizer = merging_tokenizer()
+        assert tokenizer("aab")["input_ids"] == [2, 4]
+        template = PromptTemplate("{instruction}{input}", "{instruction}")
+        rows, _ = tokenised(tokenizer, [{"instruction": "aa", "output": "bab"}], template)
+        assert rows[0]["input_ids"] == [2, 2, 3, 4, 1]
+        assert rows[0]["prompt_length"] == 2
+
+    @pytest.mark.parametrize(
+        ("tokenizer", "prompt", "ids"),
+        [
+            (merging_tokenizer(bos=True), "ab", [0, 4, 2, 1]),
+            (merging_tokenizer(bos=True), "<s>ab", [0, 4, 2, 1]),
+            (merging_tokenizer(bos=False), "ab", [4, 2, 1]),
+        ],
+        ids=["put_in_front", "not_doubled", "not_the_tokenizers_habit"],
+    )
+    def test_beginning_token(self, tokenizer, prompt, ids):
+        template = PromptTemplate("{instruction}{input}", "{instruction}")
+        rows, _ = tokenised(tokenizer, [{"instruction": prompt, "output": "a"}], template)
+        assert rows[0]["input_ids"] == ids
+        assert rows[0]["prompt_length"] == len(ids) - 2
+
+    def test_chat_prompt_equals_the_tokenizers_own(self):
+        tokenizer = merging_tokenizer(bos=True)
+        tokenizer.chat_template = "<s>{% for turn in messages %}{{ turn.content }}{% endfor %}"
+        turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}]
+        rows, _ = tokenised(tokenizer, [{"messages": turns}], ChatTemplate().bind(tokenizer))
+        own = tokenizer.apply_chat_template(turns[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
+        assert rows[0]["input_ids"] == [*own, 3, 1]
+
+    def test_long_responses_are_cut_and_counted(self, tokenizer):
+        given = [{"instruction": "Hi", "output": output} for output in ("ab", "abc", "abcdef")]
+        rows, report = tokenised(tokenizer, given, max_length=7, max_prompt_length=4)
+        assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["Hi: ab</s>", "Hi: abc", "Hi: abc"]
+        assert (report.rows, report.cut, report.dropped.total()) == (3, 2, 0)
+
+    def test_long_prompts_are_dropped_and_counted(self, tokenizer):
+        given = [{"instruction": instruction, "output": "a"} for instruction in ("ab", "abc", "abcd")]
+        rows, report = tokenised(tokenizer, given, max_prompt_length=5)
+        assert list(rows["prompt"]) == ["ab: ", "abc: "]
+        assert report.dropped == {"prompt over 5 tokens": 1}
+
+    @pytest.mark.parametrize("output", ["", " \n"], ids=["empty", "blank"])
+    def test_empty_responses_are_dropped_and_counted(self, tokenizer, output):
+        rows, report = tokenised(
+            tokenizer, [{"instruction": "a", "output": output}, {"instruction": "b", "output": "c"}]
+        )
+        assert list(rows["prompt"]) == ["b: "]
+        assert report.dropped == {"empty response": 1}
+
+    def test_a_dropped_row_is_not_counted_as_cut(self, tokenizer):
+        given = [{"instruction": "abcdef", "output": "abcdef"}, {"instruction": "a", "output": "b"}]
+        _, report = tokenised(tokenizer, given, max_length=6, max_prompt_length=5)
+        assert (report.rows, report.cut, report.dropped.total()) == (2, 0, 1)
+
+    def test_report_in_one_line(self, tokenizer):
+        given = [{"instruction": "a", "output": ""}, {"instruction": "a", "output": "bcd"}]
+        _, report = tokenised(tokenizer, given, max_length=5, max_prompt_length=4)
+        assert str(report) == "2 rows; dropped: 1 empty response; responses cut to max_length: 1"
+
+
+class TestCollate:
+    ROWS = (
+        {"input_ids": [5, 6, 7, 1], "prompt_length": 2},
+        {"input_ids": [8, 1], "prompt_length": 1},
+    )
+
+    def test_pads_on_the_right(self):
+        batch = {name: values.tolist() for name, values in collate(self.ROWS, pad_token_id=9).items()}
+        assert batch == {
+            "input_ids": [[5, 6, 7, 1], [8, 1, 9, 9]],
+            "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+            "labels": [[-100, -100, 7, 1], [-100, 1, -100, -100]],
+        }
+
+    def test_is_int64(self):
+        assert {values.dtype for values in collate(self.ROWS, pad_token_id=0).values()} == {torch.int64}
+
+    def test_an_end_token_that_pads_is_not_a_label(self):
+        assert collate(self.ROWS, pad_token_id=1)["labels"].tolist() == [[-100, -100, 7, 1], [-100, 1, -100, -100]]
+
+    def test_equals_the_collator_of_transformers(self, tokenizer):
+        rows = tokenised(tokenizer, ROWS)[0].to_list()
+        features = [
+            {
+                "input_ids": row["input_ids"],
+                "attention_mask": [1] * len(row["input_ids"]),
+                "labels": [-100] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :],
+            }
+            for row in rows
+        ]
+        theirs = DataCollatorForSeq2Seq(ByT5Tokenizer(padding_side="right"))(features)
+        ours = collate(rows, pad_token_id=tokenizer.pad_token_id)
+        assert ours.keys() == theirs.keys()
+        for name, values in ours.items():
+            torch.testing.assert_close(values, theirs[name])
