@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def generate(
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _eval_mode(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), eval_mode(model):
         torch.manual_seed(decoding.seed if seed is None else seed)
         output: Tensor = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
@@ -112,7 +113,9 @@ def _generation_config(decoding: Decoding, ends: list[int], pad: int) -> Generat
             "top_p": decoding.top_p,
             "top_k": decoding.top_k,
         }
-    return GenerationConfig(
+    return GenerationConfig(  # every setting of the model's own that would change the answer is set back
+        num_beams=1,
+        repetition_penalty=1.0,
         max_new_tokens=decoding.max_new_tokens,
         no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         eos_token_id=ends,
@@ -125,18 +128,15 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
     return next((ids[:position] for position, token in enumerate(ids) if token in ends), ids)
 
 
-class _eval_mode:
-    """Keep every module's mode, and restore it: a student that trains must not leave in eval mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.training = [module for module in model.modules() if module.training]
-        model.eval()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.training:
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while: a student that trains must not be left in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
             module.training = True
 
 

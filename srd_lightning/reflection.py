@@ -6,7 +6,7 @@ Fixed batches of rows of like length are dealt to the processes, so a score does
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.evaluation import Decoding, generate, negative_log_likelihood, rouge_l
+from srd_lightning.evaluation import Decoding, eval_mode, generate, negative_log_likelihood, rouge_l
 from srd_lightning.rows import collate
 from srd_lightning.store import ScoreStore
 
@@ -62,7 +62,7 @@ def reflect(
     for position, (number, batch) in enumerate(todo):
         part += score_batch(model, tokenizer, rows.select(batch).to_list(), decoding, seed=decoding.seed + number)
         if (position + 1) % BATCHES_PER_PART == 0 or position + 1 == len(todo):
-            store.append(f"{number:08d}", part)
+            store.append(_digest(score["id"].encode() for score in part), part)
             scores |= {score["id"]: score for score in part}
             part = []
         progress.update(len(batch))
@@ -88,7 +88,7 @@ def score_batch(
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
     answers = generate(model, tokenizer, prompts, decoding, seed)
     batch = {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}
-    with torch.no_grad():
+    with torch.no_grad(), eval_mode(model):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     nll = negative_log_likelihood(logits, batch["labels"])
     means = (nll.sums / nll.tokens).tolist()
@@ -138,7 +138,7 @@ def _weights(model: nn.Module) -> Iterator[bytes]:
         yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _digest(parts: Iterator[bytes] | Sequence[bytes]) -> str:
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning import sources
 from srd_lightning.losses import IGNORE_INDEX
 from srd_lightning.templates import ChatTemplate, Example, PromptTemplate
-
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -52,7 +51,7 @@ def load_splits(data: Any) -> dict[str, Dataset]:
     """
     if isinstance(data, Mapping):
         return {split: load_rows(source) for split, source in data.items()}
-    if isinstance(data, (str, Path)) and Path(data).suffix not in FORMATS:
+    if isinstance(data, (str, Path)) and Path(data).suffix not in sources.FORMATS:
         found = _load_folder_or_hub(str(data))
         return dict(found) if isinstance(found, DatasetDict) else {"train": found}
     return {"train": load_rows(data)}
@@ -65,26 +64,21 @@ def load_rows(source: Any) -> Dataset:
         FileNotFoundError: There is no such file, folder or hub id.
         ValueError: The source holds several splits, or no rows.
     """
-    if isinstance(source, Dataset):
+    if isinstance(source, (Dataset, DatasetDict)):
         rows = source
+    elif isinstance(source, (str, Path)) and Path(source).suffix not in sources.FORMATS:
+        rows = _load_folder_or_hub(str(source))
     elif isinstance(source, (str, Path)):
-        rows = _load_file(Path(source)) if Path(source).suffix in FORMATS else _load_folder_or_hub(str(source))
+        rows = sources.from_files([source])
     elif source and isinstance(source[0], (str, Path)):
-        rows = concatenate_datasets([load_rows(file) for file in source])
+        rows = sources.from_files(source)
     else:
-        rows = Dataset.from_list([dict(row) for row in source])
+        rows = sources.from_rows(source)
     if not isinstance(rows, Dataset):
         raise ValueError(f"{source} holds the splits {', '.join(rows)}; name one, or give it as the whole `data`")
     if len(rows) == 0:
         raise ValueError(f"{source} holds no rows")
     return rows
-
-
-def _load_file(path: Path) -> Dataset:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; `data` takes jsonl, json, csv and parquet files")
-    options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-    return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train", **options)
 
 
 def _load_folder_or_hub(name: str) -> Dataset | DatasetDict:
@@ -94,8 +88,8 @@ def _load_folder_or_hub(name: str) -> Dataset | DatasetDict:
         return load_dataset(name)
     except Exception as error:  # the hub's client raises many kinds
         raise FileNotFoundError(
-            f"{name!r} is neither a {'/'.join(FORMATS)} file, nor a folder written by save_to_disk, nor a data set "
-            f"that the hub gives: {error}"
+            f"{name!r} is neither a {'/'.join(sources.FORMATS)} file, nor a folder written by save_to_disk, nor a data "
+            f"set that the hub gives: {error}"
         ) from error
 
 
@@ -112,7 +106,9 @@ def row_ids(rows: Dataset) -> list[str]:
         ValueError: An id is missing or stands twice.
     """
     if "id" in rows.column_names:
-        ids = [str(row_id) for row_id in rows["id"]]
+        ids = [str(row_id) for row_id in rows["id"] if row_id is not None]
+        if len(ids) < len(rows):
+            raise ValueError(f"{len(rows) - len(ids)} of {len(rows)} rows have no id; give every row one, or none")
         repeated = [row_id for row_id, count in Counter(ids).items() if count > 1]
         if repeated:
             raise ValueError(
