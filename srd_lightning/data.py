@@ -98,6 +98,9 @@ class SRDDataModule(LightningDataModule):
                 f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
                 f"{max_prompt_length} and {max_length}"
             )
+        sizes = {"batch_size": batch_size, "reflection_batch_size": reflection_batch_size}
+        if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
+            raise ValueError(f"batches must hold at least one row, but {', '.join(wrong)}")
         self.data = data
         self.tokenizer: Any = tokenizer
         self.student = student
@@ -157,6 +160,8 @@ class SRDDataModule(LightningDataModule):
             The curriculum, also kept as ``self.curriculum``.
         """
         start = time.perf_counter()
+        if "train" not in self.rows:
+            raise ValueError(f"training needs the split 'train', but `data` has {', '.join(self.rows)}")
         rows = self.rows["train"]
         everything = set(self.schedule.values()) == {1.0}
         order = torch.arange(len(rows)) if everything else self._rank(rows)

