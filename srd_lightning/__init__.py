@@ -10,7 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from srd_lightning.callbacks import CurriculumCallback, HuggingFaceExport, HyperparameterScheduler, RuntimeBenchmark
+    from srd_lightning.callbacks import (
+        AnswerWriter,
+        CurriculumCallback,
+        HuggingFaceExport,
+        HyperparameterScheduler,
+        RuntimeBenchmark,
+    )
     from srd_lightning.curriculum import Curriculum
     from srd_lightning.data import SRDDataModule
     from srd_lightning.evaluation import Decoding
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ALPACA": "templates",
+    "AnswerWriter": "callbacks",
     "ChatTemplate": "templates",
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
@@ -54,6 +61,7 @@ _HOME = {
 
 __all__ = [
     "ALPACA",
+    "AnswerWriter",
     "ChatTemplate",
     "Curriculum",
     "CurriculumCallback",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from srd_lightning.curriculum import Curriculum, check_schedule, value_at
@@ -204,6 +205,32 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class AnswerWriter(BasePredictionWriter):
+    """Writes what ``predict`` answers, one JSON object with prompt, response and answer a line.
+
+    Args:
+        path: The file; replaced when a run begins. With several processes each writes its own, ``NAME.RANK.jsonl``.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__("batch")
+        self.path = Path(path)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a new file."""
+        if stage == "predict":
+            if trainer.world_size > 1:
+                self.path = self.path.with_name(f"{self.path.stem}.{trainer.global_rank}{self.path.suffix}")
+            write_atomically(self.path, b"")
+
+    def write_on_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *_: Any, **__: Any
+    ) -> None:
+        """Append the answers of a batch."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
 
 class HuggingFaceExport(Callback):

@@ -106,6 +106,15 @@ def test_evaluation_subcommands(subcommand, tiny):
     assert set(run.trainer.callback_metrics) == expected[subcommand]
 
 
+def test_predict_writes_its_answers(tiny):
+    writer = ["--trainer.callbacks+=AnswerWriter", "--trainer.callbacks.path=answers.jsonl"]
+    run = cli.run(["predict", *base(*writer)])
+    rows = [json.loads(line) for line in (tiny / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == list(run.datamodule.rows["test"]["prompt"])
+    assert rows[0]["response"] == "Blue."
+    assert set(rows[0]) == {"prompt", "response", "answer"}
+
+
 def test_a_misspelt_key_is_named(tiny, capsys):
     with pytest.raises(SystemExit):
         cli.parse(base("--model.kd_wieght=1"))

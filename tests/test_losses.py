@@ -230,6 +230,14 @@ def test_skew_of_nothing_is_the_plain_kl(skew, plain, pair):
     assert skew(*pair, alpha=0.0).item() == pytest.approx(plain(*pair).item(), rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("skew", "plain"), [(SkewForwardKL, ForwardKL), (SkewReverseKL, ReverseKL)], ids=["forward", "reverse"]
+)
+def test_skew_loss_takes_alpha_zero(skew, plain):
+    batch = random_batch()
+    torch.testing.assert_close(skew(alpha=0)(*batch), plain()(*batch), rtol=0, atol=0)
+
+
 # Masks
 
 
@@ -373,6 +381,13 @@ def test_cross_entropy_equals_torch_on_the_response(dtype):
     selected = torch.stack([logits[row, position] for row, position in positions]).float()
     targets = torch.stack([labels[row, position + 1] for row, position in positions])
     torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(selected, targets))
+
+
+def test_cross_entropy_ignore_index_can_be_another_number():
+    logits, _, labels = random_batch()
+    value = cross_entropy(logits, labels.where(labels != -100, 0), ignore_index=0)
+    expected = cross_entropy(logits, labels.where(labels != 0, -100))
+    torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 @garbage

@@ -58,6 +58,12 @@ def test_average_ties_equal_exact_fusion_of_two_criteria(rows):
     assert reciprocal_rank_fusion(*ease).tolist() == references.average_rank_fusion(*ease)
 
 
+def test_average_ties_with_a_small_k_favour_the_first_rank():
+    first, second = [4, 3, 2, 1], [1, 3, 4, 2]
+    assert reciprocal_rank_fusion(first, second, k=60).tolist() == [2, 1, 0, 3]
+    assert reciprocal_rank_fusion(first, second, k=1).tolist() == [2, 0, 1, 3]
+
+
 @settings(deadline=None)
 @given(rows=rows_of_three)
 def test_average_ties_equal_exact_fusion_of_three_criteria(rows):
