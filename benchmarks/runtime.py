@@ -2,8 +2,8 @@
 
     python benchmarks/runtime.py --config configs/debug.yaml --json runtime.json
 
-prints and writes seconds (reflection included), steps and rows that were trained on, and the ratios. Times are noisy: quote the
-ratio of one run, with the machine it was made on. Arguments that are not listed here go to both runs.
+prints and writes seconds (reflection included), steps and tokens that were trained on, and the ratios. Times are noisy:
+quote the ratio of one run, with the machine it was made on. Arguments that are not listed here go to both runs.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def generate(
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), eval_mode(model):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
         torch.manual_seed(decoding.seed if seed is None else seed)
         output: Tensor = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
@@ -113,9 +114,7 @@ def _generation_config(decoding: Decoding, ends: list[int], pad: int) -> Generat
             "top_p": decoding.top_p,
             "top_k": decoding.top_k,
         }
-    return GenerationConfig(  # every setting of the model's own that would change the answer is set back
-        num_beams=1,
-        repetition_penalty=1.0,
+    return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         eos_token_id=ends,
@@ -126,6 +125,17 @@ def _generation_config(decoding: Decoding, ends: list[int], pad: int) -> Generat
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:
     return next((ids[:position] for position, token in enumerate(ids) if token in ends), ids)
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Set the model's own generation settings aside: transformers fill in from them what a call leaves open."""
+    own = getattr(model, "generation_config", None)
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextlib.contextmanager

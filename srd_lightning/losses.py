@@ -85,7 +85,7 @@ class DistillationLoss(nn.Module):
         self, temperature: float = 1.0, scale_by_temperature: bool = True, ignore_index: int = IGNORE_INDEX
     ) -> None:
         super().__init__()
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"temperature must be positive, but is {temperature}")
         self.temperature = temperature
         self.scale_by_temperature = scale_by_temperature

@@ -36,7 +36,7 @@ def reciprocal_rank_fusion(*ease: ArrayLike, k: float = 60, ties: Literal["avera
     """
     if not ease:
         raise ValueError("expected at least one criterion, but got none")
-    criteria = [np.asarray(values, dtype=np.float64) for values in ease]
+    criteria = [torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy() for values in ease]
     for number, values in enumerate(criteria):
         if values.ndim != 1 or len(values) != len(criteria[0]):
             raise ValueError(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
@@ -52,16 +53,30 @@ def _generate(state: list[list[tuple[str, int, int]]], features: Features) -> It
 
 def _read(paths: Iterable[Path]) -> Iterator[Row]:
     for path in paths:
-        yield from FORMATS[path.suffix](path)
+        try:
+            for number, row in enumerate(FORMATS[path.suffix](path)):
+                yield _check(row, f"{path} row {number}")
+        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+
+
+def _check(row: Any, name: str) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} must have named fields, but is {type(row).__name__}")
+    if None in row:  # how the csv module says it
+        raise ValueError(f"{name} has more values than the first line has names")
+    if not isinstance(row.get("messages") or [], list):
+        raise ValueError(f"{name}: messages must be a list of turns, but is {type(row['messages']).__name__}")
+    return row
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        if file.read(1) == "[":
-            file.seek(0)
+    with path.open(encoding="utf-8-sig") as file:
+        first = next((line.lstrip() for line in file if line.strip()), "")
+        file.seek(0)
+        if first.startswith("["):
             yield from json.load(file)
             return
-        file.seek(0)
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -71,7 +86,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         yield from csv.DictReader(file)
 
 

@@ -74,7 +74,7 @@ class PromptTemplate:
                     f"PromptTemplate takes one user turn and its answer, but the roles are {roles!r}; use ChatTemplate"
                 )
             return Example(self._fill(context[0]["content"], ""), answer["content"])
-        return Example(self._fill(instruction_of(row), row.get("input") or ""), response_of(row))
+        return Example(self._fill(instruction_of(row), _optional(row, "input")), response_of(row))
 
     def bind(self, tokenizer: Any) -> PromptTemplate:
         """Return the template itself: plain text is the same for every tokenizer."""
@@ -126,7 +126,7 @@ class ChatTemplate:
             *context, answer = _messages(row)
             response = answer["content"]
         else:
-            text = "\n\n".join(part for part in (instruction_of(row), row.get("input")) if part)
+            text = "\n\n".join(part for part in (instruction_of(row), _optional(row, "input")) if part)
             context, response = [{"role": "user", "content": text}], response_of(row)
         if self.system is not None and context[0]["role"] != "system":
             context = [{"role": "system", "content": self.system}, *context]
@@ -162,6 +162,10 @@ def _field(row: Mapping[str, Any], names: Sequence[str]) -> str:
     raise KeyError(f"expected a field {' or '.join(names)}, but the row has {present or 'no field'}")
 
 
+def _optional(row: Mapping[str, Any], name: str) -> str:
+    return "" if row.get(name) is None else str(row[name])
+
+
 def _messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
     messages: Sequence[Mapping[str, str]] = row["messages"]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -169,4 +173,6 @@ def _messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
         raise ValueError(
             f"messages must end with an assistant turn after at least one other, but the roles are {roles!r}"
         )
+    if silent := [turn["role"] for turn in messages if turn.get("content") is None]:
+        raise ValueError(f"every turn of messages needs content, but those of {', '.join(silent)} have none")
     return messages

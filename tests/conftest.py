@@ -2,11 +2,12 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
+
 import pytest
 import torch
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny models only lose by more
 
 

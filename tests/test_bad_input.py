@@ -80,8 +80,17 @@ class TestFiles:
     def test_empty(self, set_up, tmp_path, name, text):
         refused(f"{name}.* holds no rows", set_up, write(tmp_path / name, text))
 
-    def test_broken(self, set_up, tmp_path):
-        refused("rows.jsonl", set_up, write(tmp_path / "rows.jsonl", jsonl(ROWS) + '{"instruction": "Hi", "out'))
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("rows.jsonl", jsonl(ROWS).encode() + b'{"instruction": "Hi", "out'),
+            ("rows.csv", "instruction,output\nHi,Olé\n".encode("latin-1")),
+        ],
+        ids=["jsonl_cut", "csv_not_utf8"],
+    )
+    def test_broken(self, set_up, tmp_path, name, content):
+        (tmp_path / name).write_bytes(content)
+        assert str(tmp_path / name) in refused(".", set_up, str(tmp_path / name))
 
 
 class TestSplits:

@@ -122,8 +122,15 @@ class TestGreedy:
 
     @pytest.mark.parametrize(
         "own",
-        [{"repetition_penalty": 5.0}, {"do_sample": True, "temperature": 9.0}, {"max_length": 4}, {"num_beams": 3}],
-        ids=["repetition_penalty", "sampling", "max_length", "beams"],
+        [
+            {"repetition_penalty": 5.0},
+            {"do_sample": True, "temperature": 9.0},
+            {"max_length": 4},
+            {"num_beams": 3},
+            {"suppress_tokens": list(range(100, 200))},
+            {"bad_words_ids": [[token] for token in range(100, 200)]},
+        ],
+        ids=["repetition_penalty", "sampling", "max_length", "beams", "suppress_tokens", "bad_words"],
     )
     def test_the_models_own_settings_do_not_leak(self, model, numbers, own):
         expected = [text(argmax_loop(model, prompt, [1], steps=12)) for prompt in PROMPTS]
@@ -159,7 +166,9 @@ class TestSampling:
         decoding = Decoding(**{"max_new_tokens": 12, "temperature": 1.0, **narrow})
         assert answers(model, numbers, decoding) == answers(model, numbers)
 
-    @pytest.mark.parametrize("own", [{"top_k": 1}, {"top_p": 1e-6}], ids=["top_k", "top_p"])
+    @pytest.mark.parametrize(
+        "own", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.9}, {"typical_p": 0.1}], ids=lambda own: next(iter(own))
+    )
     def test_the_models_own_settings_do_not_leak(self, model, numbers, own):
         expected = answers(model, numbers, SAMPLING)
         for name, value in own.items():

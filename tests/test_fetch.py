@@ -57,6 +57,7 @@ def wheel(tmp_path):
     files = {
         f"{folder}english/b_code.yml": CODE,
         f"{folder}english/a_greetings.yml": GREETINGS,
+        f"{folder}english/trivia.yml": "conversations: [[Who wrote it?, Nobody]]",
         f"{folder}english/readme.txt": "conversations: [[a, b]]",
         f"{folder}german/a.yml": "conversations: [[Hallo, Guten Tag]]",
     }

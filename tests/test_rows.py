@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,15 @@ class TestSources:
         rows = [{"instruction": "Hi", "output": "a"}, {"instruction": "Add.", "input": "1 + 1", "output": "2"}]
         assert [row.get("input") for row in splits(source(tmp_path, rows))["train"]] == [None, "1 + 1"]
 
+    @each(as_jsonl, as_json, as_csv, as_parquet)
+    def test_a_changed_file_is_read_again(self, tmp_path, source):
+        splits(source(tmp_path, ROWS))
+        assert splits(source(tmp_path, ROWS[:3])) == {"train": ROWS[:3]}
+
+    def test_turns_of_a_file_are_kept(self, tmp_path):
+        rows = [{"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "7"}]}]
+        assert splits(as_jsonl(tmp_path, rows)) == {"train": rows}
+
     @pytest.mark.parametrize("saved", [False, True], ids=["in_memory", "folder"])
     def test_dataset_dict(self, tmp_path, saved):
         data = DatasetDict(train=Dataset.from_list(ROWS), validation=Dataset.from_list(ROWS[:2]))
@@ -160,6 +170,34 @@ class TestSources:
         data.save_to_disk(tmp_path / "saved")
         with pytest.raises(ValueError, match="holds the splits easy, hard; name one"):
             load_splits({"train": str(tmp_path / "saved") if saved else data})
+
+    @each(as_jsonl, as_json, as_csv)
+    def test_a_byte_order_mark_is_no_text(self, tmp_path, source):
+        path = Path(source(tmp_path, ROWS))
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert splits(str(path)) == {"train": ROWS}
+
+    def test_blank_lines_may_stand_before_a_json_array(self, tmp_path):
+        (tmp_path / "rows.json").write_text("\n " + json.dumps(ROWS, indent=1))
+        assert splits(str(tmp_path / "rows.json")) == {"train": ROWS}
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("rows.jsonl", '{"instruction": "a", "output": "b"}\n"text"\n'),
+            ("rows.jsonl", "[1]\n"),
+            ("rows.json", '["text"]'),
+            ("rows.json", '[{"instruction": "a"},'),
+            ("rows.jsonl", '{"messages": "text"}\n'),
+            ("rows.csv", "instruction,output\na,b,c\n"),
+            ("rows.parquet", "text"),
+        ],
+        ids=["text_line", "list_line", "array_of_text", "open_array", "messages_of_text", "long_csv_row", "no_parquet"],
+    )
+    def test_a_file_that_holds_something_else_is_named(self, tmp_path, name, text):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"^[^\n]*{name}[^\n]*$"):
+            load_rows(str(tmp_path / name))
 
     def test_the_rows_given_are_not_changed(self):
         rows = make_rows(2)
@@ -199,7 +237,7 @@ class TestIds:
             row_ids(Dataset.from_list([{"id": "a"}, {"id": "b"}, {"id": "b"}]))
 
     def test_a_missing_id(self):
-        with pytest.raises(ValueError, match="id"):
+        with pytest.raises(ValueError, match="1 of 2 rows have no id"):
             row_ids(Dataset.from_list([{"id": None}, {"id": "b"}]))
 
 
@@ -255,6 +293,12 @@ class TestTokenize:
         rows, _ = tokenised(tokenizer, [{"messages": turns}], ChatTemplate().bind(tokenizer))
         own = tokenizer.apply_chat_template(turns[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
         assert rows[0]["input_ids"] == [*own, 3, 1]
+
+    @pytest.mark.parametrize("silent", ["user", "assistant"])
+    def test_a_message_without_content_is_named(self, tokenizer, silent):
+        turns = [{"role": role, "content": None if role == silent else "Hi"} for role in ("user", "assistant")]
+        with pytest.raises(ValueError, match=r"^train row 0 \(id a\): .*content"):
+            tokenised(tokenizer, [{"id": "a", "messages": turns}])
 
     def test_long_responses_are_cut_and_counted(self, tokenizer):
         given = [{"instruction": "Hi", "output": output} for output in ("ab", "abc", "abcdef")]
