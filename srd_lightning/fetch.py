@@ -91,7 +91,7 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """
     print(f"downloading {requirement} …", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    done = subprocess.run([*command, requirement], text=True, capture_output=True, check=False)
+    done = subprocess.run([*command, requirement], text=True, stderr=subprocess.PIPE, check=False)  # pip shows its bar
     if done.returncode:
         raise RuntimeError(f"pip could not download {requirement}; is the package index reachable?\n{done.stderr}")
     (wheel,) = folder.glob("*.whl")
