@@ -53,7 +53,9 @@ def load_splits(data: Any) -> dict[str, Dataset]:
         return {split: load_rows(source, split) for split, source in data.items()}
     if isinstance(data, (str, Path)) and Path(data).suffix not in sources.FORMATS:
         found = _load_folder_or_hub(str(data))
-        return dict(found) if isinstance(found, DatasetDict) else {"train": found}
+        if isinstance(found, DatasetDict):
+            return {split: load_rows(rows, split) for split, rows in found.items()}
+        return {"train": load_rows(found)}
     return {"train": load_rows(data)}
 
 
@@ -85,7 +87,10 @@ def load_rows(source: Any, split: str = "train") -> Dataset:
 
 def _load_folder_or_hub(name: str) -> Dataset | DatasetDict:
     if Path(name).is_dir() and any(Path(name).glob("*.json")):
-        return load_from_disk(name)
+        try:
+            return load_from_disk(name)
+        except IndexError as error:  # its way to say that no file of rows is there
+            raise ValueError(f"train: {name} holds no rows") from error
     try:
         return load_dataset(name)
     except Exception as error:  # the hub's client raises many kinds

@@ -86,6 +86,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the module refuses texts over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from csv.DictReader(file)
 

@@ -100,6 +100,10 @@ class TestSplits:
     def test_without_rows_in_a_dataset(self, set_up):
         refused("holds no rows", set_up, Dataset.from_list(ROWS).select([]))
 
+    def test_without_rows_in_a_saved_folder(self, set_up, tmp_path):
+        Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "saved")
+        refused("train.*no rows", set_up, str(tmp_path / "saved"))
+
     def test_without_rows_among_others(self, set_up):
         refused("validation.*no rows", set_up, {"train": ROWS, "validation": []})
 

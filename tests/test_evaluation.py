@@ -110,6 +110,14 @@ class TestGreedy:
             model.generation_config.eos_token_id = end if where == "generation_config" else [end, 2]
         assert answers(model, numbers, prompts=PROMPTS[:1]) == [text(free[: free.index(end)])]
 
+    def test_no_token_is_made_after_the_last_answer_has_ended(self, model, numbers, monkeypatch):
+        free = argmax_loop(model, PROMPTS[0], [], steps=12)
+        model.generation_config.eos_token_id = free[2]
+        made, generate_tokens = [], model.generate
+        monkeypatch.setattr(model, "generate", lambda **options: made.append(generate_tokens(**options)) or made[0])
+        answers(model, numbers, prompts=PROMPTS[:1])
+        assert made[0].tolist() == [PROMPTS[0] + free[: free.index(free[2]) + 1]]
+
     def test_padding_behind_an_early_end_is_no_answer(self, model, numbers):
         end = argmax_loop(model, PROMPTS[0], [], steps=12)[2]
         model.generation_config.eos_token_id = end

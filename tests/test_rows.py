@@ -132,6 +132,17 @@ class TestSources:
         splits(source(tmp_path, ROWS))
         assert splits(source(tmp_path, ROWS[:3])) == {"train": ROWS[:3]}
 
+    @each(as_jsonl, as_json, as_csv, as_parquet)
+    def test_a_text_may_be_long(self, tmp_path, source):
+        rows = [{"instruction": "Hi", "output": "ab" * 100_000}]
+        assert splits(source(tmp_path, rows)) == {"train": rows}
+
+    @each(as_jsonl, as_json, as_list)
+    def test_values_that_are_no_text_become_text(self, tmp_path, source):
+        rows = [{"instruction": "Hi", "output": output} for output in (7, 1.5, True, [1, "a"], {"a": None})]
+        found = splits(source(tmp_path, rows))["train"]
+        assert [row["output"] for row in found] == ["7", "1.5", "True", '[1, "a"]', '{"a": null}']
+
     def test_turns_of_a_file_are_kept(self, tmp_path):
         rows = [{"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "7"}]}]
         assert splits(as_jsonl(tmp_path, rows)) == {"train": rows}
