@@ -49,13 +49,10 @@ def load_splits(data: Any) -> dict[str, Dataset]:
     Returns:
         Data sets by split; ``train``, ``validation`` and ``test`` are the ones that are used.
     """
-    if isinstance(data, Mapping):
-        return {split: load_rows(source, split) for split, source in data.items()}
     if isinstance(data, (str, Path)) and Path(data).suffix not in sources.FORMATS:
-        found = _load_folder_or_hub(str(data))
-        if isinstance(found, DatasetDict):
-            return {split: load_rows(rows, split) for split, rows in found.items()}
-        return {"train": load_rows(found)}
+        data = _load_folder_or_hub(str(data))
+    if isinstance(data, Mapping):  # a DatasetDict is one
+        return {split: load_rows(source, split) for split, source in data.items()}
     return {"train": load_rows(data)}
 
 
