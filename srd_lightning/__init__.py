@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from srd_lightning.curriculum import Curriculum
     from srd_lightning.data import SRDDataModule
-    from srd_lightning.evaluation import Decoding
+    from srd_lightning.generation import Decoding
     from srd_lightning.losses import (
         DistillationLoss,
         ForwardKL,
@@ -40,7 +40,7 @@ _HOME = {
     "ChatTemplate": "templates",
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
-    "Decoding": "evaluation",
+    "Decoding": "generation",
     "DistillationLoss": "losses",
     "Example": "templates",
     "ForwardKL": "losses",

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,10 @@ class RuntimeBenchmark(Callback):
         path: JSON file to write at the end of training.
 
     Attributes:
-        report: ``curation``, ``stages`` (``first_epoch, rows, steps, tokens, seconds``: rows of the pool, and what this
-            process did and took, validation left out), ``validation_seconds``, ``peak_memory_bytes`` (of the GPU where
-            there is one, else the process's resident set).
+        report: ``curation`` (``rows, kept, scored, seconds``), ``stages`` (``first_epoch, rows, steps, tokens,
+            seconds``: rows of the pool, and what this process did and took, validation left out),
+            ``validation_seconds``, ``peak_memory_bytes`` (of the GPU where there is one, else the process's resident
+            set).
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -172,7 +172,7 @@ class RuntimeBenchmark(Callback):
         """Make the report and write it."""
         curation = getattr(getattr(trainer, "datamodule", None), "curation", None)
         self.report = {
-            "curation": None if curation is None else asdict(curation),
+            "curation": curation and {name: getattr(curation, name) for name in ("rows", "kept", "scored", "seconds")},
             "stages": list(self._stages.values()),
             "validation_seconds": self._validation,
             "peak_memory_bytes": peak_memory_bytes(),

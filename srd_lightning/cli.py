@@ -36,6 +36,9 @@ class _Bystander(LightningModule):
     def tokenizer(self) -> Any:
         return self.models[0].tokenizer
 
+    def configure_model(self) -> None:
+        """Nothing to shard; strategies that shard ask for it."""
+
     def predict_step(self, *_: Any) -> None: ...
 
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from datasets import Dataset
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from srd_lightning.arrangement import Arrangement, EasyToHard
+from srd_lightning.criteria import Criterion, NegativeLogLikelihood, RougeL
+from srd_lightning.curated import Curated
+from srd_lightning.curation import Reflector, Scores, digest, rank, read_scores, row_ids
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum, check_fractions
-from srd_lightning.evaluation import Decoding
+from srd_lightning.generation import Decoding
+from srd_lightning.hygiene import inspect
+from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
-from srd_lightning.ranking import reciprocal_rank_fusion
-from srd_lightning.reflection import fingerprint, reflect
-from srd_lightning.rows import Report, collate, load_splits, tokenize
-from srd_lightning.store import ScoreStore
+from srd_lightning.refresh import Refresher, rearrange, whole
+from srd_lightning.rows import Report, load_splits, tokenize
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
-
-
-@dataclass(frozen=True)
-class Curation:
-    """What the curation did: rows that were ranked, rows in the last stage, seconds it took."""
-
-    rows: int
-    kept: int
-    seconds: float
 
 
 class SRDDataModule(LightningDataModule):
@@ -53,14 +45,22 @@ class SRDDataModule(LightningDataModule):
         template: How a row becomes a prompt: `PromptTemplate` or `ChatTemplate`.
         schedule: ``{first epoch: share of the rows}``; the last share is what is kept. ``{0: 1.0}`` is all rows from
             the start, without reflection.
-        scores: Folder of the scores; by default one in the trainer's ``default_root_dir``, named after what the scores
-            depend on.
+        criteria: What makes a row hard; by default the paper's, `RougeL` and `NegativeLogLikelihood`.
+        arrangement: How the ranked rows enter; `EasyToHard` by default, the others are controls.
+        refresh: First epochs of stages at which the student, as trained so far, reflects again on the rows still to
+            come; by default never, as in the paper.
+        scores: Folder of the scores, which all processes see; by default one in the trainer's ``default_root_dir``,
+            named after what the scores depend on. Or a parquet file of ``id`` and columns that something else made.
+        decontaminate: Drop training rows whose prompt stands in another split; without it they are only reported.
+        near_duplicates: Similarity in (0, 1] from which prompts of other splits count as the same; by default only
+            equal ones do. Needs the ``near-duplicates`` extra.
         batch_size: Rows per process and training step.
         eval_batch_size: Rows per process and batch of evaluation; by default ``batch_size``.
         max_length: Tokens of prompt and response; longer responses are cut, counted and reported.
         max_prompt_length: Tokens of the prompt; rows with longer ones are dropped, counted and reported.
         decoding: How the student answers when it reflects; greedy by default.
-        reflection_batch_size: Rows per batch of the reflection.
+        reflection_tokens: Most tokens in a batch of the reflection: prompts, answers and padding.
+        reflection_threads: Of a CPU while it reflects. With one, scores are the same on any number of processes.
         ties: How equal scores are ranked; see `reciprocal_rank_fusion`.
         num_workers: Processes that load batches.
         seed: Of the order within an epoch.
@@ -81,13 +81,19 @@ class SRDDataModule(LightningDataModule):
         student: Pretrained | nn.Module | None = None,
         template: PromptTemplate | ChatTemplate = ALPACA,
         schedule: dict[int, float] = dict(PAPER_SCHEDULE),  # noqa: B006 (never changed)
+        criteria: list[Criterion] | None = None,
+        arrangement: Arrangement | None = None,
+        refresh: list[int] | None = None,
         scores: str | None = None,
+        decontaminate: bool = False,
+        near_duplicates: float | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 512,
         max_prompt_length: int = 256,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
-        reflection_batch_size: int = 16,
+        reflection_tokens: int = 16384,
+        reflection_threads: int = 1,
         ties: Literal["average", "order"] = "average",
         num_workers: int = 0,
         seed: int = 0,
@@ -98,28 +104,35 @@ class SRDDataModule(LightningDataModule):
                 f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
                 f"{max_prompt_length} and {max_length}"
             )
-        sizes = {"batch_size": batch_size, "reflection_batch_size": reflection_batch_size}
+        sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens, "threads": reflection_threads}
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
-            raise ValueError(f"batches must hold at least one row, but {', '.join(wrong)}")
+            raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
         self.data = data
         self.tokenizer: Any = tokenizer
         self.student = student
         self.template = template
         self.schedule = check_fractions(schedule)
+        self.criteria = criteria or [RougeL(), NegativeLogLikelihood()]
+        self.arrangement = arrangement or EasyToHard()
+        self.refresher = Refresher(refresh or [], self.schedule)
         self.scores = scores
+        self.decontaminate = decontaminate
+        self.near_duplicates = near_duplicates
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.decoding = decoding
-        self.reflection_batch_size = reflection_batch_size
+        self.reflection_tokens = reflection_tokens
+        self.reflection_threads = reflection_threads
         self.ties = ties
         self.num_workers = num_workers
         self.seed = seed
         self.rows: dict[str, Dataset] = {}
         self.reports: dict[str, Report] = {}
         self.curriculum: Curriculum | None = None
-        self.curation: Curation | None = None
+        self.curation: Curated | None = None
+        self.folder = Path()
 
     def setup(self, stage: str) -> None:
         """Read and tokenise once; for ``fit`` also reflect, rank and stage."""
@@ -129,8 +142,9 @@ class SRDDataModule(LightningDataModule):
             if self.trainer is not None:
                 # A loader is as long as it was when it was built: the pool can only grow in a new one.
                 self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-            if self.curriculum is None:
-                self.curate()
+            curated = self.curation or self.curate()
+            self.curriculum = curated.curriculum
+            self.refresher.begin()
 
     def _read(self) -> None:
         self.tokenizer = self._find_tokenizer()
@@ -153,46 +167,67 @@ class SRDDataModule(LightningDataModule):
             raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
         return found
 
-    def curate(self) -> Curriculum:
-        """Let the student reflect where scores are missing, rank the rows and stage them.
+    def curate(self) -> Curated:
+        """Look for leaks, let the student reflect where scores are missing, rank the rows and stage them.
 
         Returns:
-            The curriculum, also kept as ``self.curriculum``.
+            What came of it, also kept as ``self.curation``; its curriculum is ``self.curriculum``.
         """
         start = time.perf_counter()
         if "train" not in self.rows:
             raise ValueError(f"training needs the split 'train', but `data` has {', '.join(self.rows)}")
+        self._clean()
         rows = self.rows["train"]
-        everything = set(self.schedule.values()) == {1.0}
-        order = torch.arange(len(rows)) if everything else self._rank(rows)
-        self.curriculum = Curriculum(order, self.schedule)
-        last = max(self.schedule)
-        self.curation = Curation(len(rows), self.curriculum.size(last), time.perf_counter() - start)
-        for first in self.schedule:
-            size = self.curriculum.size(first)
-            rank_zero_info(f"from epoch {first}: {size} of {len(rows)} rows, the easiest {size / len(rows):.0%}")
-        return self.curriculum
-
-    def _rank(self, rows: Dataset) -> Tensor:
-        scores = self._reflect(rows)
-        ids = list(rows["id"])
-        by_id = np.argsort(np.array(ids))  # rows that no score can tell apart stand in the order of their ids
-        rouge_l = np.array([scores[ids[row]]["rouge_l"] for row in by_id])
-        nll = np.array([scores[ids[row]]["nll"] for row in by_id])
-        return torch.from_numpy(by_id)[reciprocal_rank_fusion(rouge_l, -nll, ties=self.ties)]
-
-    def _reflect(self, rows: Dataset) -> dict[str, dict[str, Any]]:
-        model = self._find_student()
-        made_of = fingerprint(rows, model, self.tokenizer, self.template, self.decoding)
-        store = ScoreStore(self.scores or self._default_folder(made_of), made_of)
-        home = next(model.parameters()).device
-        model.to(home if self.trainer is None else self.trainer.strategy.root_device)
-        rank, world_size = self._share()
-        scores = reflect(
-            model, self.tokenizer, rows, store, self.decoding, self.reflection_batch_size, rank, world_size
+        order, scores = torch.arange(len(rows)), Scores({}, self._folder({}), 0)
+        if set(self.schedule.values()) != {1.0}:
+            scores = self._find_scores(rows)
+            order = self._order(rows, scores)
+        kept = Curriculum(order, self.schedule).size(max(self.schedule))
+        self.curriculum = Curriculum(self.arrangement(order, kept), self.schedule)
+        self.curation = Curated(
+            ids=row_ids(rows),
+            columns=scores.columns,
+            higher_is_easier={criterion.column: criterion.higher_is_easier for criterion in self.criteria},
+            order=order,
+            curriculum=self.curriculum,
+            dropped=self.reports["train"].dropped,
+            seconds=time.perf_counter() - start,
+            scored=scores.scored,
         )
-        model.to(home)
-        return scores
+        self.folder = scores.folder
+        for first, size in self.curation.sizes.items():
+            rank_zero_info(f"from epoch {first}: {size} of {len(rows)} rows, the easiest {size / len(rows):.0%}")
+        return self.curation
+
+    def _clean(self) -> None:
+        """Report training rows that stand twice or in another split, and drop the latter if that is wanted."""
+        hygiene = inspect(self.rows, self.near_duplicates)
+        rank_zero_info(str(hygiene))
+        if self.decontaminate:
+            reasons = hygiene.reasons()
+            self.reports["train"].dropped.update(reasons.values())
+            kept = [row for row in range(len(self.rows["train"])) if row not in reasons]
+            self.rows["train"] = self.rows["train"].select(kept)
+
+    def _find_scores(self, rows: Dataset) -> Scores:
+        if self.scores is not None and self.scores.endswith(".parquet"):
+            return read_scores(Path(self.scores), rows, self.criteria, self.tokenizer)
+        return self._reflect(rows, self._find_student(), self._folder)
+
+    def _reflect(self, rows: Dataset, student: nn.Module, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
+        reflector = Reflector(
+            self.tokenizer,
+            self.template,
+            self.criteria,
+            self.decoding,
+            self.reflection_tokens,
+            self.reflection_threads,
+        )
+        device = next(student.parameters()).device if self.trainer is None else self.trainer.strategy.root_device
+        return reflector.scores(rows, student, folder, device)
+
+    def _order(self, rows: Dataset, scores: Scores) -> Tensor:
+        return rank(scores.columns, self.criteria, row_ids(rows), self.ties)
 
     def _find_student(self) -> nn.Module:
         if isinstance(self.student, Pretrained):
@@ -209,25 +244,44 @@ class SRDDataModule(LightningDataModule):
             "schedule={0: 1.0} trains on all rows without reflection"
         )
 
-    def _default_folder(self, made_of: Mapping[str, str]) -> Path:
+    def _folder(self, made_of: Mapping[str, str]) -> Path:
         root = Path.cwd() if self.trainer is None else Path(self.trainer.default_root_dir)
-        name = hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:16]
-        return root / "scores" / name
+        return root / "scores" / digest(made_of) if self.scores is None else Path(self.scores)
 
-    def _share(self) -> tuple[int, int]:
-        """Return this process's number and how many see different data."""
-        kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
-        return kwargs["rank"], kwargs["num_replicas"]
+    def _refresh(self, epoch: int) -> None:
+        """Let the student, as trained so far, put the rows still to come in a new order, where that is due."""
+        for first in self.refresher.due(epoch):
+            assert self.curriculum is not None
+            self.curriculum = rearrange(
+                self.curriculum, first, self.rows["train"], functools.partial(self._order_again, first, epoch)
+            )
+            rank_zero_info(f"rows still to come are in the order of {self.refresher.generations[first]}")
+
+    def _order_again(self, first: int, epoch: int, rows: Dataset, kept: int) -> Tensor:
+        scores = self.refresher.scores(first, epoch, self.folder, rows, self.criteria, self._reflect_again)
+        return self.arrangement(self._order(rows, scores), kept)
+
+    def _reflect_again(self, rows: Dataset, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
+        module: Any = self.trainer and self.trainer.lightning_module
+        student = getattr(module, "student", self.student)
+        if not isinstance(student, nn.Module):
+            raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
+        return self._reflect(rows, whole(student), folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the scores of the refreshments are, for checkpoints."""
+        return {"generations": self.refresher.generations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the refreshments of the run that is resumed."""
+        self.refresher.generations = state_dict["generations"]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the rows of the current epoch, shuffled by seed and epoch."""
         assert self.curriculum is not None, 'setup("fit") comes first'
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        pool = self.curriculum.subset(self.rows["train"], epoch)
-        rank, world_size = self._share()
-        sampler: DistributedSampler[Any] = DistributedSampler(pool, world_size, rank, shuffle=True, seed=self.seed)
-        sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
-        return self._loader(pool, sampler, self.batch_size)
+        self._refresh(epoch)
+        return self._loaders().train(self.curriculum.subset(self.rows["train"], epoch), epoch, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the ``validation`` rows, or nothing if there are none."""
@@ -242,22 +296,8 @@ class SRDDataModule(LightningDataModule):
         return self._eval_loader("predict" if "predict" in self.rows else "test")
 
     def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
-        if split not in self.rows:
-            return []
-        rows: Any = self.rows[split]
-        rank, world_size = self._share()
-        # Every process gets as many rows; the ones that fill up have no response, so nothing is counted twice.
-        blanks: Any = [{**rows[0], "prompt_length": len(rows[0]["input_ids"])}] * (-len(rows) % world_size)
-        full: ConcatDataset[Any] = ConcatDataset([rows, blanks])
-        return self._loader(full, DistributedSampler(full, world_size, rank, shuffle=False), self.eval_batch_size)
+        return self._loaders().evaluation(self.rows[split], self.eval_batch_size) if split in self.rows else []
 
-    def _loader(self, rows: Any, sampler: DistributedSampler[Any], batch_size: int) -> DataLoader[Any]:
-        pad = self.tokenizer.pad_token_id
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(collate, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad),
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loaders(self) -> Loaders:
+        kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
+        return Loaders(self.tokenizer, self.num_workers, self.seed, kwargs["rank"], kwargs["num_replicas"])

@@ -14,17 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.evaluation import (
-    Decoding,
-    TokenSums,
-    divergence_from_teacher,
-    generate,
-    negative_log_likelihood,
-    rouge_l,
-)
+from srd_lightning.evaluation import TokenSums, divergence_from_teacher, negative_log_likelihood
+from srd_lightning.generation import Decoding, generate
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, ForwardKL, cross_entropy
 from srd_lightning.models import Pretrained, check_same_tokenizer
 from srd_lightning.planning import stage_steps
+from srd_lightning.rouge import rouge_l
 
 Batch = Mapping[str, Tensor]
 
@@ -174,7 +169,8 @@ class KDLightningModule(LightningModule):
         rows = [(prompt, response) for prompt, response in rows if response]
         if not rows:
             return []
-        answers = generate(cast(nn.Module, self.student), tokenizer, [prompt for prompt, _ in rows], self.decoding)
+        prompts, limits = [prompt for prompt, _ in rows], self.decoding.limits([len(truth) for _, truth in rows])
+        answers = generate(cast(nn.Module, self.student), tokenizer, prompts, self.decoding, limits=limits)
         return [
             {
                 "prompt": tokenizer.decode(prompt),

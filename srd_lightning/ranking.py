@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,31 +14,62 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 
 
-def reciprocal_rank_fusion(*ease: ArrayLike, k: float = 60, ties: Literal["average", "order"] = "average") -> Tensor:
-    r"""Order rows by the sum of their reciprocal ranks, :math:`\sum_c 1 / (k + \mathrm{rank}_c)`, easiest first.
+def reciprocal_rank_fusion(
+    *ease: ArrayLike,
+    k: float = 60,
+    ties: Literal["average", "order"] = "average",
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    r"""Order rows by the sum of their reciprocal ranks, :math:`\sum_c w_c / (k + \mathrm{rank}_c)`, easiest first.
 
     Args:
         ease: One or more criteria, each ``[N]``, higher = easier (pass ``-nll``). The easiest row has rank 1.
+            Float64 arrays of numpy, also memory-mapped ones, are not copied.
         k: Damping constant; the larger, the less the first ranks stand out. The paper uses 60.
         ties: ``"average"``: equal values share the mean of their ranks, and rows of equal fused score are ordered by
             the first criterion, then the next, so the order of the file never decides between different rows.
             ``"order"``: the paper's code (``tools/rank.py``), three chained stable sorts: ties of the first criterion
             keep the order of the file, ties of each later one and of the fused score keep the order before it.
+        weights: One positive number per criterion, how much it counts. Only their ratios matter. Default: all 1.
 
     Returns:
         Row numbers ``[N]``, int64, easiest first.
 
     Raises:
-        ValueError: No criterion, criteria of different lengths, a NaN, or an unknown ``ties``.
+        ValueError: No criterion, criteria of different lengths, a NaN, an unknown ``ties``, or weights that are not
+            positive or not one per criterion.
 
     Example:
         >>> rouge_l, nll = torch.tensor([0.1, 0.9, 0.5]), torch.tensor([3.0, 1.0, 2.5])
         >>> reciprocal_rank_fusion(rouge_l, -nll)
         tensor([1, 2, 0])
     """
-    if not ease:
+    criteria = [_float64(values) for values in ease]
+    _check_criteria(criteria)
+    weights = [1.0] * len(criteria) if weights is None else list(weights)
+    if len(weights) != len(criteria) or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"expected one positive weight for each of {len(criteria)} criteria, but got {weights}; "
+            "leave a criterion out instead of giving it no weight"
+        )
+    if ties == "average":
+        order = _fuse_with_shared_ranks(criteria, k, weights)
+    elif ties == "order":
+        order = _fuse_with_chained_sorts(criteria, k, weights)
+    else:
+        raise ValueError(f"ties must be 'average' or 'order', but is {ties!r}")
+    return torch.from_numpy(order.astype(np.int64, copy=False))
+
+
+def _float64(values: ArrayLike) -> Floats:
+    if isinstance(values, Tensor):
+        return np.asarray(values.detach().cpu().double().numpy())
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check_criteria(criteria: list[Floats]) -> None:
+    if not criteria:
         raise ValueError("expected at least one criterion, but got none")
-    criteria = [torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy() for values in ease]
     for number, values in enumerate(criteria):
         if values.ndim != 1 or len(values) != len(criteria[0]):
             raise ValueError(
@@ -46,32 +79,53 @@ def reciprocal_rank_fusion(*ease: ArrayLike, k: float = 60, ties: Literal["avera
             raise ValueError(
                 f"criterion {number} is NaN for {missing} of {len(values)} rows; give every row a score or drop it"
             )
-    if ties == "average":
-        order = _fuse_with_shared_ranks(criteria, k)
-    elif ties == "order":
-        order = _fuse_with_chained_sorts(criteria, k)
-    else:
-        raise ValueError(f"ties must be 'average' or 'order', but is {ties!r}")
-    return torch.from_numpy(order.astype(np.int64))
 
 
-def _fuse_with_shared_ranks(criteria: list[Floats], k: float) -> NDArray[np.int64]:
-    reciprocals = np.stack([1 / (k + _average_ranks(values)) for values in criteria])
-    reciprocals.sort(axis=0)  # a fixed order of addition: the same ranks, swapped, must give the same sum
-    fused = reciprocals.sum(axis=0)
-    return np.lexsort([-values for values in reversed(criteria)] + [-fused])
+def _fuse_with_shared_ranks(criteria: list[Floats], k: float, weights: list[float]) -> NDArray[np.int64]:
+    shares = np.empty((len(criteria), len(criteria[0])))
+    for share, values, weight in zip(shares, criteria, weights, strict=True):
+        share[:] = weight / (k + average_ranks(values))
+    shares.sort(axis=0)  # a fixed order of addition: the same shares, swapped, must give the same sum
+    fused = shares.sum(axis=0)
+    del shares
+    order = np.argsort(-fused)
+    _break_ties(order, fused, criteria)
+    return order
 
 
-def _average_ranks(values: Floats) -> Floats:
-    _, group, size = np.unique(-values, return_inverse=True, return_counts=True)
-    last = np.cumsum(size)
-    return np.asarray((last - (size - 1) / 2)[group], dtype=np.float64)
+def average_ranks(values: Floats) -> Floats:
+    """Return the rank of each row, highest value first; equal values share the mean of their ranks.
+
+    Arrays are freed as soon as possible here: this is where the most memory is in use.
+    """
+    highest_first = np.argsort(values)[::-1]
+    sequence = values[highest_first]
+    last = np.append(np.flatnonzero(sequence[1:] != sequence[:-1]) + 1, len(values))  # rank in each group of equals
+    del sequence
+    size = np.diff(last, prepend=0)
+    mean = last - size / 2 + 0.5
+    del last
+    ranks = np.empty(len(values))
+    ranks[highest_first] = np.repeat(mean, size)
+    return ranks
 
 
-def _fuse_with_chained_sorts(criteria: list[Floats], k: float) -> NDArray[np.int64]:
+def _break_ties(order: NDArray[np.int64], fused: Floats, criteria: list[Floats]) -> None:
+    """Sort the rows of equal fused score by the first criterion, then the next, then the row number, in place."""
+    sequence = fused[order]
+    equal = sequence[1:] == sequence[:-1]
+    del sequence
+    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))
+    rows = np.sort(order[tied])
+    for values in [*reversed(criteria), fused]:
+        rows = rows[np.argsort(-values[rows], kind="stable")]
+    order[tied] = rows
+
+
+def _fuse_with_chained_sorts(criteria: list[Floats], k: float, weights: list[float]) -> NDArray[np.int64]:
     order = np.arange(len(criteria[0]))
     fused = np.zeros(len(order))
-    for values in criteria:
+    for values, weight in zip(criteria, weights, strict=True):
         order = order[np.argsort(-values[order], kind="stable")]
-        fused[order] += 1 / (k + np.arange(1, len(order) + 1))
+        fused[order] += weight / (k + np.arange(1, len(order) + 1))
     return order[np.argsort(-fused[order], kind="stable")]

@@ -1,29 +1,156 @@
 """Reflection: the student answers every prompt, and its answer and its loss say how hard the row is for it.
 
-Fixed batches of rows of like length are dealt to the processes, so a score does not depend on how many there are.
+Fixed batches are dealt to the processes, so a score does not depend on how many there are.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.evaluation import Decoding, eval_mode, generate, negative_log_likelihood, rouge_l
+from srd_lightning.criteria import Criterion
+from srd_lightning.evaluation import response_logits
+from srd_lightning.generation import ROUND, Decoding, eval_mode, generate
+from srd_lightning.losses import upcast
 from srd_lightning.rows import collate
 from srd_lightning.store import ScoreStore
 
-SCORING_VERSION = "1"
+SCORING_VERSION = "2"
 """Rises when the same inputs would give other scores."""
-BATCHES_PER_PART = 8
+CHUNK = 1024
+"""Tokens whose logits are in fp32 at one time."""
+Batch = NDArray[np.int64]
+
+
+class Reflected:
+    """A batch of rows as the student sees them; each part is computed when a criterion first asks for it.
+
+    Args:
+        model: The student.
+        tokenizer: Its tokenizer.
+        rows: Tokenised rows, ``[B]``.
+        decoding: How the student answers.
+        seed: Of the sampling.
+        answers: The answers, where they are known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[Mapping[str, Any]],
+        decoding: Decoding,
+        seed: int = 0,
+        answers: Sequence[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.decoding = decoding
+        self.seed = seed
+        if answers is not None:
+            self.__dict__["answers"] = list(answers)
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The student's answers, ``[B]``."""
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
+        limits = self.decoding.limits([len(row["input_ids"]) - row["prompt_length"] for row in self.rows])
+        return generate(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
+
+    def pairs(self) -> Iterator[tuple[Mapping[str, Any], str]]:
+        """Yield each row with the answer to it."""
+        return zip(self.rows, self.answers, strict=True)
+
+    def logits_of(self, model: nn.Module, rows: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
+        """Return a model's logits where response tokens are predicted, ``[N, V]``, row after row."""
+        device = next(model.parameters()).device
+        batch = {name: values.to(device) for name, values in collate(rows or self.rows, pad_token_id=0).items()}
+        with eval_mode(model):
+            return response_logits(model, batch)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The student's logits where response tokens are predicted, ``[N, V]``, row after row."""
+        return self.logits_of(self.model)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The response tokens, ``[N]``, row after row."""
+        ids = [token for row in self.rows for token in row["input_ids"][row["prompt_length"] :]]
+        return torch.tensor(ids, device=next(self.model.parameters()).device)
+
+    @cached_property
+    def token_losses(self) -> Tensor:
+        """Loss of each response token, ``[N]``, in nats."""
+        return self._per_token(_losses, self.logits)
+
+    @cached_property
+    def token_losses_without_prompt(self) -> Tensor:
+        """Loss of each response token where only a beginning token stands before the response, ``[N]``, in nats."""
+        begin = self.tokenizer.bos_token_id
+        first = self.tokenizer.eos_token_id if begin is None else begin
+        alone = [
+            {"input_ids": [first, *row["input_ids"][row["prompt_length"] :]], "prompt_length": 1} for row in self.rows
+        ]
+        return self._per_token(_losses, self.logits_of(self.model, alone))
+
+    @cached_property
+    def token_ranks(self) -> Tensor:
+        """Place of each response token among all tokens, ``[N]``, from 1, the likeliest."""
+        return self._per_token(_ranks, self.logits)
+
+    def _per_token(self, measure: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> Tensor:
+        chunks = zip(torch.split(logits, CHUNK), torch.split(self.targets, CHUNK), strict=True)
+        return torch.cat([measure(*chunk) for chunk in chunks])
+
+    def row_means(self, values: Tensor) -> list[float]:
+        """Return the mean of each row's tokens, ``[B]``, from ``[N]`` values."""
+        lengths = [len(row["input_ids"]) - row["prompt_length"] for row in self.rows]
+        return [float(part.mean()) for part in torch.split(values.cpu(), lengths)]
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(upcast(logits), targets, reduction="none")
+
+
+def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits > logits.gather(1, targets[:, None])).sum(dim=1) + 1
+
+
+def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> list[Batch]:
+    """Deal rows into batches that pad little and end together, the same for the same rows in any order.
+
+    Args:
+        rows: Tokenised rows.
+        tokens_per_batch: Most tokens of a batch: its rows times the longest prompt and the longest answer or response;
+            a row that is longer is a batch of its own.
+        decoding: How long answers may be.
+
+    Returns:
+        Row numbers of each batch.
+    """
+    ids, prompts, lengths = (np.array(rows[name]) for name in ("id", "prompt_length", "length"))
+    limits = np.array(decoding.limits((lengths - prompts).tolist()))
+    order = np.lexsort((ids, prompts, -(-limits // ROUND)))
+    batches, first = [], 0
+    longest_prompt = longest_rest = 0
+    rests = np.maximum(limits, lengths - prompts)
+    for position, row in enumerate(order):
+        longest_prompt, longest_rest = max(longest_prompt, prompts[row]), max(longest_rest, rests[row])
+        if position > first and (position + 1 - first) * (longest_prompt + longest_rest) > tokens_per_batch:
+            batches.append(order[first:position])
+            first, longest_prompt, longest_rest = position, prompts[row], rests[row]
+    return [*batches, order[first:]]
 
 
 def reflect(
@@ -31,115 +158,48 @@ def reflect(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     store: ScoreStore,
+    criteria: Sequence[Criterion],
     decoding: Decoding,
-    batch_size: int = 16,
-    rank: int = 0,
-    world_size: int = 1,
-) -> dict[str, dict[str, Any]]:
-    """Score every row that the store does not hold yet.
+    batches: Sequence[tuple[int, Batch]],
+    check: Callable[[], None] = lambda: None,
+    show_progress: bool = True,
+) -> None:
+    """Score batches and store each as soon as it is scored.
 
     Args:
-        model: The student, as it is before training.
+        model: The student.
         tokenizer: Its tokenizer.
         rows: Tokenised rows, see `rows.tokenize`.
-        store: Where the scores are kept; a run that is stopped goes on from there.
+        store: Takes the scores.
+        criteria: What to score.
         decoding: How the student answers.
-        batch_size: Rows per batch.
-        rank: This process.
-        world_size: Number of processes; each scores its share, and all return all scores.
-
-    Returns:
-        By row id: ``id``, ``rouge_l`` (F1 of the answer against the truth), ``nll`` (mean loss of the true response's
-        tokens, end token included, in nats) and ``answer``.
+        batches: Number and row numbers of each batch; the number is added to the seed of the sampling.
+        check: Called before each batch; may raise to end the work.
+        show_progress: Show a progress bar.
     """
-    scores = store.read()
-    ids = list(rows["id"])
-    mine = list(enumerate(fixed_batches(rows, batch_size)))[rank::world_size]
-    todo = [(number, batch) for number, batch in mine if any(ids[row] not in scores for row in batch)]
-    total = sum(len(batch) for _, batch in todo)
-    progress = tqdm(total=total, desc="reflection", unit="row", disable=rank != 0 or not todo)
-    part: list[dict[str, Any]] = []
-    for position, (number, batch) in enumerate(todo):
-        part += score_batch(model, tokenizer, rows.select(batch).to_list(), decoding, seed=decoding.seed + number)
-        if (position + 1) % BATCHES_PER_PART == 0 or position + 1 == len(todo):
-            store.append(_digest(score["id"].encode() for score in part), part)
-            scores |= {score["id"]: score for score in part}
-            part = []
+    mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
+    known = store.answers(rows.select(mine).with_format("arrow")[:]["id"].combine_chunks()) if len(mine) else {}
+    progress = tqdm(total=len(mine), desc="reflection", unit="row", disable=not show_progress or not batches)
+    for number, batch in batches:
+        check()
+        chosen = rows.select(batch).to_list()
+        answers = [known[row["id"]] for row in chosen if row["id"] in known]
+        reflected = Reflected(
+            model, tokenizer, chosen, decoding, decoding.seed + number, answers if len(answers) == len(chosen) else None
+        )
+        store.append(score_batch(reflected, criteria))
         progress.update(len(batch))
     progress.close()
-    return _gather(scores)
+    for criterion in criteria:
+        criterion.finish()
 
 
-def fixed_batches(rows: Dataset, batch_size: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Return row numbers in batches of like prompt length, the same for the same rows in any order."""
-    order = np.lexsort((np.array(rows["id"]), np.array(rows["prompt_length"])))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def score_batch(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
-    decoding: Decoding,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Score one batch of tokenised rows; see `reflect`."""
-    device = next(model.parameters()).device
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-    answers = generate(model, tokenizer, prompts, decoding, seed)
-    batch = {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}
-    with torch.no_grad(), eval_mode(model):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    nll = negative_log_likelihood(logits, batch["labels"])
-    means = (nll.sums / nll.tokens).tolist()
-    return [
-        {"id": row["id"], "rouge_l": rouge_l(row["response"], answer), "nll": mean, "answer": answer}
-        for row, answer, mean in zip(rows, answers, means, strict=True)
-    ]
-
-
-def _gather(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return scores
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, scores)
-    return {row_id: score for share in shares for row_id, score in share.items()}
-
-
-def fingerprint(
-    rows: Dataset, model: nn.Module, tokenizer: PreTrainedTokenizerBase, template: object, decoding: Decoding
-) -> dict[str, str]:
-    """Return a digest of each part that the scores depend on.
-
-    Args:
-        rows: Tokenised rows; their order does not matter.
-        model: The student, by the bytes of its weights.
-        tokenizer: By its vocabulary.
-        template: By its text.
-        decoding: By its settings.
-
-    Returns:
-        Digest by part.
-    """
-    triples = zip(rows["id"], rows["prompt"], rows["response"], rows["input_ids"], strict=True)
-    return {
-        "rows": _digest(repr(row).encode() for row in sorted(triples)),
-        "student": _digest(_weights(model)),
-        "tokenizer": _digest([repr(sorted(tokenizer.get_vocab().items())).encode()]),
-        "template": _digest([repr((template, getattr(tokenizer, "chat_template", None))).encode()]),
-        "decoding": _digest([repr(sorted(asdict(decoding).items())).encode()]),
-        "scoring version": SCORING_VERSION,
-    }
-
-
-def _weights(model: nn.Module) -> Iterator[bytes]:
-    for name, tensor in sorted(model.state_dict().items()):
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def score_batch(reflected: Reflected, criteria: Sequence[Criterion]) -> list[dict[str, Any]]:
+    """Return ``id``, a column per criterion, and the ``answer`` where a criterion looked at it, for each row."""
+    columns: dict[str, Sequence[Any]] = {"id": [row["id"] for row in reflected.rows]}
+    with torch.no_grad():
+        for criterion in criteria:
+            columns[criterion.column] = [float(score) for score in criterion.scores(reflected)]
+    if "answers" in vars(reflected):
+        columns["answer"] = reflected.answers
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,8 +1,8 @@
 """From files to tokenised rows, and from rows to a batch.
 
-A tokenised row has ``id``, ``prompt``, ``response``, ``input_ids`` (prompt and response) and ``prompt_length``. A batch
-has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100 where no token of
-the response stands.
+A tokenised row has ``id``, ``prompt``, ``response``, ``input_ids`` (prompt and response), ``prompt_length`` and
+``length``. A batch has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100
+where no token of the response stands.
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ TOKENISED = Features(
         "response": Value("string"),
         "input_ids": List(Value("int32")),
         "prompt_length": Value("int32"),
+        "length": Value("int32"),
         "drop": Value("string"),
         "cut": Value("bool"),
     }
@@ -224,6 +225,7 @@ def _tokenize_batch(
         columns["response"].append(example.response)
         columns["prompt_length"].append(len(prompt))
         columns["input_ids"].append(full[:max_length])
+        columns["length"].append(len(columns["input_ids"][-1]))
         columns["drop"].append(_reason_to_drop(example, len(prompt), max_prompt_length))
         columns["cut"].append(columns["drop"][-1] == "" and len(full) > max_length)
     return columns

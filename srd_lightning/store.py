@@ -1,26 +1,42 @@
-"""Scores on disk, by row id, with a fingerprint of what they were made from.
+"""Scores on disk, by row id, that are never trusted without a look.
 
-A folder holds ``manifest.json``, the fingerprint, and ``part-*.parquet``, the scores. Files are written to a temporary
-name and renamed, so that a killed run leaves only whole ones.
+A folder holds ``manifest.json``, which says what the scores were made from, and shards, parquet files of ids and
+columns. The name of a shard is a digest of its bytes and of the manifest, so that one that was cut, changed or brought
+from another folder is noticed, named and made again. Shards are written whole, under a name of their own: processes
+need no lock against each other. A run holds the folder's lock, so that a second run does not write at the same time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import os
-from collections.abc import Mapping, Sequence
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+PATIENCE = 10.0
+"""Seconds to wait for a run that holds the lock."""
+SHARDS_PER_MERGE = 64
+ROWS_PER_SHARD = 65_536
+"""Of a finished store, whose shards are sorted by id."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that others see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -33,35 +49,151 @@ class ScoreStore:
 
     Args:
         folder: Made if it does not exist.
-        fingerprint: What the scores depend on, by name of the part: rows, student, tokenizer, …
+        made_of: What all scores depend on, by name of the part: rows, student, tokenizer, …
+        criteria: What each column depends on besides; columns that are new to the folder are added to it.
 
     Raises:
-        ValueError: The folder holds scores with another fingerprint; the message names the parts that differ.
+        ValueError: The folder holds scores that were made of something else; the message names the parts that differ.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: Mapping[str, str]) -> None:
+    def __init__(self, folder: str | Path, made_of: Mapping[str, str], criteria: Mapping[str, str]) -> None:
         self.folder = Path(folder)
+        self._salt = json.dumps(dict(made_of), sort_keys=True).encode()
+        self._own: list[Path] = []
         manifest = self.folder / "manifest.json"
-        if manifest.exists():
-            self._check(json.loads(manifest.read_text()), dict(fingerprint))
-        else:
-            write_atomically(manifest, json.dumps(dict(fingerprint), indent=2).encode())
-
-    def _check(self, stored: dict[str, str], wanted: dict[str, str]) -> None:
-        different = [part for part in wanted if stored.get(part) != wanted[part]]
+        stored: Any = (
+            json.loads(manifest.read_text()) if manifest.exists() else {"made_of": dict(made_of), "criteria": {}}
+        )
+        different = [part for part in made_of if stored["made_of"].get(part) != made_of[part]]
+        known = stored["criteria"].keys() & criteria.keys()
+        different += [column for column in sorted(known) if stored["criteria"][column] != criteria[column]]
         if different:
             raise ValueError(
                 f"the scores in {self.folder} were made with another {', '.join(different)}; "
                 "point `scores` to a new folder, or delete this one, to reflect again"
             )
+        if not manifest.exists() or known != criteria.keys():
+            stored["criteria"] |= criteria
+            write_atomically(manifest, json.dumps(stored, indent=2).encode())
 
-    def append(self, name: str, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Write the scores of some rows, each with its ``id``, as one file; the same name replaces it."""
+    @classmethod
+    def reopen(cls, folder: Path) -> ScoreStore:
+        """Open a folder as it is, whatever its scores were made of."""
+        return cls(folder, json.loads((folder / "manifest.json").read_text())["made_of"], {})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs from writing; the lock ends with the process, however that ends.
+
+        Raises:
+            RuntimeError: Another run holds it, for longer than one needs to read.
+        """
+        try:
+            with filelock.FileLock(self.folder / ".lock", timeout=PATIENCE):
+                yield
+        except filelock.Timeout as error:
+            raise RuntimeError(
+                f"another run is writing scores to {self.folder}; wait until it has ended, or point `scores` to "
+                "another folder"
+            ) from error
+
+    def append(self, scores: Sequence[Mapping[str, Any]]) -> None:
+        """Write the scores of some rows, each with its ``id``; they are safe when this returns."""
+        self._own.append(self._write(pa.Table.from_pylist(list(scores))))
+        if len(self._own) == SHARDS_PER_MERGE:
+            self._merge(self._own, rows_per_shard=2**31)
+            self._own = []
+
+    def tidy(self) -> None:
+        """Rewrite all shards as few, sorted by id: the same scores give the same files, however they came about."""
+        self._merge(self._shards(), ROWS_PER_SHARD)
+
+    def _merge(self, shards: Sequence[Path], rows_per_shard: int) -> None:
+        whole = _one_row_per_id(self._read_all(shards))
+        written = {self._write(whole.slice(start, rows_per_shard)) for start in range(0, len(whole), rows_per_shard)}
+        for shard in set(shards) - written:
+            shard.unlink(missing_ok=True)
+
+    def _write(self, table: pa.Table) -> Path:
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(list(scores)), buffer)
-        write_atomically(self.folder / f"part-{name}.parquet", buffer.getvalue())
+        pq.write_table(table.combine_chunks(), buffer)
+        path = self.folder / self._name(buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
+        return path
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Return all scores by row id."""
-        parts = sorted(self.folder.glob("part-*.parquet"))
-        return {score["id"]: score for part in parts for score in pq.read_table(part).to_pylist()}
+    def _name(self, content: bytes) -> str:
+        return f"part-{hashlib.sha256(self._salt + hashlib.sha256(content).digest()).hexdigest()[:32]}.parquet"
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.folder.glob("part-*.parquet"))
+
+    def _read_all(self, shards: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
+        """Return sound shards one after the other; a row stands in as many as it was written to."""
+        empty = pa.table({"id": pa.array([], pa.string())})
+        tables = [table for table in (self._read(shard, columns) for shard in shards) if table is not None]
+        return pa.concat_tables([empty, *tables], promote_options="default")
+
+    def _read(self, shard: Path, columns: Sequence[str] | None) -> pa.Table | None:
+        """Return a shard, or put it aside and return nothing if it is not what was written here."""
+        try:
+            content = shard.read_bytes()
+        except FileNotFoundError:  # another process has just merged it
+            return None
+        if self._name(content) != shard.name:
+            aside = shard.with_suffix(".damaged")
+            shard.replace(aside)
+            warnings.warn(
+                f"{shard} is damaged or belongs to another store; it was renamed to {aside.name}, and its rows are "
+                "scored again",
+                stacklevel=2,
+            )
+            return None
+        file = pq.ParquetFile(io.BytesIO(content))
+        return file.read(columns and [name for name in ("id", *columns) if name in file.schema_arrow.names])
+
+    def columns(self, ids: pa.Array, names: Sequence[str]) -> dict[str, Floats]:
+        """Return scores in the order of ``ids``, ``[N]`` each, NaN where there is none."""
+        return by_id(self._read_all(self._shards(), names), ids, names)
+
+    def answers(self, ids: pa.Array) -> dict[str, str]:
+        """Return the answers to some rows by id, where there are."""
+        table = self._read_all(self._shards(), ["answer"])
+        if "answer" not in table.column_names:
+            return {}
+        chosen = table.filter(pc.and_(pc.is_in(table["id"], ids), pc.is_valid(table["answer"])))
+        return dict(zip(chosen["id"].to_pylist(), chosen["answer"].to_pylist(), strict=True))
+
+
+def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Floats]:
+    """Look scores up.
+
+    Args:
+        table: Has ``id`` and some of the columns; a row may stand in it several times.
+        ids: ``[N]``
+        names: The columns.
+
+    Returns:
+        By column ``[N]``, NaN where the table has no score.
+
+    Example:
+        >>> table = pa.table({"id": ["a", "b"], "nll": [0.5, 1.5]})
+        >>> by_id(table, pa.array(["b", "c"]), ["nll"])
+        {'nll': array([1.5, nan])}
+    """
+    found = {}
+    for name in names:
+        if name not in table.column_names:
+            found[name] = np.full(len(ids), np.nan)
+            continue
+        scored = table.filter(pc.is_valid(table[name]))
+        places = pc.index_in(ids, value_set=scored["id"].combine_chunks())
+        values = scored[name].cast(pa.float64()).take(places)
+        found[name] = values.to_numpy()
+    return found
+
+
+def _one_row_per_id(table: pa.Table) -> pa.Table:
+    """Sort by id and join what several shards say of a row."""
+    names = sorted(name for name in table.column_names if name != "id")
+    joined = table.group_by("id", use_threads=False).aggregate([(name, "first") for name in names])  # not null
+    return joined.rename_columns(["id", *names]).sort_by("id")

@@ -9,17 +9,22 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-def chained_sorts(rouge_l: Sequence[float], loss: Sequence[float], k: int = 60) -> list[int]:
+def chained_sorts(
+    rouge_l: Sequence[float], loss: Sequence[float], k: int = 60, weights: tuple[float, float] = (1, 1)
+) -> list[int]:
     """Return the rows in the order of the paper's code: three stable sorts, each of the list the last one left."""
     rows = sorted(range(len(rouge_l)), key=lambda row: rouge_l[row], reverse=True)
     rank_rouge_l = {row: rank for rank, row in enumerate(rows, start=1)}
     rows = sorted(rows, key=lambda row: loss[row])
     rank_loss = {row: rank for rank, row in enumerate(rows, start=1)}
-    return sorted(rows, key=lambda row: 1 / (k + rank_rouge_l[row]) + 1 / (k + rank_loss[row]), reverse=True)
+    fused = {row: weights[0] / (k + rank_rouge_l[row]) + weights[1] / (k + rank_loss[row]) for row in rows}
+    return sorted(rows, key=lambda row: fused[row], reverse=True)
 
 
 def average_rank(values: Sequence[float], row: int) -> Fraction:
@@ -29,15 +34,30 @@ def average_rank(values: Sequence[float], row: int) -> Fraction:
     return Fraction(sum(range(easier + 1, easier + equal + 1)), equal)
 
 
-def fused_scores(*ease: Sequence[float], k: int = 60) -> list[Fraction]:
-    """Return the sum of reciprocal average ranks of every row, as exact fractions."""
-    return [sum(1 / (k + average_rank(values, row)) for values in ease) for row in range(len(ease[0]))]
+def fused_scores(*ease: Sequence[float], k: int = 60, weights: Sequence[float] | None = None) -> list[Fraction]:
+    """Return the weighted sum of reciprocal average ranks of every row, as exact fractions."""
+    exact = [Fraction(weight) for weight in weights or [1] * len(ease)]
+    return [
+        sum(weight / (k + average_rank(values, row)) for values, weight in zip(ease, exact, strict=True))
+        for row in range(len(ease[0]))
+    ]
 
 
-def average_rank_fusion(*ease: Sequence[float], k: int = 60) -> list[int]:
+def average_rank_fusion(*ease: Sequence[float], k: int = 60, weights: Sequence[float] | None = None) -> list[int]:
     """Return the rows by fused score, then by each criterion in turn, easiest first."""
-    fused = fused_scores(*ease, k=k)
+    fused = fused_scores(*ease, k=k, weights=weights)
     return sorted(range(len(fused)), key=lambda row: (fused[row], *(values[row] for values in ease)), reverse=True)
+
+
+def unique_and_lexsort(criteria: Sequence[NDArray[np.float64]], k: float, weights: Sequence[float]) -> list[int]:
+    """Return `average_rank_fusion` as float64 rounds it, where the shares of a row are added smallest first."""
+    shares = []
+    for values, weight in zip(criteria, weights, strict=True):
+        _, group, size = np.unique(-values, return_inverse=True, return_counts=True)
+        rank = np.cumsum(size) - (size - 1) / 2
+        shares.append(weight / (k + rank[group]))
+    fused = np.sort(shares, axis=0).sum(axis=0)
+    return np.lexsort([-values for values in reversed(criteria)] + [-fused]).tolist()
 
 
 def staged_value(schedule: Mapping[int, float], epoch: int) -> float:

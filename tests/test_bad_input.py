@@ -196,7 +196,7 @@ class TestSettings:
     def test_ties(self, set_up):
         refused("ties must be 'average' or 'order', but is 'random'", set_up, ROWS, ties="random")
 
-    @pytest.mark.parametrize("setting", ["batch_size", "reflection_batch_size"])
+    @pytest.mark.parametrize("setting", ["batch_size", "reflection_tokens"])
     @pytest.mark.parametrize("size", [0, -1])
     def test_batch_size(self, set_up, setting, size):
         refused(f"{setting}.*{size}", set_up, ROWS, **{setting: size})

@@ -1,3 +1,4 @@
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -144,6 +145,24 @@ def test_subset_holds_the_items_of_the_epoch():
     curriculum = Curriculum(torch.tensor([3, 0, 2, 1]), {0: 0.25, 1: 0.75})
     assert list(curriculum.subset(dataset, epoch=0)) == ["three"]
     assert list(curriculum.subset(dataset, epoch=1)) == ["three", "zero", "two"]
+
+
+def test_subset_holds_plain_integers_of_eight_bytes_that_pickle():
+    indices = Curriculum(torch.arange(1_000).flip(0), {0: 0.5}).subset(range(1_000), epoch=0).indices
+    assert {type(row) for row in indices} == {int}
+    assert memoryview(indices).nbytes == 8 * 500
+    assert list(pickle.loads(pickle.dumps(indices))) == list(range(999, 499, -1))
+
+
+@settings(deadline=None)
+@given(order=st.lists(st.integers(-20, 60), min_size=1, max_size=30))
+def test_names_every_row_once_wherever_the_rows_lie(order):
+    repeats = sum(row in order[:position] for position, row in enumerate(order))
+    if repeats:
+        with pytest.raises(ValueError, match=rf"but {repeats} of {len(order)} entries repeat one"):
+            Curriculum(torch.tensor(order), {0: 1.0})
+    else:
+        assert Curriculum(torch.tensor(order), {0: 1.0}).rows(0).tolist() == order
 
 
 def test_rows_are_int64_also_from_a_list():

@@ -1,40 +1,13 @@
-import random
-
 import pytest
 import references
 import torch
 from conftest import make_rows, tiny_model
 from datasets import Dataset
-from rouge_score.rouge_scorer import RougeScorer
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from srd_lightning.evaluation import (
-    PAPER_DECODING,
-    Decoding,
-    divergence_from_teacher,
-    end_tokens,
-    generate,
-    negative_log_likelihood,
-    rouge_l,
-)
+from srd_lightning.evaluation import divergence_from_teacher, negative_log_likelihood, response_logits
 from srd_lightning.rows import collate, tokenize
 from srd_lightning.templates import PromptTemplate
-
-PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96], [100, 101], [70, 71, 72, 73]]
-GREEDY = Decoding(max_new_tokens=12)
-SAMPLING = Decoding(max_new_tokens=12, temperature=1.0)
-
-
-class Numbers(ByT5Tokenizer):
-    """Writes token ids as numbers, so that answers show every token."""
-
-    def decode(self, ids, **options):
-        return " ".join(map(str, ids))
-
-
-@pytest.fixture
-def numbers():
-    return Numbers()
 
 
 @pytest.fixture
@@ -42,37 +15,8 @@ def model():
     return lively_model()
 
 
-def lively_model(seed=0, **options):
-    """A model with large weights, which does not say the same to every prompt."""
-    return tiny_model(seed, initializer_range=0.3, **options)
-
-
-def gpt2_with_dropout():
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=None)
-    return GPT2LMHeadModel(config).train()
-
-
-@torch.no_grad()
-def argmax_loop(model, prompt, ends, steps, no_repeat=None):
-    ids = list(prompt)
-    for _ in range(steps):
-        best = model(torch.tensor([ids])).logits[0, -1].argsort(descending=True).tolist()
-        if no_repeat:
-            seen = [ids[start : start + no_repeat] for start in range(len(ids))]
-            best = [token for token in best if [*ids[len(ids) - no_repeat + 1 :], token] not in seen]
-        if best[0] in ends:
-            break
-        ids.append(best[0])
-    return ids[len(prompt) :]
-
-
-def text(ids):
-    return " ".join(map(str, ids))
-
-
-def answers(model, tokenizer, decoding=GREEDY, prompts=PROMPTS, **options):
-    return generate(model, tokenizer, prompts, decoding, **options)
+def lively_model(seed=0):
+    return tiny_model(seed, initializer_range=0.3)
 
 
 def batch_of_rows(tokenizer, number=5):
@@ -86,165 +30,38 @@ def logits_of(model, batch):
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-class TestGreedy:
-    def test_equals_a_loop_of_argmax(self, model, numbers):
-        expected = [text(argmax_loop(model, prompt, [1], steps=12)) for prompt in PROMPTS]
-        assert len(set(expected)) == len(PROMPTS)
-        assert answers(model, numbers) == expected
-
-    def test_does_not_depend_on_the_batch(self, model, numbers):
-        alone = [answers(model, numbers, prompts=[prompt])[0] for prompt in PROMPTS]
-        assert answers(model, numbers, prompts=PROMPTS[::-1]) == alone[::-1]
-
-    def test_does_not_depend_on_the_seed(self, model, numbers):
-        assert answers(model, numbers, seed=1) == answers(model, numbers, seed=2)
-
-    @pytest.mark.parametrize("where", ["tokenizer", "generation_config", "list"])
-    def test_stops_at_the_end_token(self, model, numbers, where):
-        free = argmax_loop(model, PROMPTS[0], [], steps=12)
-        end = free[4]
-        if where == "tokenizer":
-            numbers.eos_token = chr(end - 3)
-            assert numbers.eos_token_id == end
-        else:
-            model.generation_config.eos_token_id = end if where == "generation_config" else [end, 2]
-        assert answers(model, numbers, prompts=PROMPTS[:1]) == [text(free[: free.index(end)])]
-
-    def test_no_token_is_made_after_the_last_answer_has_ended(self, model, numbers, monkeypatch):
-        free = argmax_loop(model, PROMPTS[0], [], steps=12)
-        model.generation_config.eos_token_id = free[2]
-        made, generate_tokens = [], model.generate
-        monkeypatch.setattr(model, "generate", lambda **options: made.append(generate_tokens(**options)) or made[0])
-        answers(model, numbers, prompts=PROMPTS[:1])
-        assert made[0].tolist() == [PROMPTS[0] + free[: free.index(free[2]) + 1]]
-
-    def test_padding_behind_an_early_end_is_no_answer(self, model, numbers):
-        end = argmax_loop(model, PROMPTS[0], [], steps=12)[2]
-        model.generation_config.eos_token_id = end
-        expected = [text(argmax_loop(model, prompt, [1, end], steps=12)) for prompt in PROMPTS]
-        assert len({len(answer.split()) for answer in expected}) > 1
-        assert answers(model, numbers) == expected
-
-    def test_answers_are_as_long_as_they_may_be(self, model, numbers):
-        assert [len(answer.split()) for answer in answers(model, numbers, Decoding(max_new_tokens=3))] == [3] * 5
-
-    @pytest.mark.parametrize(
-        "own",
-        [
-            {"repetition_penalty": 5.0},
-            {"do_sample": True, "temperature": 9.0},
-            {"max_length": 4},
-            {"num_beams": 3},
-            {"suppress_tokens": list(range(100, 200))},
-            {"bad_words_ids": [[token] for token in range(100, 200)]},
-        ],
-        ids=["repetition_penalty", "sampling", "max_length", "beams", "suppress_tokens", "bad_words"],
-    )
-    def test_the_models_own_settings_do_not_leak(self, model, numbers, own):
-        expected = [text(argmax_loop(model, prompt, [1], steps=12)) for prompt in PROMPTS]
-        for name, value in own.items():
-            setattr(model.generation_config, name, value)
-        assert answers(model, numbers) == expected
-
-    def test_a_tokenizer_without_padding(self, model, numbers):
-        expected = answers(model, numbers)
-        numbers.pad_token = None
-        assert answers(model, numbers) == expected
-
-    def test_text_is_decoded_and_stripped(self, model, monkeypatch, tokenizer):
-        spoken = torch.tensor([[70, 3 + ord(" "), 3 + ord("h"), 3 + ord("i"), 3 + ord("\n"), 1, 0]])
-        monkeypatch.setattr(model, "generate", lambda **options: spoken)
-        assert answers(model, tokenizer, prompts=[[70]]) == ["hi"]
+def capped_model():
+    """A model that does something to its logits after the output head."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    return Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.5, initializer_range=0.3)).eval()
 
 
-class TestSampling:
-    def test_is_reproducible(self, model, numbers):
-        assert answers(model, numbers, SAMPLING, seed=3) == answers(model, numbers, SAMPLING, seed=3)
-
-    def test_depends_on_the_seed(self, model, numbers):
-        assert answers(model, numbers, SAMPLING, seed=3) != answers(model, numbers, SAMPLING, seed=4)
-
-    def test_takes_the_seed_of_the_decoding(self, model, numbers):
-        assert answers(model, numbers, SAMPLING) == answers(model, numbers, SAMPLING, seed=10)
-
-    @pytest.mark.parametrize(
-        "narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=["top_k", "top_p", "temperature"]
-    )
-    def test_narrowed_to_one_token_is_greedy(self, model, numbers, narrow):
-        decoding = Decoding(**{"max_new_tokens": 12, "temperature": 1.0, **narrow})
-        assert answers(model, numbers, decoding) == answers(model, numbers)
-
-    @pytest.mark.parametrize(
-        "own", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.9}, {"typical_p": 0.1}], ids=lambda own: next(iter(own))
-    )
-    def test_the_models_own_settings_do_not_leak(self, model, numbers, own):
-        expected = answers(model, numbers, SAMPLING)
-        for name, value in own.items():
-            setattr(model.generation_config, name, value)
-        assert answers(model, numbers, SAMPLING) == expected
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=2)).eval()
 
 
-class TestNoRepeatedNgram:
-    PROMPTS = ([3, 4, 3, 4, 3], [5, 6, 7, 5, 6])
+class TestResponseLogits:
+    @pytest.mark.parametrize("make", [lively_model, capped_model, gpt2])
+    def test_are_those_of_all_positions_where_responses_are_predicted(self, make, tokenizer):
+        model, batch = make(), batch_of_rows(tokenizer)
+        full = logits_of(model, batch)
+        expected = [full[row, place] for row, place in references.response_positions(batch["labels"])]
+        assert torch.allclose(response_logits(model, batch), torch.stack(expected), atol=1e-5)
 
-    def test_equals_a_loop_that_skips_what_would_repeat(self, numbers):
-        model = lively_model(vocab_size=12)
-        expected = [text(argmax_loop(model, prompt, [1], steps=20, no_repeat=2)) for prompt in self.PROMPTS]
-        assert expected != [text(argmax_loop(model, prompt, [1], steps=20)) for prompt in self.PROMPTS]
-        decoding = Decoding(max_new_tokens=20, no_repeat_ngram_size=2)
-        assert answers(model, numbers, decoding, prompts=self.PROMPTS) == expected
+    def test_no_other_position_goes_through_the_head(self, model, tokenizer):
+        batch, seen = batch_of_rows(tokenizer), []
+        model.lm_head.register_forward_hook(lambda module, hidden, logits: seen.append(logits.shape))
+        response_logits(model, batch)
+        assert seen == [(1, int((batch["labels"] != -100).sum()), 384)]
 
-
-@pytest.mark.parametrize("decoding", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-class TestWhatGenerateLeaves:
-    def test_global_random_state(self, model, numbers, decoding):
-        torch.manual_seed(7)
-        expected = torch.rand(3)
-        torch.manual_seed(7)
-        answers(model, numbers, decoding)
-        assert torch.equal(torch.rand(3), expected)
-
-    def test_mode_of_every_module(self, model, numbers, decoding):
-        model.train()
-        model.model.layers[0].eval()
-        before = {name: module.training for name, module in model.named_modules()}
-        answers(model, numbers, decoding)
-        assert {name: module.training for name, module in model.named_modules()} == before
-
-    def test_mode_after_an_error(self, model, numbers, decoding, monkeypatch):
-        def fail(**options):
-            raise RuntimeError("out of memory")
-
-        model.train()
-        monkeypatch.setattr(model, "generate", fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            answers(model, numbers, decoding)
-        assert all(module.training for module in model.modules())
-
-
-def test_dropout_is_off_while_a_model_in_training_answers(numbers):
-    model = gpt2_with_dropout()
-    trained = answers(model, numbers)
-    assert trained == answers(model.eval(), numbers)
-
-
-@pytest.mark.parametrize(
-    ("own", "ends"), [(None, [1]), (1, [1]), (5, [1, 5]), ([7, 5], [1, 5, 7])], ids=["none", "same", "other", "list"]
-)
-def test_end_tokens(model, tokenizer, own, ends):
-    model.generation_config.eos_token_id = own
-    assert end_tokens(model, tokenizer) == ends
-
-
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}], ids=["no_tokens", "temperature"])
-def test_decoding_out_of_range(wrong):
-    with pytest.raises(ValueError, match="expected max_new_tokens >= 1 and temperature >= 0"):
-        Decoding(**wrong)
-
-
-def test_paper_decoding():
-    assert (PAPER_DECODING.temperature, PAPER_DECODING.no_repeat_ngram_size) == (0.01, 6)
-    assert (PAPER_DECODING.max_new_tokens, PAPER_DECODING.seed) == (256, 10)
+    def test_the_model_is_left_as_it_was(self, model, tokenizer):
+        batch = batch_of_rows(tokenizer)
+        before = logits_of(model, batch)
+        response_logits(model, batch)
+        assert torch.equal(logits_of(model, batch), before)
 
 
 class TestNegativeLogLikelihood:
@@ -295,32 +112,3 @@ class TestDivergenceFromTeacher:
         batch = batch_of_rows(tokenizer)
         logits = logits_of(model, batch)
         assert divergence_from_teacher(logits, logits, batch["labels"]).sums.tolist() == [0] * 5
-
-
-class TestRougeL:
-    @pytest.mark.parametrize(
-        ("truth", "answer", "expected"),
-        [
-            ("testing one two", "testing", 1 / 2),
-            ("testing one two", "testing two", 4 / 5),
-            ("testing one two", "two one", 2 / 5),
-            ("The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log.", 10 / 17),
-            ("the runners ran", "the runner ran", 1.0),
-            ("The Cat!", "the cat", 1.0),
-            ("a b c", "a b c", 1.0),
-            ("one two", "three four", 0.0),
-            ("one", "", 0.0),
-            ("é", "é", 0.0),
-        ],
-        ids=["one_word", "gap", "order", "readme", "stemmed", "case", "copy", "nothing", "empty", "no_latin_letters"],
-    )
-    def test_by_hand(self, truth, answer, expected):
-        assert rouge_l(truth, answer) == pytest.approx(expected)
-
-    def test_equals_the_scorer_of_google(self):
-        rng = random.Random(0)
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        words = ["running", "runs", "Cats", "cat", "of", "a", "7", "nations"]
-        for _ in range(100):
-            truth, answer = (" ".join(rng.choices(words, k=rng.randint(0, 9))) for _ in range(2))
-            assert rouge_l(truth, answer) == scorer.score(truth, answer)["rougeL"].fmeasure

@@ -17,7 +17,8 @@ from srd_lightning import (
     Pretrained,
     SRDDataModule,
 )
-from srd_lightning.evaluation import generate, rouge_l
+from srd_lightning.generation import generate
+from srd_lightning.rouge import rouge_l
 
 QUIET = {
     "accelerator": "cpu",
@@ -68,7 +69,7 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(student, teacher, tokenize
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_all_rows_from_the_start_is_ordinary_distillation(weight, student, teacher, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("srd_lightning.data.reflect", None)
+    monkeypatch.setattr("srd_lightning.data.Reflector", None)
     plain, batches = copy.deepcopy(student), Batches()
     module = KDLightningModule(student, teacher, kd_weight=weight, optimizer=sgd)
     data = everything(tokenizer, rows)

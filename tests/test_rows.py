@@ -271,8 +271,9 @@ class TestTokenize:
 
     def test_columns(self, tokenizer):
         rows, _ = tokenised(tokenizer, [{"prompt": "Hi", "response": "a", "cut": 1, "drop": "x", "input_ids": [0]}])
-        assert rows.column_names == ["id", "prompt", "response", "input_ids", "prompt_length"]
+        assert rows.column_names == ["id", "prompt", "response", "input_ids", "prompt_length", "length"]
         assert rows[0]["prompt"] == "Hi: "
+        assert rows[0]["length"] == len(rows[0]["input_ids"]) == len("Hi: a") + 1
 
     def test_no_token_spans_the_border(self):
         tokenizer = merging_tokenizer()

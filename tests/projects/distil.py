@@ -43,7 +43,7 @@ def parts(folder):
         batch_size=3,
         scores=f"{folder}/scores",
         decoding=Decoding(max_new_tokens=5),
-        reflection_batch_size=4,
+        reflection_tokens=300,
     )
     return module, data
 

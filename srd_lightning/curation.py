@@ -1,0 +1,260 @@
+"""From rows and a student to scores and an order: reflection by all processes, scores from elsewhere, ranking."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from srd_lightning.criteria import Criterion
+from srd_lightning.fingerprint import fingerprint
+from srd_lightning.generation import Decoding
+from srd_lightning.ranking import reciprocal_rank_fusion
+from srd_lightning.reflection import SCORING_VERSION, Batch, Reflected, fixed_batches, reflect, score_batch
+from srd_lightning.store import Floats, ScoreStore, by_id
+from srd_lightning.team import Team
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all rows, ``[N]`` by column, where they are kept, and how many rows were scored in this run."""
+
+    columns: dict[str, Floats]
+    folder: Path
+    scored: int
+
+
+@dataclass(frozen=True)
+class Reflector:
+    """Lets a student reflect, in all processes, and keeps the scores.
+
+    Args:
+        tokenizer: The student's.
+        template: How rows became prompts.
+        criteria: What to score.
+        decoding: How the student answers.
+        tokens_per_batch: See `fixed_batches`.
+        threads: Of a CPU while it reflects: their number changes the last digits of scores.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: object
+    criteria: Sequence[Criterion]
+    decoding: Decoding
+    tokens_per_batch: int
+    threads: int
+
+    def scores(
+        self, rows: Dataset, model: nn.Module, folder: Callable[[Mapping[str, str]], Path], device: torch.device
+    ) -> Scores:
+        """Score every row that has no scores yet.
+
+        Args:
+            rows: Tokenised rows.
+            model: The student; moved to the device while it reflects.
+            folder: Says where scores are kept that were made of something, given as digests by part.
+            device: Where to reflect.
+
+        Returns:
+            The scores, the same in all processes.
+
+        Raises:
+            ValueError: The folder holds scores made of something else, or the processes have different students.
+            RuntimeError: Another run writes to the folder, or another process has failed.
+        """
+        team, ids = Team(), row_ids(rows)
+        made_of = fingerprint(rows, model, self.tokenizer, self.template, self.decoding, SCORING_VERSION)
+        names = [criterion.column for criterion in self.criteria]
+
+        def begin() -> tuple[ScoreStore, Mapping[str, str], list[tuple[int, Batch]]]:
+            settings = {criterion.column: criterion.settings() for criterion in self.criteria}
+            store = ScoreStore(folder(made_of), made_of, settings)
+            stack.enter_context(store.locked())
+            return store, made_of, self._unscored(rows, store.columns(ids, names))
+
+        def finish() -> dict[str, Floats]:
+            if todo:
+                store.tidy()
+            return store.columns(ids, names)
+
+        with ExitStack() as stack:
+            store, first_made_of, todo = team.from_first(begin)
+            with team.sharing(store.folder) as check:
+                _check_same(made_of, first_made_of)
+                share = todo[team.rank :: team.size]
+                with _placed(model, device), pinned_threads(self.threads, device):
+                    reflect(
+                        model, self.tokenizer, rows, store, self.criteria, self.decoding, share, check, team.rank == 0
+                    )
+            return Scores(team.from_first(finish), store.folder, sum(len(batch) for _, batch in todo))
+
+    def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, Batch]]:
+        missing = np.any([np.isnan(values) for values in columns.values()], axis=0)
+        batches = enumerate(fixed_batches(rows, self.tokens_per_batch, self.decoding))
+        return [(number, batch) for number, batch in batches if missing[batch].any()]
+
+
+def _check_same(made_of: Mapping[str, str], first: Mapping[str, str]) -> None:
+    different = [part for part in made_of if made_of[part] != first[part]]
+    if different:
+        raise ValueError(
+            f"this process has another {', '.join(different)} than the first one; load the same files in all, and call "
+            "seed_everything before a model is made from a configuration"
+        )
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def pinned_threads(number: int, device: torch.device) -> Iterator[None]:
+    """Compute with a fixed number of threads on a CPU."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) -> Scores:
+    """Read the scores of an earlier reflection as they are, without the student that made them.
+
+    Raises:
+        ValueError: They are not there, or not all.
+    """
+    if not (folder / "manifest.json").exists():
+        raise ValueError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
+    store = ScoreStore.reopen(folder)
+    columns = store.columns(row_ids(rows), [criterion.column for criterion in criteria])
+    if any(np.isnan(values).any() for values in columns.values()):
+        raise ValueError(f"some of the scores that this run was trained with are not in {folder} any more")
+    return Scores(columns, folder, 0)
+
+
+def row_ids(rows: Dataset) -> pa.Array:
+    """Return the ids of rows, ``[N]``, as they stand in memory-mapped files."""
+    return rows.select_columns(["id"]).with_format("arrow")[:]["id"].combine_chunks()
+
+
+def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokenizer: PreTrainedTokenizerBase) -> Scores:
+    """Take scores from a parquet file of ``id`` and columns, which something else has made.
+
+    Where the file has ``answer``, criteria that look at nothing else are computed from it.
+
+    Args:
+        path: The file.
+        rows: Tokenised rows.
+        criteria: The columns that are wanted.
+        tokenizer: The student's.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: A column is missing, or a row has no score.
+    """
+    table = pq.read_table(path, memory_map=True)
+    if "id" not in table.column_names:
+        raise ValueError(f"{path} must have the column `id`, but has {', '.join(table.column_names)}")
+    table = table.set_column(table.column_names.index("id"), "id", table["id"].cast(pa.string()))
+    ids = row_ids(rows)
+    here = [criterion.column for criterion in criteria if criterion.column in table.column_names]
+    columns = by_id(table, ids, here)
+    for criterion in criteria:
+        if criterion.column not in here:
+            columns[criterion.column] = _from_answers(path, table, rows, criterion, tokenizer)
+    for name, values in columns.items():
+        missing = np.flatnonzero(np.isnan(values))
+        if len(missing):
+            raise ValueError(
+                f"{path} has no {name} for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} among "
+                "them; score every row, or leave it out of `data`"
+            )
+    return Scores(columns, path.with_suffix(""), 0)
+
+
+def _from_answers(
+    path: Path, table: pa.Table, rows: Dataset, criterion: Criterion, tokenizer: PreTrainedTokenizerBase
+) -> Floats:
+    if not criterion.from_answers or "answer" not in table.column_names:
+        raise ValueError(
+            f"{path} has no column {criterion.column!r} for {type(criterion).__name__}, only "
+            f"{', '.join(table.column_names)}; add it, or leave the criterion out"
+        )
+    answers = dict(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
+    values: list[float] = []
+    for batch in rows.iter(batch_size=1000):
+        chosen = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        texts = [answers.get(row["id"]) or "" for row in chosen]
+        reflected = Reflected(nn.Identity(), tokenizer, chosen, Decoding(), answers=texts)
+        known = [row["id"] in answers for row in chosen]
+        scores = score_batch(reflected, [criterion])
+        values += [score[criterion.column] if has else float("nan") for score, has in zip(scores, known, strict=True)]
+    return np.array(values)
+
+
+def rank(
+    columns: Mapping[str, Floats], criteria: Sequence[Criterion], ids: pa.Array, ties: Literal["average", "order"]
+) -> Tensor:
+    """Order rows by their scores, easiest first.
+
+    Args:
+        columns: Scores by column, ``[N]``.
+        criteria: Their directions and weights.
+        ids: ``[N]``; rows that no score can tell apart stand in the order of their ids, not of the file.
+        ties: See `reciprocal_rank_fusion`; with ``"order"`` the order of the file decides, as in the paper's code.
+
+    Returns:
+        Row numbers ``[N]``, int64.
+    """
+    for criterion in criteria:
+        missing = int(np.isnan(columns[criterion.column]).sum())
+        if missing:
+            raise ValueError(
+                f"{criterion.column} is NaN for {missing} of {len(ids)} rows; leave the rows or the criterion out"
+            )
+    ease = [
+        columns[criterion.column] if criterion.higher_is_easier else -columns[criterion.column]
+        for criterion in criteria
+    ]
+    order = reciprocal_rank_fusion(*ease, ties=ties, weights=[criterion.weight for criterion in criteria])
+    return order if ties == "order" else _settle_by_id(order, ease, ids)
+
+
+def _settle_by_id(order: Tensor, ease: Sequence[Floats], ids: pa.Array) -> Tensor:
+    rows = order.numpy()
+    as_before = np.ones(max(len(rows) - 1, 0), dtype=bool)
+    for values in ease:
+        in_order = values[rows]
+        as_before &= in_order[1:] == in_order[:-1]
+    places = np.flatnonzero(np.append(as_before, False) | np.insert(as_before, 0, False))
+    if len(places):
+        group = np.cumsum(~np.insert(as_before, 0, False)[places])
+        names = np.array(ids.take(pa.array(rows[places])).to_pylist())
+        rows[places] = rows[places][np.lexsort((names, group))]
+    return order
+
+
+def digest(made_of: Mapping[str, str]) -> str:
+    """Return a short name for what scores were made of."""
+    return hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:16]

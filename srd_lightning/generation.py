@@ -1,0 +1,219 @@
+"""What a model answers.
+
+transformers generate; here rows that have ended leave the batch, so that nobody waits for the longest answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+ROUND = 16
+"""Steps between two looks at which rows have ended."""
+MIN_LIMIT = 8
+"""Tokens that `Decoding.max_length_ratio` leaves the answer to the shortest response."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is generated; greedy by default.
+
+    Args:
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 is greedy; above 0 tokens are sampled.
+        top_p: Sample from the smallest set of tokens with this probability; 1 is all.
+        top_k: Sample from this many tokens; 0 is all.
+        no_repeat_ngram_size: Forbid n-grams of this size to repeat, prompt included; 0 allows them.
+        seed: Of the sampling.
+        max_length_ratio: Stop an answer that is this many times as long as the true response, in tokens (but none
+            before 8), where the truth is known; by default only ``max_new_tokens`` stops it.
+        continuous_batching: Let transformers fill up the batch as rows end (``generate_batch``): for GPUs and many
+            rows, as it takes seconds to start; it knows no ``no_repeat_ngram_size``.
+
+    Raises:
+        ValueError: A setting that is out of range, or two that do not go together.
+
+    Example:
+        >>> Decoding(max_new_tokens=100, max_length_ratio=1.5).limits([4, 20, 90])
+        [8, 30, 100]
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    no_repeat_ngram_size: int = 0
+    seed: int = 10
+    max_length_ratio: float | None = None
+    continuous_batching: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings that have no meaning below their bound."""
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise ValueError(f"expected max_new_tokens >= 1 and temperature >= 0, but got {self}")
+        if self.max_length_ratio is not None and self.max_length_ratio <= 0:
+            raise ValueError(f"max_length_ratio must be positive or None, but is {self.max_length_ratio}")
+        if self.continuous_batching and self.no_repeat_ngram_size:
+            raise ValueError("continuous_batching knows no no_repeat_ngram_size; leave one of the two out")
+
+    def limits(self, response_lengths: Sequence[int]) -> list[int]:
+        """Return how many tokens each answer may have, from the tokens of the true responses."""
+        if self.max_length_ratio is None:
+            return [self.max_new_tokens] * len(response_lengths)
+        wanted = (max(MIN_LIMIT, math.ceil(self.max_length_ratio * length)) for length in response_lengths)
+        return [min(self.max_new_tokens, limit) for limit in wanted]
+
+
+PAPER_DECODING = Decoding(temperature=0.01, no_repeat_ngram_size=6)
+"""How the authors let the student reflect: as good as greedy, with no 6-gram twice."""
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's and those in the model's own generation settings."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({token for token in ids if token is not None})
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seed: int | None = None,
+    limits: Sequence[int] | None = None,
+) -> list[str]:
+    """Return one answer per prompt.
+
+    Args:
+        model: A model with transformers' ``generate``.
+        tokenizer: Turns the generated ids into text.
+        prompts: Token ids, not padded.
+        decoding: How to generate.
+        seed: Replaces the seed of ``decoding``; the global random state is left as it was.
+        limits: Most tokens of each answer, see `Decoding.limits`; ``max_new_tokens`` by default.
+
+    Returns:
+        The answers as text, without the end token.
+    """
+    limits = limits or [decoding.max_new_tokens] * len(prompts)
+    ends = end_tokens(model, tokenizer)
+    config = _generation_config(decoding, ends, tokenizer.pad_token_id)
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    write = _answer_continuously if decoding.continuous_batching else _answer_in_rounds
+    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
+        torch.manual_seed(decoding.seed if seed is None else seed)
+        answers = write(model, prompts, config, limits)
+    return [
+        tokenizer.decode(_until_end(ids, ends)[:limit], skip_special_tokens=True).strip()
+        for ids, limit in zip(answers, limits, strict=True)
+    ]
+
+
+def _generation_config(decoding: Decoding, ends: list[int], pad: int | None) -> GenerationConfig:
+    sampling: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k,
+        }
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None else pad,
+        return_dict_in_generate=True,
+        **sampling,
+    )
+
+
+def _answer_in_rounds(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, limits: Sequence[int]
+) -> list[list[int]]:
+    """Generate some steps for all rows, then some more for those that have not ended, with the cache of these."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    running, steps, cache = list(range(len(prompts))), 0, None
+    input_ids, attention_mask = _pad_left(prompts, config.pad_token_id, next(model.parameters()).device)
+    while running:
+        config.max_new_tokens = min(ROUND, max(limits[row] for row in running) - steps)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            generation_config=config,
+        )
+        new = output.sequences[:, input_ids.shape[1] :]
+        steps += new.shape[1]
+        for row, ids in zip(running, new.tolist(), strict=True):
+            answers[row] += ids
+        left = [
+            place
+            for place, (row, ids) in enumerate(zip(running, new.tolist(), strict=True))
+            if steps < limits[row] and not set(ids) & set(config.eos_token_id)
+        ]
+        running = [running[place] for place in left]
+        places = torch.tensor(left, dtype=torch.int64, device=input_ids.device)
+        input_ids = output.sequences[places]
+        attention_mask = torch.cat([attention_mask[places], torch.ones_like(new[places])], dim=1)
+        cache = getattr(output, "past_key_values", None)  # without one, the next round begins with the whole text
+        if running and cache is not None:
+            cache.batch_select_indices(places)
+    return answers
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
+def _answer_continuously(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, limits: Sequence[int]
+) -> list[list[int]]:
+    config.max_new_tokens = max(limits)
+    outputs = model.generate_batch([list(prompt) for prompt in prompts], generation_config=config)
+    if len(outputs) < len(prompts) or any(output.error for output in outputs.values()):
+        raise RuntimeError(
+            f"transformers' generate_batch answered {len(outputs)} of {len(prompts)} prompts; its log says why; "
+            "continuous_batching=False generates without it"
+        )
+    return [output.generated_tokens for output in outputs.values()]
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    return next((ids[:position] for position, token in enumerate(ids) if token in ends), ids)
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """Set the model's own generation settings aside: transformers fill in from them what a call leaves open."""
+    own = getattr(model, "generation_config", None)
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while: a student that trains must not be left in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,58 @@
+"""Loaders of tokenised rows for training and evaluation, sharded over the processes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from srd_lightning.rows import collate
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Makes loaders.
+
+    Args:
+        tokenizer: Says what pads.
+        num_workers: Processes that load batches.
+        seed: Of the order within an epoch.
+        rank: This process.
+        world_size: Processes that see different rows.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    num_workers: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def train(self, pool: Any, epoch: int, batch_size: int) -> DataLoader[Any]:
+        """Return rows shuffled by seed and epoch; the last processes may see a row again to even out."""
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            pool, self.world_size, self.rank, shuffle=True, seed=self.seed
+        )
+        sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
+        return self._loader(pool, sampler, batch_size)
+
+    def evaluation(self, rows: Any, batch_size: int) -> DataLoader[Any]:
+        """Return rows in their order. Every process gets as many; those that fill up have no response to count."""
+        blanks: Any = [{**rows[0], "prompt_length": len(rows[0]["input_ids"])}] * (-len(rows) % self.world_size)
+        full: ConcatDataset[Any] = ConcatDataset([rows, blanks])
+        sampler: DistributedSampler[Any] = DistributedSampler(full, self.world_size, self.rank, shuffle=False)
+        return self._loader(full, sampler, batch_size)
+
+    def _loader(self, rows: Any, sampler: DistributedSampler[Any], batch_size: int) -> DataLoader[Any]:
+        pad = self.tokenizer.pad_token_id
+        return DataLoader(
+            rows,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=functools.partial(collate, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad),
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,67 @@
+"""Curates only, on some processes, with some trouble: ``reflect.py FOLDER DEVICES [STRATEGY] [TROUBLE]``."""
+
+import os
+import signal
+import sys
+import time
+
+import distil
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from srd_lightning import reflection, store
+from srd_lightning.cli import SRDTrainer
+
+STRATEGIES = {"ddp": "ddp", "fsdp2": ModelParallelStrategy()}
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+batches = iter(range(2))
+
+
+def killed_in_the_third_batch(scores):
+    if next(batches, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing_in_the_second_process(scores):
+    if rank() == 1:
+        raise OSError("no space left on the disk")
+    time.sleep(0.5)
+
+
+def failing_in_the_first_process(scores):
+    if rank() == 0:
+        raise OSError("no space left on the disk")
+    time.sleep(0.5)
+
+
+def slow_in_the_second_process(scores):
+    time.sleep(0.3 * rank())
+
+
+def slow_in_every_process(scores):
+    time.sleep(1.5)
+
+
+def main(folder, devices, strategy="ddp", trouble=""):
+    if trouble in globals():
+        score_batch = reflection.score_batch
+        reflection.score_batch = lambda *given: globals()[trouble](given) or score_batch(*given)
+    module, data = distil.parts(folder)
+    if trouble == "another_student" and int(os.environ.get("LOCAL_RANK", 0)) == 1:
+        module.student.lm_head.weight.data[0, 0] += 1
+    if trouble == "impatient":
+        store.PATIENCE = 0.1
+    options = {"devices": int(devices), "strategy": STRATEGIES[strategy] if int(devices) > 1 else "auto"}
+    trainer = SRDTrainer(accelerator="cpu", default_root_dir=folder, logger=False, **options)
+    trainer.curate(module, data)
+    order = data.curriculum.order.tolist()
+    print(f"order {trainer.global_rank}: {order}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,291 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import references
+import torch
+from conftest import make_rows, tiny_model
+from datasets import Dataset
+
+from srd_lightning import reflection
+from srd_lightning.criteria import (
+    AnswerLength,
+    Column,
+    Criterion,
+    NegativeLogLikelihood,
+    Perplexity,
+    RankSurprisalRatio,
+    RougeL,
+)
+from srd_lightning.curation import Reflector, pinned_threads, rank, read_scores, row_ids, stored_scores
+from srd_lightning.generation import Decoding, generate
+from srd_lightning.rouge import rouge_l
+from srd_lightning.rows import tokenize
+from srd_lightning.templates import PromptTemplate
+
+TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
+GREEDY = Decoding(max_new_tokens=6)
+SAMPLING = Decoding(max_new_tokens=6, temperature=1.0)
+PAPER = [RougeL(), NegativeLogLikelihood()]
+CPU = torch.device("cpu")
+both = pytest.mark.parametrize("decoding", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+
+
+@pytest.fixture
+def model():
+    return tiny_model(initializer_range=0.3)
+
+
+@pytest.fixture
+def data(tokenizer):
+    return tokenize(Dataset.from_list(make_rows(20)), tokenizer, TEMPLATE)[0]
+
+
+@pytest.fixture
+def score(model, tokenizer, data, tmp_path):
+    """Reflect with these settings; returns the scores of each row by id."""
+
+    def run(folder="scores", rows=data, decoding=GREEDY, criteria=PAPER, tokens=1):
+        reflector = Reflector(tokenizer, TEMPLATE, criteria, decoding, tokens, threads=1)
+        scores = reflector.scores(rows, model, lambda made_of: tmp_path / folder, CPU)
+        ids = row_ids(rows).to_pylist()
+        return {
+            row_id: {name: values[row] for name, values in scores.columns.items()} for row, row_id in enumerate(ids)
+        }
+
+    return run
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
+
+
+def in_other_order(data):
+    return data.select([(7 * row) % len(data) for row in range(len(data))])
+
+
+def let_only(monkeypatch, batches):
+    """Let generation fail after this many batches."""
+    left = iter(range(batches))
+
+    def answer(*arguments, **options):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(reflection, "generate", answer)
+
+
+class TestReflector:
+    def test_scores_are_those_of_each_row_alone(self, score, model, tokenizer, data):
+        scores = score()
+        assert sorted(scores) == sorted(data["id"])
+        for row in data:
+            ids = torch.tensor([row["input_ids"]])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < row["prompt_length"], -100)
+            (answer,) = generate(model, tokenizer, [row["input_ids"][: row["prompt_length"]]], GREEDY)
+            assert scores[row["id"]]["nll"] == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
+            assert scores[row["id"]]["rouge_l"] == rouge_l(row["response"], answer)
+
+    @pytest.mark.parametrize("tokens", [60, 200, 10_000])
+    def test_batches_do_not_matter(self, score, tokens):
+        found, expected = score("a", tokens=tokens), score("b")
+        for row, scores in found.items():
+            assert scores["nll"] == pytest.approx(expected[row]["nll"], rel=1e-5)
+            assert scores["rouge_l"] == expected[row]["rouge_l"]
+
+    @both
+    def test_order_of_the_rows_does_not_matter(self, score, data, decoding, tmp_path):
+        found = score("a", rows=in_other_order(data), decoding=decoding, tokens=100)
+        assert found == score("b", decoding=decoding, tokens=100)
+        assert files(tmp_path / "a") == files(tmp_path / "b")
+
+    def test_a_second_run_of_other_order_and_batches_computes_nothing(self, score, data, monkeypatch, model):
+        scores = score(tokens=100)
+        monkeypatch.setattr(model, "forward", None)
+        assert score(rows=in_other_order(data), tokens=50) == scores
+
+    def test_a_criterion_added_later_takes_the_answers_that_are_there(self, score, monkeypatch, tmp_path):
+        expected = score("at once", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100)
+        score("later", tokens=100)
+        monkeypatch.setattr(reflection, "generate", None)
+        assert score("later", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100) == expected
+        assert files(tmp_path / "later") == files(tmp_path / "at once")
+
+    def test_no_answers_where_no_criterion_asks_for_them(self, score, monkeypatch):
+        monkeypatch.setattr(reflection, "generate", None)
+        assert {tuple(scores) for scores in score(criteria=[Perplexity()]).values()} == {("perplexity",)}
+
+    def test_another_student_is_refused(self, score, model):
+        score()
+        with torch.no_grad():
+            model.lm_head.weight[3, 5] += 1e-4
+        with pytest.raises(ValueError, match="made with another student"):
+            score()
+
+    def test_one_changed_row_is_noticed(self, score, tokenizer):
+        score()
+        rows = make_rows(20)
+        rows[7]["output"] += "!"
+        with pytest.raises(ValueError, match="made with another rows"):
+            score(rows=tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0])
+
+    def test_the_model_is_back_where_it_was(self, score, model):
+        model.train()
+        score()
+        assert next(model.parameters()).device == CPU
+        assert all(module.training for module in model.modules())
+
+
+@both
+class TestAStoppedRun:
+    def test_loses_the_batch_in_hand_only_and_gives_the_same_files(self, score, monkeypatch, tmp_path, decoding):
+        expected = score("whole", decoding=decoding)
+        with monkeypatch.context() as patch:
+            let_only(patch, batches=13)
+            with pytest.raises(KeyboardInterrupt):
+                score(decoding=decoding)
+        let_only(monkeypatch, batches=7)  # of 20
+        assert score(decoding=decoding) == expected
+        assert files(tmp_path / "scores") == files(tmp_path / "whole")
+
+    def test_a_damaged_part_is_made_again(self, score, tmp_path, decoding):
+        expected = score(decoding=decoding)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("srd_lightning.store.ROWS_PER_SHARD", 6)
+            score("parts", decoding=decoding)
+        parts = sorted((tmp_path / "parts").glob("part-*"))
+        assert len(parts) == 4
+        parts[1].write_bytes(parts[1].read_bytes()[:-30])
+        let = pytest.MonkeyPatch()
+        let_only(let, batches=6)
+        with pytest.warns(UserWarning, match=f"{parts[1].name} is damaged"):
+            assert score("parts", decoding=decoding) == expected
+        let.undo()
+
+
+class TestReadScores:
+    @pytest.fixture
+    def write(self, tmp_path):
+        def write(**columns):
+            pq.write_table(pa.table(columns), tmp_path / "scores.parquet")
+            return tmp_path / "scores.parquet"
+
+        return write
+
+    @pytest.fixture
+    def rows(self, tokenizer):
+        rows = [{"id": number, "instruction": "Say.", "output": text} for number, text in enumerate(["one", "two"])]
+        return tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0]
+
+    def test_by_id(self, write, rows, tokenizer):
+        path = write(id=["1", "9", "0"], nll=[1.5, 9.9, 0.5], judge=[3, 9, 4])
+        found = read_scores(path, rows, [NegativeLogLikelihood(), Column("judge", True)], tokenizer)
+        assert {name: values.tolist() for name, values in found.columns.items()} == {"nll": [0.5, 1.5], "judge": [4, 3]}
+
+    def test_ids_that_are_numbers(self, write, rows, tokenizer):
+        found = read_scores(write(id=[1, 0], nll=[1.5, 0.5]), rows, [NegativeLogLikelihood()], tokenizer)
+        assert found.columns["nll"].tolist() == [0.5, 1.5]
+
+    def test_criteria_of_answers_are_computed_here(self, write, rows, tokenizer):
+        path = write(id=["0", "1"], answer=["One!", "three"], nll=[0.5, 1.5])
+        assert read_scores(path, rows, PAPER, tokenizer).columns["rouge_l"].tolist() == [1.0, 0.0]
+
+    def test_a_row_without_score_is_named(self, write, rows, tokenizer):
+        with pytest.raises(ValueError, match="has no nll for 1 of 2 rows, '1' among them; score every row"):
+            read_scores(write(id=["0"], nll=[0.5]), rows, [NegativeLogLikelihood()], tokenizer)
+
+    def test_a_row_without_answer_is_named(self, write, rows, tokenizer):
+        with pytest.raises(ValueError, match="has no rouge_l for 1 of 2 rows, '0' among them"):
+            read_scores(write(id=["1"], answer=["x"]), rows, [RougeL()], tokenizer)
+
+    @pytest.mark.parametrize("columns", [{"nll": [0.5, 1.5]}, {"answer": ["a", "b"]}], ids=["no_answer", "no_student"])
+    def test_a_criterion_that_cannot_be_computed_is_named(self, write, rows, tokenizer, columns):
+        wanted = RougeL() if "nll" in columns else NegativeLogLikelihood()
+        with pytest.raises(ValueError, match=f"has no column '{wanted.column}' for {type(wanted).__name__}, only id"):
+            read_scores(write(id=["0", "1"], **columns), rows, [wanted], tokenizer)
+
+    def test_a_file_without_ids(self, write, rows, tokenizer):
+        with pytest.raises(ValueError, match="must have the column `id`, but has nll"):
+            read_scores(write(nll=[0.5]), rows, PAPER, tokenizer)
+
+
+class TestStoredScores:
+    def test_are_read_without_a_student(self, score, data, tmp_path):
+        expected = score()
+        found = stored_scores(tmp_path / "scores", in_other_order(data), PAPER).columns["nll"]
+        assert dict(zip(in_other_order(data)["id"], found, strict=True)) == {
+            row: scores["nll"] for row, scores in expected.items()
+        }
+
+    def test_that_are_gone(self, data, tmp_path):
+        with pytest.raises(ValueError, match="are not in"):
+            stored_scores(tmp_path / "gone", data, PAPER)
+
+    def test_that_are_not_all_there(self, score, data, tmp_path):
+        score(rows=data.select(range(19)))
+        with pytest.raises(ValueError, match="some of the scores"):
+            stored_scores(tmp_path / "scores", data, PAPER)
+
+
+COLUMNS = {"rouge_l": np.array([0.0, 0.5, 0.0, 0.5, 1.0]), "nll": np.array([2.0, 1.0, 2.0, 1.0, 3.0])}
+
+
+class TestRank:
+    def test_directions_and_weights(self):
+        ids = pa.array([str(row) for row in range(5)])
+        weighted = [RougeL(weight=3.0), NegativeLogLikelihood()]
+        ease = [COLUMNS["rouge_l"].tolist(), (-COLUMNS["nll"]).tolist()]
+        for criteria, weights in ((PAPER, None), (weighted, [3.0, 1.0])):
+            expected = references.average_rank_fusion(*ease, weights=weights)
+            assert rank(COLUMNS, criteria, ids, "average").tolist() == expected
+        only = rank(COLUMNS, [NegativeLogLikelihood()], ids, "average")
+        assert only.tolist() == [1, 3, 0, 2, 4]
+
+    def test_rows_that_no_score_tells_apart_stand_by_id(self):
+        ids = pa.array(["e", "d", "a", "b", "c"])
+        assert rank(COLUMNS, PAPER, ids, "average").tolist() == [3, 1, 4, 2, 0]
+
+    def test_or_by_their_place_in_the_file(self):
+        ids = pa.array(["e", "d", "a", "b", "c"])
+        assert rank(COLUMNS, PAPER, ids, "order").tolist() == references.chained_sorts(
+            COLUMNS["rouge_l"].tolist(), COLUMNS["nll"].tolist()
+        )
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_does_not_depend_on_the_order_of_the_file(self, seed):
+        rng = np.random.default_rng(seed)
+        columns = {"rouge_l": rng.integers(0, 3, 40) / 2, "nll": rng.integers(0, 4, 40) / 3}
+        ids, other = np.array([f"{row:02}" for row in range(40)]), rng.permutation(40)
+        expected = ids[rank(columns, PAPER, pa.array(ids), "average").numpy()]
+        found = rank({name: values[other] for name, values in columns.items()}, PAPER, pa.array(ids[other]), "average")
+        assert ids[other][found.numpy()].tolist() == expected.tolist()
+
+    def test_a_score_that_is_no_number_is_named(self):
+        columns = {**COLUMNS, "nll": np.array([1.0, np.nan, 2.0, np.nan, 0.0])}
+        with pytest.raises(ValueError, match="nll is NaN for 2 of 5 rows"):
+            rank(columns, PAPER, pa.array(list("abcde")), "average")
+
+    def test_one_row(self):
+        columns = {name: values[:1] for name, values in COLUMNS.items()}
+        assert rank(columns, PAPER, pa.array(["a"]), "average").tolist() == [0]
+
+
+class TestACriterionThatGivesNaN:
+    class Broken(Criterion):
+        column, higher_is_easier = "broken", True
+
+        def scores(self, reflected):
+            return [float("nan")] * len(reflected.rows)
+
+    def test_is_named_when_rows_are_ranked(self, score, data):
+        columns = {"broken": np.array([scores["broken"] for scores in score(criteria=[self.Broken()]).values()])}
+        with pytest.raises(ValueError, match="broken is NaN for 20 of 20 rows"):
+            rank(columns, [self.Broken()], row_ids(data), "average")
+
+
+def test_threads_are_pinned_and_given_back():
+    before = torch.get_num_threads()
+    with pinned_threads(3, CPU):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == before
