@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningCLI
+from rich.console import Console
 from torch.utils.data import DataLoader
 
-import srd_lightning.callbacks  # noqa: F401 (short names on the command line)
+import srd_lightning.arrangement
+import srd_lightning.callbacks
+import srd_lightning.criteria  # noqa: F401 (short names on the command line)
 from srd_lightning.data import SRDDataModule
 from srd_lightning.module import KDLightningModule
 
@@ -18,8 +22,12 @@ class SRDTrainer(Trainer):
     """Lightning's Trainer that can also curate."""
 
     def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
-        """Reflect and rank only: let the student answer every prompt, save the scores, train nothing."""
-        self.predict(_Bystander(model), datamodule=_CurationOnly(datamodule))
+        """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
+            self.predict(_Bystander(model), datamodule=_CurationOnly(datamodule))
+        if self.is_global_zero:
+            datamodule.report(Console())
 
 
 class _Bystander(LightningModule):

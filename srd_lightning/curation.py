@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,17 +23,25 @@ from srd_lightning.fingerprint import fingerprint
 from srd_lightning.generation import Decoding
 from srd_lightning.ranking import reciprocal_rank_fusion
 from srd_lightning.reflection import SCORING_VERSION, Batch, Reflected, fixed_batches, reflect, score_batch
-from srd_lightning.store import Floats, ScoreStore, by_id
+from srd_lightning.store import Floats, ScoreStore, answers_by_id, by_id
 from srd_lightning.team import Team
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of all rows, ``[N]`` by column, where they are kept, and how many rows were scored in this run."""
+    """Scores of all rows, ``[N]`` by column, and where they come from.
+
+    Args:
+        columns: By name.
+        folder: Where they are kept.
+        scored: How many rows were scored in this run.
+        answers: Takes ids; returns the answers that there are, by id.
+    """
 
     columns: dict[str, Floats]
     folder: Path
     scored: int
+    answers: Callable[[pa.Array], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,8 @@ class Reflector:
                     reflect(
                         model, self.tokenizer, rows, store, self.criteria, self.decoding, share, check, team.rank == 0
                     )
-            return Scores(team.from_first(finish), store.folder, sum(len(batch) for _, batch in todo))
+            scored = sum(len(batch) for _, batch in todo)
+            return Scores(team.from_first(finish), store.folder, scored, store.answers)
 
     def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, Batch]]:
         missing = np.any([np.isnan(values) for values in columns.values()], axis=0)
@@ -148,7 +158,7 @@ def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) ->
     columns = store.columns(row_ids(rows), [criterion.column for criterion in criteria])
     if any(np.isnan(values).any() for values in columns.values()):
         raise ValueError(f"some of the scores that this run was trained with are not in {folder} any more")
-    return Scores(columns, folder, 0)
+    return Scores(columns, folder, 0, store.answers)
 
 
 def row_ids(rows: Dataset) -> pa.Array:
@@ -190,7 +200,7 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
                 f"{path} has no {name} for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} among "
                 "them; score every row, or leave it out of `data`"
             )
-    return Scores(columns, path.with_suffix(""), 0)
+    return Scores(columns, path.with_suffix(""), 0, functools.partial(answers_by_id, table))
 
 
 def _from_answers(
@@ -201,11 +211,11 @@ def _from_answers(
             f"{path} has no column {criterion.column!r} for {type(criterion).__name__}, only "
             f"{', '.join(table.column_names)}; add it, or leave the criterion out"
         )
-    answers = dict(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
+    answers = answers_by_id(table, row_ids(rows))
     values: list[float] = []
     for batch in rows.iter(batch_size=1000):
         chosen = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        texts = [answers.get(row["id"]) or "" for row in chosen]
+        texts = [answers.get(row["id"], "") for row in chosen]
         reflected = Reflected(nn.Identity(), tokenizer, chosen, Decoding(), answers=texts)
         known = [row["id"] in answers for row in chosen]
         scores = score_batch(reflected, [criterion])

@@ -6,12 +6,14 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -25,8 +27,10 @@ from srd_lightning.generation import Decoding
 from srd_lightning.hygiene import inspect
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
-from srd_lightning.refresh import Refresher, rearrange, whole
+from srd_lightning.refresh import Refresher, rearrange
+from srd_lightning.report import extremes, present
 from srd_lightning.rows import Report, load_splits, tokenize
+from srd_lightning.students import fresh_student, trained_student
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
 
 
@@ -132,7 +136,7 @@ class SRDDataModule(LightningDataModule):
         self.reports: dict[str, Report] = {}
         self.curriculum: Curriculum | None = None
         self.curation: Curated | None = None
-        self.folder = Path()
+        self.found: Scores | None = None
 
     def setup(self, stage: str) -> None:
         """Read and tokenise once; for ``fit`` also reflect, rank and stage."""
@@ -162,7 +166,7 @@ class SRDDataModule(LightningDataModule):
             return self.tokenizer
         if isinstance(self.student, Pretrained):
             return self.student.tokenizer()
-        found = getattr(self.trainer and self.trainer.lightning_module, "tokenizer", None)
+        found = getattr(self._module(), "tokenizer", None)
         if found is None:
             raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
         return found
@@ -178,26 +182,35 @@ class SRDDataModule(LightningDataModule):
             raise ValueError(f"training needs the split 'train', but `data` has {', '.join(self.rows)}")
         self._clean()
         rows = self.rows["train"]
-        order, scores = torch.arange(len(rows)), Scores({}, self._folder({}), 0)
+        order, columns = torch.arange(len(rows)), {}
         if set(self.schedule.values()) != {1.0}:
-            scores = self._find_scores(rows)
-            order = self._order(rows, scores)
+            self.found = self._find_scores(rows)
+            order, columns = self._order(rows, self.found), self.found.columns
         kept = Curriculum(order, self.schedule).size(max(self.schedule))
         self.curriculum = Curriculum(self.arrangement(order, kept), self.schedule)
         self.curation = Curated(
             ids=row_ids(rows),
-            columns=scores.columns,
+            columns=columns,
             higher_is_easier={criterion.column: criterion.higher_is_easier for criterion in self.criteria},
             order=order,
             curriculum=self.curriculum,
             dropped=self.reports["train"].dropped,
             seconds=time.perf_counter() - start,
-            scored=scores.scored,
+            scored=self.found.scored if self.found else 0,
         )
-        self.folder = scores.folder
         for first, size in self.curation.sizes.items():
-            rank_zero_info(f"from epoch {first}: {size} of {len(rows)} rows, the easiest {size / len(rows):.0%}")
+            rank_zero_info(f"from epoch {first}: {size} of {len(rows)} rows")
         return self.curation
+
+    def report(self, console: Console) -> None:
+        """Show what came of the curation, and write it, with plots, into the folder of the scores."""
+        assert self.curation is not None, "curate() comes first"
+        if self.found is None:
+            console.print(f"all {self.curation.rows:,} rows are trained on from the start; nothing was ranked")
+            return
+        shown = self.rows["train"].select(np.concatenate(extremes(self.curation)))
+        answers = self.found.answers(row_ids(shown))
+        present(self.curation, self.rows["train"], answers, self.found.folder, console)
 
     def _clean(self) -> None:
         """Report training rows that stand twice or in another split, and drop the latter if that is wanted."""
@@ -212,7 +225,7 @@ class SRDDataModule(LightningDataModule):
     def _find_scores(self, rows: Dataset) -> Scores:
         if self.scores is not None and self.scores.endswith(".parquet"):
             return read_scores(Path(self.scores), rows, self.criteria, self.tokenizer)
-        return self._reflect(rows, self._find_student(), self._folder)
+        return self._reflect(rows, fresh_student(self.student, self._module()), self._folder)
 
     def _reflect(self, rows: Dataset, student: nn.Module, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
         reflector = Reflector(
@@ -229,21 +242,6 @@ class SRDDataModule(LightningDataModule):
     def _order(self, rows: Dataset, scores: Scores) -> Tensor:
         return rank(scores.columns, self.criteria, row_ids(rows), self.ties)
 
-    def _find_student(self) -> nn.Module:
-        if isinstance(self.student, Pretrained):
-            return self.student.model()
-        if self.student is not None:
-            return self.student
-        module: Any = self.trainer and self.trainer.lightning_module
-        if hasattr(module, "build_student"):
-            return cast(nn.Module, module.build_student())
-        if isinstance(getattr(module, "student", None), nn.Module):
-            return cast(nn.Module, module.student)
-        raise ValueError(
-            "SRDDataModule needs a student that reflects: pass student=, or train a module whose `student` is a model; "
-            "schedule={0: 1.0} trains on all rows without reflection"
-        )
-
     def _folder(self, made_of: Mapping[str, str]) -> Path:
         root = Path.cwd() if self.trainer is None else Path(self.trainer.default_root_dir)
         return root / "scores" / digest(made_of) if self.scores is None else Path(self.scores)
@@ -258,15 +256,15 @@ class SRDDataModule(LightningDataModule):
             rank_zero_info(f"rows still to come are in the order of {self.refresher.generations[first]}")
 
     def _order_again(self, first: int, epoch: int, rows: Dataset, kept: int) -> Tensor:
-        scores = self.refresher.scores(first, epoch, self.folder, rows, self.criteria, self._reflect_again)
+        assert self.found is not None
+        scores = self.refresher.scores(first, epoch, self.found.folder, rows, self.criteria, self._reflect_again)
         return self.arrangement(self._order(rows, scores), kept)
 
     def _reflect_again(self, rows: Dataset, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
-        module: Any = self.trainer and self.trainer.lightning_module
-        student = getattr(module, "student", self.student)
-        if not isinstance(student, nn.Module):
-            raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
-        return self._reflect(rows, whole(student), folder)
+        return self._reflect(rows, trained_student(self.student, self._module()), folder)
+
+    def _module(self) -> Any:
+        return self.trainer and self.trainer.lightning_module
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the scores of the refreshments are, for checkpoints."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from srd_lightning.criteria import Criterion
 from srd_lightning.curation import Scores, digest, stored_scores
@@ -99,15 +96,3 @@ def rearrange(
     to_come = curriculum.order[seen:]
     order = order_of(rows.select(to_come.numpy()), kept - seen)
     return Curriculum(torch.cat([curriculum.order[:seen], to_come[order]]), curriculum.schedule)
-
-
-def whole(model: nn.Module) -> nn.Module:
-    """Return the model, or where its weights are sharded (FSDP2) a copy that has them all, on the same device."""
-    parameter = next(model.parameters())
-    if not isinstance(parameter, DTensor):
-        return model
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    with torch.random.fork_rng(), parameter.device:
-        copy = cast(Any, type(model))(cast(Any, model).config).to(parameter.dtype)  # of the class before sharding
-    copy.load_state_dict(weights)
-    return cast(nn.Module, copy)

@@ -19,7 +19,9 @@ from datasets import Dataset
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from srd_lightning.curated import Curated
 from srd_lightning.ranking import Floats
@@ -110,6 +112,25 @@ def _table_of_criteria(criteria: Mapping[str, Any]) -> Table:
 
 def _correlation(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
+
+
+def table_of_ends(curated: Curated, rows: Dataset, answers: Mapping[str, str], count: int = 3) -> Table:
+    """Return the easiest and the hardest rows in a few words each; see `rows_as_text` for more of them."""
+    headers = [Column("place", justify="right"), *map(Column, ("prompt", "truth", "answer", *curated.columns))]
+    table = Table(*headers, title="easiest and hardest rows", show_lines=True)
+    for numbers in extremes(curated, count):
+        for number, row in zip(numbers, rows.select(numbers).to_list(), strict=True):
+            texts = (row["prompt"], row["response"], answers.get(row["id"], "–"))
+            scores = (f"{values[number]:.3g}" for values in curated.columns.values())
+            table.add_row(f"{curated.places[number] + 1:,}", *(Text(_shorten(text, 90)) for text in texts), *scores)
+        table.add_section()
+    return table
+
+
+def _shorten(text: str, length: int) -> str:
+    """Return a text on one line, without its middle if it is long; prompts of one template differ at the end."""
+    words = " ".join(text.split())
+    return words if len(words) <= length else f"{words[: length // 3]} … {words[-2 * length // 3 :]}"
 
 
 def plot(curated: Curated, path: Path) -> None:
@@ -226,3 +247,10 @@ def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: P
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(folder / "ranking.parquet", buffer.getvalue())
+
+
+def present(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: Path, console: Console) -> None:
+    """Write everything and show the tables; arguments as for `write`."""
+    write(curated, rows, answers, folder)
+    console.print(table_of_ends(curated, rows, answers), *reversed(tables(summarize(curated))))
+    console.print(f"Plots, these rows in full and the place of every row: {folder}/curation.* and ranking.parquet")

@@ -157,11 +157,15 @@ class ScoreStore:
 
     def answers(self, ids: pa.Array) -> dict[str, str]:
         """Return the answers to some rows by id, where there are."""
-        table = self._read_all(self._shards(), ["answer"])
-        if "answer" not in table.column_names:
-            return {}
-        chosen = table.filter(pc.and_(pc.is_in(table["id"], ids), pc.is_valid(table["answer"])))
-        return dict(zip(chosen["id"].to_pylist(), chosen["answer"].to_pylist(), strict=True))
+        return answers_by_id(self._read_all(self._shards(), ["answer"]), ids)
+
+
+def answers_by_id(table: pa.Table, ids: pa.Array) -> dict[str, str]:
+    """Return what the column ``answer`` holds for some rows, by id; nothing where there is no such column."""
+    if "answer" not in table.column_names:
+        return {}
+    chosen = table.filter(pc.and_(pc.is_in(table["id"], ids), pc.is_valid(table["answer"])))
+    return dict(zip(chosen["id"].to_pylist(), chosen["answer"].to_pylist(), strict=True))
 
 
 def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Floats]:

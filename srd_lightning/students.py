@@ -1,0 +1,60 @@
+"""Which model reflects: the student before training, or as trained so far."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from srd_lightning.models import Pretrained
+
+
+def fresh_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Module:
+    """Return the student that a data module was given, else the one of the module that is to be trained.
+
+    Args:
+        source: The student of the data module, if it was given one.
+        module: The LightningModule, if there is one: with ``build_student()`` or a model as ``student``.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(source, Pretrained):
+        return source.model()
+    if source is not None:
+        return source
+    if hasattr(module, "build_student"):
+        return cast(nn.Module, module.build_student())
+    if isinstance(getattr(module, "student", None), nn.Module):
+        return cast(nn.Module, module.student)
+    raise ValueError(
+        "SRDDataModule needs a student that reflects: pass student=, or train a module whose `student` is a model; "
+        "schedule={0: 1.0} trains on all rows without reflection"
+    )
+
+
+def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Module:
+    """Return the student as trained so far, with all of its weights; arguments as for `fresh_student`.
+
+    Raises:
+        ValueError: There is none that is trained.
+    """
+    student = getattr(module, "student", source)
+    if not isinstance(student, nn.Module):
+        raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
+    return whole(student)
+
+
+def whole(model: nn.Module) -> nn.Module:
+    """Return the model, or where its weights are sharded (FSDP2) a copy that has them all, on the same device."""
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.random.fork_rng(), parameter.device:
+        copy = cast(Any, type(model))(cast(Any, model).config).to(parameter.dtype)  # of the class before sharding
+    copy.load_state_dict(weights)
+    return cast(nn.Module, copy)
