@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from srd_lightning import reflection, store
 from srd_lightning.cli import SRDTrainer
 
-STRATEGIES = {"ddp": "ddp", "fsdp2": ModelParallelStrategy()}
+STRATEGIES = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
 
 
 def rank():

@@ -1,0 +1,140 @@
+"""The examples, run as their readers would."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
+
+from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule
+from srd_lightning.store import ScoreStore
+
+ROOT = Path(__file__).parents[1]
+LENGTHS = {"max_length": 230, "max_prompt_length": 200}
+OPTIONS = ["--max-length=230", "--max-prompt-length=200", "--max-new-tokens=12", "--dtype=float32"]
+END = ord("z") + 3
+"""A token that ends answers by the model's own settings, and is none of the tokenizer's special ones."""
+
+
+def make_rows():
+    """Return 25 rows to keep, one of them twice, some of which are cut, and two to drop."""
+    rows = [{"instruction": f"Say {n}.", "output": ("a b " if n % 2 else "b ") * (1 + 3 * n)} for n in range(24)]
+    return [*rows, rows[3], {"instruction": "long " * 60, "output": "a"}, {"instruction": "Nothing.", "output": " "}]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with data, a student whose answers are words and spaces, and a module that is called vllm."""
+    folder = tmp_path_factory.mktemp("examples")
+    model = tiny_model(0)
+    model.lm_head.weight.data[[1, END, *(ord(letter) + 3 for letter in "ab  ")]] *= 3
+    model.generation_config.eos_token_id = [1, END]
+    model.save_pretrained(folder / "student")
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "student")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    (folder / "modules").mkdir()
+    shutil.copy(ROOT / "tests" / "stand_ins" / "vllm_on_cpu.py", folder / "modules" / "vllm.py")
+    return folder
+
+
+def score(home, output, *options, killed_at=0):
+    """Run the example; return the process and the rows of each call of vLLM by all runs for this output."""
+    calls = home / f"{output}.calls"
+    command = [sys.executable, str(ROOT / "examples" / "scores_from_vllm.py"), *OPTIONS, "--rows-per-part=10"]
+    command += ["--model=student", "--data=train.jsonl", f"--output={output}", *options]
+    modules = os.pathsep.join([str(home / "modules"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": modules, "VLLM_CALLS": str(calls), "VLLM_KILLED_AT": str(killed_at)}
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done, [int(line) for line in calls.read_text().split()] if calls.exists() else []
+
+
+@pytest.fixture(scope="module")
+def scored(home):
+    done, _ = score(home, "scores.parquet", '--engine={"tensor_parallel_size": 2}')
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "scores.parquet"
+
+
+@pytest.fixture
+def chat_scored(home):
+    done, _ = score(home, "chat.parquet", "--template=chat")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "chat.parquet"
+
+
+def curated(home, template, scores, student=None):
+    """Return the data module with its rows in order."""
+    data = SRDDataModule(
+        str(home / "train.jsonl"),
+        tokenizer=str(home / "student"),
+        template=template,
+        student=student,
+        decoding=Decoding(max_new_tokens=12),
+        scores=str(scores),
+        **LENGTHS,
+    )
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize(("file", "template"), [("scored", ALPACA), ("chat_scored", ChatTemplate())])
+def test_rows_are_ordered_as_if_the_data_module_had_reflected(home, file, template, request, tmp_path):
+    file = request.getfixturevalue(file)
+    student = AutoModelForCausalLM.from_pretrained(home / "student")
+    expected = curated(home, template, tmp_path / "own", student)
+    data = curated(home, template, file)
+    assert data.curation.order.tolist() == expected.curation.order.tolist()
+    assert data.curation.columns["nll"] == pytest.approx(expected.curation.columns["nll"], abs=1e-4)
+    table = pq.read_table(file).to_pydict()
+    assert list(table) == ["id", "answer", "nll"]
+    assert table["id"] == data.rows["train"]["id"]
+    assert dict(zip(table["id"], table["answer"], strict=True)) == ScoreStore.reopen(tmp_path / "own").answers(
+        data.curation.ids
+    )
+
+
+def test_the_rows_of_this_test_tell_mistakes_apart(home, scored):
+    """Some answers end early and some do not, ROUGE-L sees a difference, responses are cut and rows are dropped."""
+    data = curated(home, ALPACA, scored)
+    answers = pq.read_table(scored)["answer"].to_pylist()
+    assert len({len(answer) for answer in answers}) > 1
+    assert len(set(data.curation.columns["rouge_l"])) > 2
+    assert data.reports["train"].cut > 0
+    assert sum(data.reports["train"].dropped.values()) == 2
+
+
+def test_nothing_but_the_file_is_left(home, scored):
+    assert [path.name for path in home.glob("*scores.parquet*")] == ["scores.parquet", "scores.parquet.calls"]
+
+
+def test_a_file_that_is_there_is_not_made_again(home, scored):
+    before = scored.read_bytes()
+    done, _ = score(home, "scores.parquet")
+    assert done.returncode != 0
+    assert "scores.parquet is there already" in done.stderr
+    assert scored.read_bytes() == before
+
+
+def test_a_killed_run_goes_on_where_it_was(home, scored):
+    done, calls = score(home, "killed.parquet", killed_at=4)
+    assert done.returncode == -signal.SIGKILL
+    assert calls == [10, 10, 10]
+    assert not (home / "killed.parquet").exists()
+
+    done, calls = score(home, "killed.parquet", "--max-new-tokens=3")
+    assert "were made with another decoding" in done.stderr
+    assert calls == [10, 10, 10]
+
+    done, calls = score(home, "killed.parquet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert calls == [10, 10, 10, 10, 10, 5, 5]  # the part that was not stored is answered and read again, no other
+    assert pq.read_table(home / "killed.parquet").equals(pq.read_table(scored))
