@@ -108,7 +108,8 @@ class SRDDataModule(LightningDataModule):
                 f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
                 f"{max_prompt_length} and {max_length}"
             )
-        sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens, "threads": reflection_threads}
+        sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}
+        sizes["reflection_threads"] = reflection_threads
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
             raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
         self.data = data
