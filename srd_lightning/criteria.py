@@ -12,7 +12,6 @@ A criterion of one's own is two attributes and one method::
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from srd_lightning import divergences
 from srd_lightning.fingerprint import weights_digest
 from srd_lightning.losses import log_probabilities
+from srd_lightning.matching import same_number, same_words
 from srd_lightning.models import Pretrained
 from srd_lightning.rouge import rouge_l
 
@@ -61,9 +61,16 @@ class Criterion:
         raise NotImplementedError(f"{type(self).__name__} must define scores(reflected)")
 
     def settings(self) -> str:
-        """Return what its scores depend on, as text; scores made with other settings are not used."""
-        settings = {name: value for name, value in sorted(vars(self).items()) if name != "weight"}
-        return f"{type(self).__name__} {settings}"
+        """Return what its scores depend on, as text; scores made with other settings are not used.
+
+        By default all attributes, models by their weights, but ``weight`` and those that begin with ``_``.
+        """
+        settings = {name: value for name, value in sorted(vars(self).items()) if name != "weight" and name[0] != "_"}
+        digests = {name: weights_digest(value) for name, value in settings.items() if isinstance(value, nn.Module)}
+        text = f"{type(self).__name__} {settings | digests}"
+        if " at 0x" in text:
+            raise ValueError(f"{text} holds an object that is another in every run; define settings() for it")
+        return text
 
     def finish(self) -> None:
         """Free what the scoring needed."""
@@ -138,16 +145,14 @@ class TeacherKL(Criterion):
         """See `Criterion.scores`."""
         if self._loaded is None:
             self._loaded = self.teacher.model() if isinstance(self.teacher, Pretrained) else self.teacher
-        device = reflected.logits.device
-        teacher_logits = reflected.logits_of(self._loaded.to(device))
+        teacher_logits = reflected.logits_of(self._loaded.to(reflected.logits.device))
+        if teacher_logits.shape != reflected.logits.shape:
+            raise ValueError(
+                f"student and teacher give logits of {reflected.logits.shape[1]} and {teacher_logits.shape[1]} tokens; "
+                "TeacherKL needs two models with the same vocabulary"
+            )
         chunks = zip(torch.split(teacher_logits, CHUNK), torch.split(reflected.logits, CHUNK), strict=True)
         return reflected.row_means(torch.cat([_forward_kl(teacher, student) for teacher, student in chunks]))
-
-    def settings(self) -> str:
-        """Return the teacher by what names it, or by its weights."""
-        if isinstance(self.teacher, Pretrained):
-            return f"TeacherKL {self.teacher}"
-        return f"TeacherKL {weights_digest(self.teacher)}"
 
     def finish(self) -> None:
         """Free the teacher if it was loaded here."""
@@ -204,11 +209,7 @@ class ExactMatch(Criterion):
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
         """See `Criterion.scores`."""
-        return [float(_words(row["response"]) == _words(answer)) for row, answer in reflected.pairs()]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+        return [float(same_words(row["response"], answer)) for row, answer in reflected.pairs()]
 
 
 class NumericAnswer(Criterion):
@@ -219,20 +220,6 @@ class NumericAnswer(Criterion):
     def scores(self, reflected: Reflected) -> Sequence[float]:
         """See `Criterion.scores`."""
         return [float(same_number(row["response"], answer)) for row, answer in reflected.pairs()]
-
-
-def same_number(truth: str, answer: str) -> bool:
-    """Return whether two texts end in the same number.
-
-    Example:
-        >>> same_number("... so 1,200 are left. #### 1200", "That makes 1200.0 in all.")
-        True
-    """
-    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) for text in (truth, answer)]
-    if not all(numbers):
-        return False
-    first, second = (float(found[-1].replace(",", "")) for found in numbers)
-    return math.isclose(first, second)
 
 
 class ChrF(Criterion):
@@ -288,3 +275,7 @@ class Column(Criterion):
         super().__init__(weight)
         self.column = column
         self.higher_is_easier = higher_is_easier
+
+    def scores(self, reflected: Reflected) -> Sequence[float]:
+        """Refuse: there is nothing to compute."""
+        raise ValueError(f"scores of {self.column!r} are read from a file: SRDDataModule(scores='….parquet')")

@@ -34,6 +34,7 @@ class Decoding:
         seed: Of the sampling.
         max_length_ratio: Stop an answer that is this many times as long as the true response, in tokens (but none
             before 8), where the truth is known; by default only ``max_new_tokens`` stops it.
+        bf16: Compute answers in bfloat16, whatever the model's own type; losses are not touched by it.
         continuous_batching: Let transformers fill up the batch as rows end (``generate_batch``): for GPUs and many
             rows, as it takes seconds to start; it knows no ``no_repeat_ngram_size``.
 
@@ -52,6 +53,7 @@ class Decoding:
     no_repeat_ngram_size: int = 0
     seed: int = 10
     max_length_ratio: float | None = None
+    bf16: bool = False
     continuous_batching: bool = False
 
     def __post_init__(self) -> None:
@@ -110,7 +112,8 @@ def generate(
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     write = _answer_continuously if decoding.continuous_batching else _answer_in_rounds
-    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=decoding.bf16)
+    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model), precision:
         torch.manual_seed(decoding.seed if seed is None else seed)
         answers = write(model, prompts, config, limits)
     return [

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.criteria import Criterion
 from srd_lightning.evaluation import response_logits
-from srd_lightning.generation import ROUND, Decoding, eval_mode, generate
+from srd_lightning.generation import Decoding, eval_mode, generate
 from srd_lightning.losses import upcast
 from srd_lightning.rows import collate
 from srd_lightning.store import ScoreStore
@@ -28,6 +28,8 @@ SCORING_VERSION = "2"
 """Rises when the same inputs would give other scores."""
 CHUNK = 1024
 """Tokens whose logits are in fp32 at one time."""
+SCORED_AT_ONCE = 2048
+"""Tokens, with padding, that go through a model at once where responses are scored."""
 Batch = NDArray[np.int64]
 
 
@@ -73,10 +75,16 @@ class Reflected:
 
     def logits_of(self, model: nn.Module, rows: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
         """Return a model's logits where response tokens are predicted, ``[N, V]``, row after row."""
+        rows = self.rows if rows is None else rows
         device = next(model.parameters()).device
-        batch = {name: values.to(device) for name, values in collate(rows or self.rows, pad_token_id=0).items()}
+        parts: dict[int, Tensor] = {}
         with eval_mode(model):
-            return response_logits(model, batch)
+            for chosen in _of_like_length([len(row["input_ids"]) for row in rows]):
+                batch = collate([rows[row] for row in chosen], pad_token_id=0)
+                logits = response_logits(model, {name: values.to(device) for name, values in batch.items()})
+                responses = [len(rows[row]["input_ids"]) - rows[row]["prompt_length"] for row in chosen]
+                parts |= zip(chosen, torch.split(logits, responses), strict=True)
+        return torch.cat([parts[row] for row in range(len(rows))])
 
     @cached_property
     def logits(self) -> Tensor:
@@ -119,6 +127,17 @@ class Reflected:
         return [float(part.mean()) for part in torch.split(values.cpu(), lengths)]
 
 
+def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield row numbers, short rows first, as many as make `SCORED_AT_ONCE` tokens with their padding."""
+    chosen: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chosen and (len(chosen) + 1) * lengths[row] > SCORED_AT_ONCE:
+            yield chosen
+            chosen = []
+        chosen.append(row)
+    yield chosen
+
+
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(upcast(logits), targets, reduction="none")
 
@@ -141,7 +160,7 @@ def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> l
     """
     ids, prompts, lengths = (np.array(rows[name]) for name in ("id", "prompt_length", "length"))
     limits = np.array(decoding.limits((lengths - prompts).tolist()))
-    order = np.lexsort((ids, prompts, -(-limits // ROUND)))
+    order = np.lexsort((ids, prompts, np.ceil(np.log2(limits))))
     batches, first = [], 0
     longest_prompt = longest_rest = 0
     rests = np.maximum(limits, lengths - prompts)
@@ -180,18 +199,20 @@ def reflect(
     mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
     known = store.answers(rows.select(mine).with_format("arrow")[:]["id"].combine_chunks()) if len(mine) else {}
     progress = tqdm(total=len(mine), desc="reflection", unit="row", disable=not show_progress or not batches)
-    for number, batch in batches:
-        check()
-        chosen = rows.select(batch).to_list()
-        answers = [known[row["id"]] for row in chosen if row["id"] in known]
-        reflected = Reflected(
-            model, tokenizer, chosen, decoding, decoding.seed + number, answers if len(answers) == len(chosen) else None
-        )
-        store.append(score_batch(reflected, criteria))
-        progress.update(len(batch))
-    progress.close()
-    for criterion in criteria:
-        criterion.finish()
+    try:
+        for number, batch in batches:
+            check()
+            chosen = rows.select(batch).to_list()
+            answers = [known[row["id"]] for row in chosen if row["id"] in known]
+            given = answers if len(answers) == len(chosen) else None
+            store.append(
+                score_batch(Reflected(model, tokenizer, chosen, decoding, decoding.seed + number, given), criteria)
+            )
+            progress.update(len(batch))
+    finally:
+        progress.close()
+        for criterion in criteria:
+            criterion.finish()
 
 
 def score_batch(reflected: Reflected, criteria: Sequence[Criterion]) -> list[dict[str, Any]]:

@@ -32,9 +32,9 @@ from srd_lightning.criteria import (
     ResponseLength,
     RougeL,
     TeacherKL,
-    same_number,
 )
 from srd_lightning.generation import Decoding
+from srd_lightning.matching import same_number
 from srd_lightning.models import Pretrained
 from srd_lightning.reflection import Reflected, reflect, score_batch
 from srd_lightning.rows import tokenize
@@ -375,6 +375,10 @@ class TestExactMatch:
             ("New York, USA", '  "new york\nUSA!"', 1),
             ("été", "Été", 1),
             ("3.5", "3.5!", 1),
+            ("Straße", "STRASSE", 1),
+            ("+", "-", 0),
+            ("कि", "कु", 0),
+            ("cafe\u0301", "cafe", 0),
             ("Paris", "Lyon", 0),
             ("Paris", "It is Paris", 0),
             ("a b", "b a", 0),
@@ -394,6 +398,10 @@ class TestNumericAnswer:
         ("truth", "answer"),
         [
             ("42", "42"),
+            ("0.5", ".5"),
+            ("4", "It is GPT-4"),
+            ("5", "3-5"),
+            ("-3", "−3"),
             ("He has 6 * 7 = 42 left.\n#### 42", "It is 42."),
             ("#### 42", "The answer is 42, I think"),
             ("#### 42", "First 3, then 7, in the end 42"),
@@ -430,6 +438,7 @@ class TestNumericAnswer:
             ("1200", "200"),
             ("0.001", "0.002"),
             ("1000000", "1000001"),
+            ("1000000000", "1000000001"),
         ],
     )
     def test_different(self, truth, answer):
@@ -450,7 +459,7 @@ class TestColumn:
         assert first.settings() != second.settings()
 
     def test_cannot_be_computed(self, seen):
-        with pytest.raises(NotImplementedError, match="Column"):
+        with pytest.raises(ValueError, match="scores of 'judge' are read from a file"):
             scores(Column("judge", higher_is_easier=True), seen())
 
 
@@ -494,6 +503,28 @@ class TestCriterionOfOnesOwn:
 
         with pytest.raises(NotImplementedError, match=r"Nothing must define scores\(reflected\)"):
             scores(Nothing(), seen())
+
+
+class TestSettings:
+    class Judge(Criterion):
+        column, higher_is_easier = "judge", True
+
+        def __init__(self, judge):
+            super().__init__()
+            self.judge = judge
+
+    def test_of_a_model_are_its_weights(self):
+        first, other = (tiny_model(seed) for seed in (0, 1))
+        assert self.Judge(first).settings() == self.Judge(tiny_model(0)).settings() != self.Judge(other).settings()
+
+    def test_that_would_be_others_in_every_run_are_refused(self):
+        with pytest.raises(ValueError, match=r"another in every run; define settings\(\)"):
+            self.Judge(object()).settings()
+
+
+def test_a_teacher_with_another_vocabulary(seen):
+    with pytest.raises(ValueError, match="logits of 384 and 400 tokens; TeacherKL needs"):
+        scores(TeacherKL(tiny_model(vocab_size=400)), seen())
 
 
 class TestEveryCriterion:

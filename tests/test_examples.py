@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_model
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule
@@ -25,18 +26,25 @@ END = ord("z") + 3
 
 def make_rows():
     """Return 25 rows to keep, one of them twice, some of which are cut, and two to drop."""
-    rows = [{"instruction": f"Say {n}.", "output": ("a b " if n % 2 else "b ") * (1 + 3 * n)} for n in range(24)]
+    outputs = [("a b " if n % 2 else "b ") * (1 + 3 * n) for n in range(24)]
+    rows = [{"instruction": f"{chr(97 + n) * (1 + n % 3)}:", "output": output} for n, output in enumerate(outputs)]
     return [*rows, rows[3], {"instruction": "long " * 60, "output": "a"}, {"instruction": "Nothing.", "output": " "}]
+
+
+def make_student():
+    """Return a model that answers different prompts with different words, some of which end before the limit."""
+    model = tiny_model(seed=7, initializer_range=0.6)
+    head, likely = model.lm_head.weight.data, [1, END, *(ord(letter) + 3 for letter in "ab ")]
+    head[[token for token in range(len(head)) if token not in likely]] *= 0.1
+    model.generation_config.eos_token_id = [1, END]
+    return model
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with data, a student whose answers are words and spaces, and a module that is called vllm."""
+    """A folder with data, a student and a module that is called vllm."""
     folder = tmp_path_factory.mktemp("examples")
-    model = tiny_model(0)
-    model.lm_head.weight.data[[1, END, *(ord(letter) + 3 for letter in "ab  ")]] *= 3
-    model.generation_config.eos_token_id = [1, END]
-    model.save_pretrained(folder / "student")
+    make_student().save_pretrained(folder / "student")
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
     tokenizer.save_pretrained(folder / "student")
@@ -64,11 +72,14 @@ def scored(home):
     return home / "scores.parquet"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chat_scored(home):
     done, _ = score(home, "chat.parquet", "--template=chat")
     assert done.returncode == 0, done.stderr[-3000:]
     return home / "chat.parquet"
+
+
+each_template = pytest.mark.parametrize(("file", "template"), [("scored", ALPACA), ("chat_scored", ChatTemplate())])
 
 
 def curated(home, template, scores, student=None):
@@ -86,28 +97,28 @@ def curated(home, template, scores, student=None):
     return data
 
 
-@pytest.mark.parametrize(("file", "template"), [("scored", ALPACA), ("chat_scored", ChatTemplate())])
+@each_template
 def test_rows_are_ordered_as_if_the_data_module_had_reflected(home, file, template, request, tmp_path):
-    file = request.getfixturevalue(file)
+    path = request.getfixturevalue(file)
     student = AutoModelForCausalLM.from_pretrained(home / "student")
     expected = curated(home, template, tmp_path / "own", student)
-    data = curated(home, template, file)
+    data = curated(home, template, path)
     assert data.curation.order.tolist() == expected.curation.order.tolist()
     assert data.curation.columns["nll"] == pytest.approx(expected.curation.columns["nll"], abs=1e-4)
-    table = pq.read_table(file).to_pydict()
+    table = pq.read_table(path).to_pydict()
     assert list(table) == ["id", "answer", "nll"]
-    assert table["id"] == data.rows["train"]["id"]
-    assert dict(zip(table["id"], table["answer"], strict=True)) == ScoreStore.reopen(tmp_path / "own").answers(
-        data.curation.ids
-    )
+    assert table["id"] == list(data.rows["train"]["id"])
+    answers = ScoreStore.reopen(tmp_path / "own").answers(data.curation.ids)
+    assert dict(zip(table["id"], table["answer"], strict=True)) == answers
 
 
-def test_the_rows_of_this_test_tell_mistakes_apart(home, scored):
-    """Some answers end early and some do not, ROUGE-L sees a difference, responses are cut and rows are dropped."""
-    data = curated(home, ALPACA, scored)
-    answers = pq.read_table(scored)["answer"].to_pylist()
-    assert len({len(answer) for answer in answers}) > 1
-    assert len(set(data.curation.columns["rouge_l"])) > 2
+@each_template
+def test_the_rows_of_these_tests_tell_mistakes_apart(home, file, template, request):
+    """Answers end at different places, ROUGE-L sees a difference, responses are cut and rows are dropped."""
+    path = request.getfixturevalue(file)
+    data = curated(home, template, path)
+    assert len({len(answer) for answer in pq.read_table(path)["answer"].to_pylist()}) > 3
+    assert len(set(data.curation.columns["rouge_l"])) > 10
     assert data.reports["train"].cut > 0
     assert sum(data.reports["train"].dropped.values()) == 2
 
@@ -120,10 +131,23 @@ def test_a_file_that_is_there_is_not_made_again(home, scored):
     before = scored.read_bytes()
     done, _ = score(home, "scores.parquet")
     assert done.returncode != 0
-    assert "scores.parquet is there already" in done.stderr
+    assert "scores.parquet is there already; move it away" in done.stderr
     assert scored.read_bytes() == before
 
 
+def test_what_cannot_be_trained_on_is_refused(home):
+    DatasetDict(test=Dataset.from_list(make_rows())).save_to_disk(home / "no_train")
+    for output, data, message in [
+        ("scores.csv", "train.jsonl", "--output must end in .parquet, but is scores.csv"),
+        ("none.parquet", "no_train", "no_train must be one file or have the split 'train', but has test"),
+    ]:
+        done, calls = score(home, output, f"--data={data}")
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert calls == []
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(home, scored):
     done, calls = score(home, "killed.parquet", killed_at=4)
     assert done.returncode == -signal.SIGKILL

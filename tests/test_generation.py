@@ -196,6 +196,15 @@ class TestLimits:
         assert Decoding(max_new_tokens=4, max_length_ratio=1.5).limits([1, 100]) == [4, 4]
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_is_what_answers_are_computed_in(model, numbers, bf16, dtype):
+    seen = set()
+    model.lm_head.register_forward_hook(lambda module, hidden, logits: seen.add(logits.dtype))
+    answers(model, numbers, Decoding(max_new_tokens=3, bf16=bf16))
+    assert seen == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_continuous_batching_answers_as_rounds_do(model, numbers, monkeypatch):
     small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8)  # by default it takes most of the memory
     monkeypatch.setattr(model, "generate_batch", partial(model.generate_batch, continuous_batching_config=small))

@@ -86,6 +86,25 @@ class TestScoreBatch:
         score(model, tokenizer, data.to_list()[:2])
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
+    def test_rows_of_like_length_go_through_the_model_together(self, model, tokenizer, data, monkeypatch):
+        expected = [row["nll"] for row in score(model, tokenizer, data.to_list())]
+        monkeypatch.setattr(reflection, "SCORED_AT_ONCE", 60)
+        seen = []
+        reflected = Reflected(model, tokenizer, data.to_list(), GREEDY)
+        model.register_forward_pre_hook(lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True)
+        assert [row["nll"] for row in score_batch(reflected, [NegativeLogLikelihood()])] == pytest.approx(
+            expected, rel=1e-5
+        )
+        assert sum(map(len, seen)) == 20
+        assert all(ids.numel() <= 60 for ids in seen)
+        assert sum(ids.numel() for ids in seen) < 1.05 * sum(data["length"])
+
+    def test_bf16_answers_leave_losses_as_they_are(self, model, tokenizer, data):
+        rows = data.to_list()
+        fast = Reflected(model, tokenizer, rows, Decoding(max_new_tokens=6, bf16=True))
+        found = score_batch(fast, [RougeL(), NegativeLogLikelihood()])
+        assert [row["nll"] for row in found] == [row["nll"] for row in score(model, tokenizer, rows)]
+
     def test_no_answer_is_generated_that_no_criterion_looks_at(self, model, tokenizer, data, monkeypatch):
         monkeypatch.setattr(reflection, "generate", None)
         found = score_batch(Reflected(model, tokenizer, data.to_list(), GREEDY), [NegativeLogLikelihood()])

@@ -47,11 +47,10 @@ class LLM:
     def __init__(self, model, dtype="auto", max_model_len=None, tensor_parallel_size=1):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.max_model_len = max_model_len or self.model.config.max_position_embeddings
-        if self.max_model_len > self.model.config.max_position_embeddings:
-            raise ValueError(
-                f"User-specified max_model_len ({max_model_len}) is greater than the derived max_model_len"
-            )
+        most = self.model.config.max_position_embeddings
+        self.max_model_len = max_model_len or most
+        if self.max_model_len > most:
+            raise ValueError(f"User-specified max_model_len ({max_model_len}) is greater than the derived {most}")
 
     def generate(self, prompts, sampling_params, use_tqdm=True):
         calls = Path(os.environ["VLLM_CALLS"])
@@ -68,8 +67,10 @@ class LLM:
     def _answer(self, prompt, params):
         assert params.temperature == 0, "only greedy"
         if len(prompt) >= self.max_model_len:
-            raise ValueError(f"The decoder prompt (length {len(prompt)}) plus the number of requested output tokens (at "
-                             f"least 1) is longer than the maximum model length of {self.max_model_len}.")  # fmt: skip
+            raise ValueError(
+                f"The decoder prompt (length {len(prompt)}) plus the number of requested output tokens (at least 1) is "
+                f"longer than the maximum model length of {self.max_model_len}."
+            )
         own = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *(params.stop_token_ids or [])}
         limit = min(params.max_tokens, self.max_model_len - len(prompt))

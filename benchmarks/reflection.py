@@ -1,0 +1,169 @@
+"""How fast the student reflects: the paper's settings and padding against ours, one after the other, in one run.
+
+    python benchmarks/reflection.py --model MODEL --data train.jsonl --rows 64 --json reflection.json
+
+- ``paper``: the authors' way. Batches of 16 in the order of the file, prompts padded to 256 tokens, 256 new tokens
+  sampled at temperature 0.01 without repeated 6-grams, the loss from full logits of sequences padded to 512,
+  `rouge-score`.
+- ``paper's decoding``: the same answers are asked for, by this library.
+- ``ours``: this library as it is: greedy.
+- ``bf16``: answers computed in bf16, losses as before.
+- ``bounded``: the same, and answers stop at ``--ratio`` times the tokens of the true response.
+
+All score the same tokens, the end token included, in fp32. Prints and writes rows per second, the ratios to the first,
+the largest difference of a row's loss to the first, and how near each comes to ``ours`` in ranking: correlation of
+ROUGE-L and of the fused order, and the share of the kept rows (the easiest 75 %) that are the same. Times are noisy:
+quote the ratio of one run, with the machine it was made on, and let nothing else run beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from rouge_score.rouge_scorer import RougeScorer
+from torch import nn
+
+from srd_lightning import ALPACA, Decoding, Pretrained
+from srd_lightning.criteria import NegativeLogLikelihood, RougeL
+from srd_lightning.curation import rank
+from srd_lightning.evaluation import negative_log_likelihood
+from srd_lightning.generation import PAPER_DECODING
+from srd_lightning.ranking import average_ranks
+from srd_lightning.reflection import Reflected, fixed_batches, score_batch
+from srd_lightning.rows import load_rows, tokenize
+
+CRITERIA = [RougeL(), NegativeLogLikelihood()]
+PROMPT, TOTAL, BATCH = 256, 512, 16
+Scores = dict[str, tuple[float, float]]
+
+
+@torch.no_grad()
+def as_in_the_paper(model: Any, tokenizer: Any, rows: Any, device: str) -> Scores:
+    scorer, pad, found = RougeScorer(["rougeL"], use_stemmer=True), tokenizer.eos_token_id, {}
+    for first in range(0, len(rows), BATCH):
+        batch = rows.select(range(first, min(first + BATCH, len(rows)))).to_list()
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in batch]
+        responses = [row["input_ids"][row["prompt_length"] :] for row in batch]
+        left = torch.tensor([[pad] * (PROMPT - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (PROMPT - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        output = model.generate(
+            input_ids=left,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=0.01,
+            top_p=1.0,
+            top_k=0,
+            no_repeat_ngram_size=6,
+            max_new_tokens=TOTAL - PROMPT,
+            pad_token_id=pad,
+        )
+        room = TOTAL - PROMPT
+        right = torch.tensor([response + [pad] * (room - len(response)) for response in responses], device=device)
+        real = torch.tensor(
+            [[1] * len(response) + [0] * (room - len(response)) for response in responses], device=device
+        )
+        labels = torch.cat([torch.full_like(left, -100), torch.where(real == 1, right, -100)], dim=1)
+        positions = (torch.cat([mask, real], dim=1).cumsum(1) - 1).clamp(min=0)
+        logits = model(
+            input_ids=torch.cat([left, right], dim=1),
+            attention_mask=torch.cat([mask, real], dim=1),
+            position_ids=positions,
+        ).logits
+        nll = negative_log_likelihood(logits, labels)
+        answers = tokenizer.batch_decode(output[:, PROMPT:], skip_special_tokens=True)
+        for row, answer, loss in zip(batch, answers, (nll.sums / nll.tokens).tolist(), strict=True):
+            found[row["id"]] = scorer.score(row["response"], answer.strip())["rougeL"].fmeasure, loss
+    return found
+
+
+def by_the_library(model: nn.Module, tokenizer: Any, rows: Any, decoding: Decoding, tokens: int) -> Scores:
+    found = {}
+    for batch in fixed_batches(rows, tokens, decoding):
+        for score in score_batch(Reflected(model, tokenizer, rows.select(batch).to_list(), decoding), CRITERIA):
+            found[score["id"]] = score["rouge_l"], score["nll"]
+    return found
+
+
+def measure(arm: Callable[[], Scores], ids: Sequence[str]) -> dict[str, Any]:
+    """Return the seconds that an arm takes and its scores in the order of the ids."""
+    start = time.perf_counter()
+    found = arm()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    rouge_l, nll = np.array([found[row] for row in ids]).T
+    return {"seconds": time.perf_counter() - start, "rouge_l": rouge_l, "nll": nll}
+
+
+def compare(arms: dict[str, dict[str, Any]], ids: Sequence[str]) -> dict[str, dict[str, float]]:
+    orders = {name: rank(arm, CRITERIA, pa.array(ids), "average").numpy() for name, arm in arms.items()}
+    first, ours, kept = arms["paper"], arms["ours"], round(0.75 * len(ids))
+    return {
+        name: {
+            "seconds": arm["seconds"],
+            "rows_per_second": len(ids) / arm["seconds"],
+            "ratio": first["seconds"] / arm["seconds"],
+            "largest_nll_difference": float(np.abs(arm["nll"] - first["nll"]).max()),
+            "rouge_l_correlation": float(np.corrcoef(*map(average_ranks, (arm["rouge_l"], ours["rouge_l"])))[0, 1]),
+            "order_correlation": float(np.corrcoef(*map(np.argsort, (orders[name], orders["ours"])))[0, 1]),
+            "same_rows_kept": len({*orders[name][:kept]} & {*orders["ours"][:kept]}) / kept,
+        }
+        for name, arm in arms.items()
+    }
+
+
+def main() -> None:
+    """Run the arms, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub id of the student")
+    parser.add_argument("--keep-layers", type=int, nargs="+", help="layers of it to keep")
+    parser.add_argument("--data", required=True, nargs="+", help="files of rows")
+    parser.add_argument("--rows", type=int, default=64, help="rows to score, evenly spaced")
+    parser.add_argument("--tokens", type=int, default=16384, help="our tokens per batch")
+    parser.add_argument("--ratio", type=float, default=1.5, help="bound of the last arm")
+    parser.add_argument("--json", type=Path, help="file to write")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = Pretrained(options.model, keep_layers=options.keep_layers)
+    tokenizer, model = source.tokenizer(), source.model().to(device)
+    rows, _ = tokenize(load_rows(options.data), tokenizer, ALPACA, TOTAL, PROMPT)
+    rows = rows.filter(lambda row: row["length"] - row["prompt_length"] <= TOTAL - PROMPT)  # the paper cuts these
+    rows = rows.select(np.linspace(0, len(rows) - 1, options.rows).astype(int))
+    ids = list(rows["id"])
+
+    def ours(decoding: Decoding) -> Callable[[], Scores]:
+        return lambda: by_the_library(model, tokenizer, rows, decoding, options.tokens)
+
+    by_the_library(model, tokenizer, rows.select(range(2)), Decoding(max_new_tokens=4), options.tokens)  # warm up
+    arms = {
+        "paper": measure(lambda: as_in_the_paper(model, tokenizer, rows, device), ids),
+        "paper's decoding": measure(ours(PAPER_DECODING), ids),
+        "ours": measure(ours(Decoding()), ids),
+        "bf16": measure(ours(Decoding(bf16=True)), ids),
+        "bounded": measure(ours(Decoding(bf16=True, max_length_ratio=options.ratio)), ids),
+    }
+    result = {
+        "arms": compare(arms, ids),
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {module.__name__: module.__version__ for module in (torch, lightning, transformers)},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
