@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--keep-layers", type=int, nargs="+", help="layers of it to keep")
     parser.add_argument("--data", required=True, nargs="+", help="files of rows")
     parser.add_argument("--rows", type=int, default=64, help="rows to score, evenly spaced")
-    parser.add_argument("--tokens", type=int, default=16384, help="our tokens per batch")
+    parser.add_argument("--tokens", type=int, default=32768, help="our tokens per batch")
     parser.add_argument("--ratio", type=float, default=1.5, help="bound of the last arm")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from srd_lightning import divergences
@@ -145,25 +144,20 @@ class TeacherKL(Criterion):
         """See `Criterion.scores`."""
         if self._loaded is None:
             self._loaded = self.teacher.model() if isinstance(self.teacher, Pretrained) else self.teacher
-        teacher_logits = reflected.logits_of(self._loaded.to(reflected.logits.device))
-        if teacher_logits.shape != reflected.logits.shape:
-            raise ValueError(
-                f"student and teacher give logits of {reflected.logits.shape[1]} and {teacher_logits.shape[1]} tokens; "
-                "TeacherKL needs two models with the same vocabulary"
-            )
-        chunks = zip(torch.split(teacher_logits, CHUNK), torch.split(reflected.logits, CHUNK), strict=True)
-        return reflected.row_means(torch.cat([_forward_kl(teacher, student) for teacher, student in chunks]))
+        self._loaded.to(reflected.device)
+        return reflected.row_means(reflected.per_token(_kl, self._loaded, reflected.model))
 
     def finish(self) -> None:
         """Free the teacher if it was loaded here."""
         self._loaded = None
 
 
-CHUNK = 1024
-"""Tokens whose logits are in fp32 at one time."""
-
-
-def _forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+def _kl(_: Tensor, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"student and teacher give logits of {student_logits.shape[1]} and {teacher_logits.shape[1]} tokens; "
+            "TeacherKL needs two models with the same vocabulary"
+        )
     return divergences.forward_kl(log_probabilities(teacher_logits, 1.0), log_probabilities(student_logits, 1.0))
 
 

@@ -96,7 +96,7 @@ class SRDDataModule(LightningDataModule):
         max_length: int = 512,
         max_prompt_length: int = 256,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
-        reflection_tokens: int = 16384,
+        reflection_tokens: int = 32768,
         reflection_threads: int = 1,
         ties: Literal["average", "order"] = "average",
         num_workers: int = 0,

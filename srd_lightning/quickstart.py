@@ -39,6 +39,8 @@ def main() -> None:
     before, answers_before = _measure(cli), _answers(cli, cli.model.student)
     console.rule("distillation")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    console.rule("curation: what the student made of the data before it was trained")
+    cli.datamodule.report(console)
     console.rule("after")
     after, answers_after = _measure(cli), _answers(cli, cli.model.student)
     summary = {**_stages(cli), "before": before, "after": after, "seconds_total": time.perf_counter() - start}

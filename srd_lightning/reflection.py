@@ -20,16 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from srd_lightning.criteria import Criterion
 from srd_lightning.evaluation import response_logits
 from srd_lightning.generation import Decoding, eval_mode, generate
-from srd_lightning.losses import upcast
+from srd_lightning.losses import IGNORE_INDEX, upcast
 from srd_lightning.rows import collate
 from srd_lightning.store import ScoreStore
 
 SCORING_VERSION = "2"
 """Rises when the same inputs would give other scores."""
-CHUNK = 1024
-"""Tokens whose logits are in fp32 at one time."""
 SCORED_AT_ONCE = 2048
-"""Tokens, with padding, that go through a model at once where responses are scored."""
+"""Tokens, with padding, that go through a model at one time where responses are scored; logits are freed between."""
 Batch = NDArray[np.int64]
 
 
@@ -73,53 +71,56 @@ class Reflected:
         """Yield each row with the answer to it."""
         return zip(self.rows, self.answers, strict=True)
 
-    def logits_of(self, model: nn.Module, rows: Sequence[Mapping[str, Any]] | None = None) -> Tensor:
-        """Return a model's logits where response tokens are predicted, ``[N, V]``, row after row."""
-        rows = self.rows if rows is None else rows
-        device = next(model.parameters()).device
-        parts: dict[int, Tensor] = {}
-        with eval_mode(model):
-            for chosen in _of_like_length([len(row["input_ids"]) for row in rows]):
-                batch = collate([rows[row] for row in chosen], pad_token_id=0)
-                logits = response_logits(model, {name: values.to(device) for name, values in batch.items()})
-                responses = [len(rows[row]["input_ids"]) - rows[row]["prompt_length"] for row in chosen]
-                parts |= zip(chosen, torch.split(logits, responses), strict=True)
-        return torch.cat([parts[row] for row in range(len(rows))])
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """The student's logits where response tokens are predicted, ``[N, V]``, row after row."""
-        return self.logits_of(self.model)
-
-    @cached_property
-    def targets(self) -> Tensor:
-        """The response tokens, ``[N]``, row after row."""
-        ids = [token for row in self.rows for token in row["input_ids"][row["prompt_length"] :]]
-        return torch.tensor(ids, device=next(self.model.parameters()).device)
-
     @cached_property
     def token_losses(self) -> Tensor:
         """Loss of each response token, ``[N]``, in nats."""
-        return self._per_token(_losses, self.logits)
+        return self.per_token(_losses, self.model)
 
     @cached_property
     def token_losses_without_prompt(self) -> Tensor:
         """Loss of each response token where only a beginning token stands before the response, ``[N]``, in nats."""
         begin = self.tokenizer.bos_token_id
         first = self.tokenizer.eos_token_id if begin is None else begin
-        alone = [
-            {"input_ids": [first, *row["input_ids"][row["prompt_length"] :]], "prompt_length": 1} for row in self.rows
-        ]
-        return self._per_token(_losses, self.logits_of(self.model, alone))
+        responses = [row["input_ids"][row["prompt_length"] :] for row in self.rows]
+        alone = [{"input_ids": [first, *response], "prompt_length": 1} for response in responses]
+        return self.per_token(_losses, self.model, rows=alone)
 
     @cached_property
     def token_ranks(self) -> Tensor:
         """Place of each response token among all tokens, ``[N]``, from 1, the likeliest."""
-        return self._per_token(_ranks, self.logits)
+        return self.per_token(_ranks, self.model)
 
-    def _per_token(self, measure: Callable[[Tensor, Tensor], Tensor], logits: Tensor) -> Tensor:
-        chunks = zip(torch.split(logits, CHUNK), torch.split(self.targets, CHUNK), strict=True)
-        return torch.cat([measure(*chunk) for chunk in chunks])
+    def per_token(
+        self,
+        measure: Callable[..., Tensor],
+        *models: nn.Module,
+        rows: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Tensor:
+        """Measure each response token by the logits that predict it, a few rows at a time.
+
+        Args:
+            measure: Takes the tokens ``[n]`` and the logits ``[n, V]`` of each model; returns ``[n]``.
+            models: Whose logits.
+            rows: Other rows than those of the batch.
+
+        Returns:
+            ``[N]``, for the response tokens of all rows, row after row.
+        """
+        rows = self.rows if rows is None else rows
+        parts: dict[int, Tensor] = {}
+        for chosen in _of_like_length([len(row["input_ids"]) for row in rows]):
+            some = [rows[row] for row in chosen]
+            batch = {name: values.to(self.device) for name, values in collate(some, pad_token_id=0).items()}
+            tokens = batch["labels"][batch["labels"] != IGNORE_INDEX]
+            values = measure(tokens, *(_logits(model, batch) for model in models))
+            lengths = [len(row["input_ids"]) - row["prompt_length"] for row in some]
+            parts |= zip(chosen, torch.split(values, lengths), strict=True)
+        return torch.cat([parts[row] for row in range(len(rows))])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(self.model.parameters()).device
 
     def row_means(self, values: Tensor) -> list[float]:
         """Return the mean of each row's tokens, ``[B]``, from ``[N]`` values."""
@@ -138,12 +139,17 @@ def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
     yield chosen
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(upcast(logits), targets, reduction="none")
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    with eval_mode(model):
+        return response_logits(model, batch)
 
 
-def _ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    return (logits > logits.gather(1, targets[:, None])).sum(dim=1) + 1
+def _losses(tokens: Tensor, logits: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(upcast(logits), tokens, reduction="none")
+
+
+def _ranks(tokens: Tensor, logits: Tensor) -> Tensor:
+    return (logits > logits.gather(1, tokens[:, None])).sum(dim=1) + 1
 
 
 def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> list[Batch]:

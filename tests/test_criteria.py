@@ -160,6 +160,21 @@ class TestPerplexity:
         assert all(math.isfinite(score) for score in scores(Perplexity(), seen()))
 
 
+class Says(nn.Module):
+    """A model that gives these likelihoods at each position, whatever it reads."""
+
+    def __init__(self, likelihoods):
+        super().__init__()
+        self.head = nn.Identity()
+        self.logits = nn.Parameter(torch.tensor([likelihoods]).log(), requires_grad=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.head(self.logits))
+
+
 class TestRankSurprisalRatio:
     @pytest.mark.parametrize("options", [{}, {"max_rank": 1}, {"max_rank": 60}, {"max_rank": 200}], ids=str)
     def test_is_the_summed_rank_over_the_summed_loss(self, model, data, seen, options):
@@ -174,8 +189,8 @@ class TestRankSurprisalRatio:
 
     @pytest.mark.parametrize(("max_rank", "summed_rank"), [(1, 2), (2, 3), (100, 3)])
     def test_by_hand(self, seen, max_rank, summed_rank):
-        reflected = seen(nn.Linear(1, 1), [{"id": "a", "input_ids": [3, 0, 1], "prompt_length": 1}])
-        reflected.logits = torch.tensor([[1 / 2, 1 / 4, 1 / 8, 1 / 8], [3 / 4, 1 / 8, 1 / 16, 1 / 16]]).log()
+        likelihoods = [[1 / 2, 1 / 4, 1 / 8, 1 / 8], [3 / 4, 1 / 8, 1 / 16, 1 / 16], [1 / 4] * 4]
+        reflected = seen(Says(likelihoods), [{"id": "a", "input_ids": [3, 0, 1], "prompt_length": 1}])
         found = scores(RankSurprisalRatio(max_rank), reflected)  # the likeliest of 1/2, and the second of 1/8
         assert found == pytest.approx([summed_rank / (math.log(2) + math.log(8))])
 
@@ -186,8 +201,7 @@ class TestRankSurprisalRatio:
         assert seen(rows=rows).token_ranks.tolist() == [1] * 5
 
     def test_is_finite_for_a_student_that_is_quite_sure(self, seen):
-        reflected = seen(nn.Linear(1, 1), [{"id": "a", "input_ids": [3, 0], "prompt_length": 1}])
-        reflected.logits = torch.tensor([[1e4, 0.0]])
+        reflected = seen(Says([[1.0, 1e-300], [0.5, 0.5]]), [{"id": "a", "input_ids": [3, 0], "prompt_length": 1}])
         assert scores(NegativeLogLikelihood(), reflected) == [0]
         assert math.isfinite(scores(RankSurprisalRatio(), reflected)[0])
 
@@ -588,19 +602,19 @@ class TestEveryCriterion:
             assert scores(criterion, seen(model, rows[part], ANSWERS[part])) == pytest.approx(expected[part], rel=1e-5)
 
     @each_of_logits
-    def test_chunks_do_not_matter(self, kind, seen, monkeypatch):
+    def test_few_rows_at_a_time_give_the_same(self, kind, seen, monkeypatch):
         expected = scores(make(kind), seen())
-        sizes = []
+        sizes, response_logits = [], reflection.response_logits
 
-        def watched(function):
-            return lambda logits, *others: sizes.append(len(logits)) or function(logits, *others)
+        def watched(model, batch):
+            sizes.append(batch["input_ids"].numel())
+            return response_logits(model, batch)
 
-        monkeypatch.setattr(reflection, "CHUNK", 3)
-        monkeypatch.setattr(criteria, "CHUNK", 3)
-        monkeypatch.setattr(reflection, "upcast", watched(reflection.upcast))
-        monkeypatch.setattr(criteria, "log_probabilities", watched(criteria.log_probabilities))
-        assert scores(make(kind), seen()) == pytest.approx(expected, rel=EXACT)
-        assert max(sizes) == 3
+        monkeypatch.setattr(reflection, "SCORED_AT_ONCE", 40)
+        monkeypatch.setattr(reflection, "response_logits", watched)
+        assert scores(make(kind), seen()) == pytest.approx(expected, rel=1e-5)
+        assert len(sizes) > 1
+        assert max(sizes) <= 40
 
 
 class TestCommandLine:

@@ -23,6 +23,7 @@ sys.meta_path.insert(0, Blocker())
 
 import srd_lightning.templates
 import srd_lightning.ranking
+import srd_lightning.arrangement
 import srd_lightning.curriculum
 import srd_lightning.divergences
 import srd_lightning.losses
