@@ -11,11 +11,11 @@
 - ``bounded``: the same, and answers stop at ``--ratio`` times the tokens of the true response.
 
 All score the same tokens, the end token included, in fp32. Prints and writes rows per second and the ratio to
-``paper``; the largest difference of a row's loss to it; and how near each comes to ``ours`` in ranking: correlation of
-ROUGE-L and of the fused order, and the share of the kept rows (the easiest 75 %) that are the same. ``paper`` may run on
-fewer of the rows, evenly spaced: its batches are of one size and shape, so its rows per second do not depend on how many
-there are, as ours do. Times are noisy: quote the ratio of one run, with the machine it was made on, and let nothing else
-run beside it.
+``paper``; the largest difference of a row's loss to it; and how near each comes to ``ours`` in ranking: correlation
+of ROUGE-L and of the fused order, and the share of the kept rows (the easiest 75 %) that are the same. ``paper`` may
+run on fewer of the rows, evenly spaced: its batches are of one size and shape, so its rows per second do not depend
+on how many there are, as ours do. Times are noisy: quote the ratio of one run, with the machine it was made on, and
+let nothing else run beside it.
 """
 
 from __future__ import annotations

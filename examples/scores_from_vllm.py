@@ -56,8 +56,7 @@ def main() -> None:
     rows = data.rows["train"]
     made_of = fingerprint(rows, nn.Identity(), data.tokenizer, template, decoding, SCORING_VERSION)
     made_of["student"] = f"{args.model} in {args.dtype}"
-    store = ScoreStore(args.output.with_suffix(".parquet.partial"), made_of, criteria={})
-    with store.locked():
+    with ScoreStore.locked(args.output.with_suffix(".parquet.partial"), made_of, criteria={}) as store:
         todo = rows.select(np.flatnonzero(np.isnan(store.columns(row_ids(rows), ["nll"])["nll"])))
         if len(todo):
             reflect(todo, data.tokenizer, store, args)

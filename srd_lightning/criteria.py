@@ -75,6 +75,23 @@ class Criterion:
         """Free what the scoring needed."""
 
 
+def check_criteria(criteria: Sequence[Criterion]) -> list[Criterion]:
+    """Return the criteria.
+
+    Raises:
+        ValueError: Two have one column, a name is taken, or a weight is not positive.
+    """
+    columns = [criterion.column for criterion in criteria]
+    if wrong := sorted({column for column in columns if columns.count(column) > 1 or column in ("id", "answer")}):
+        raise ValueError(
+            f"every criterion needs a column of its own that is not called id or answer, but {', '.join(wrong)} stands "
+            f"in {columns}; give one another column: criterion.column = …"
+        )
+    if wrong := [criterion.column for criterion in criteria if not criterion.weight > 0]:
+        raise ValueError(f"weights of criteria must be positive, but those of {', '.join(wrong)} are not")
+    return list(criteria)
+
+
 class RougeL(Criterion):
     """ROUGE-L of the answer against the true response, in [0, 1]; the paper's first criterion."""
 
@@ -129,7 +146,8 @@ class TeacherKL(Criterion):
     """Mean KL(teacher ‖ student) over the true response's tokens, in nats: how much the teacher would have to say.
 
     Args:
-        teacher: The teacher; loaded when it is first needed and freed afterwards.
+        teacher: The teacher; loaded when it is first needed and freed afterwards. Its scores are kept under its name
+            and revision: a teacher that changes under the same name needs another folder of scores.
         weight: As in `Criterion`.
     """
 

@@ -83,24 +83,25 @@ class Reflector:
             RuntimeError: Another run writes to the folder, or another process has failed.
         """
         team, ids = Team(), row_ids(rows)
-        made_of = fingerprint(rows, model, self.tokenizer, self.template, self.decoding, SCORING_VERSION)
+        made_of = _same_in_all(
+            team.from_all(
+                lambda: fingerprint(rows, model, self.tokenizer, self.template, self.decoding, SCORING_VERSION)
+            )
+        )
         names = [criterion.column for criterion in self.criteria]
 
-        def begin() -> tuple[ScoreStore, Mapping[str, str], list[tuple[int, Batch]]]:
+        def begin() -> tuple[ScoreStore, list[tuple[int, Batch]]]:
             settings = {criterion.column: criterion.settings() for criterion in self.criteria}
-            store = ScoreStore(folder(made_of), made_of, settings)
-            stack.enter_context(store.locked())
-            return store, made_of, self._unscored(rows, store.columns(ids, names))
+            store = stack.enter_context(ScoreStore.locked(folder(made_of), made_of, settings))
+            return store, self._unscored(rows, store.columns(ids, names))
 
         def finish() -> dict[str, Floats]:
-            if todo:
-                store.tidy()
+            store.tidy()
             return store.columns(ids, names)
 
         with ExitStack() as stack:
-            store, first_made_of, todo = team.from_first(begin)
+            store, todo = team.from_first(begin)
             with team.sharing(store.folder) as check:
-                _check_same(made_of, first_made_of)
                 share = todo[team.rank :: team.size]
                 with _placed(model, device), pinned_threads(self.threads, device):
                     reflect(
@@ -115,13 +116,15 @@ class Reflector:
         return [(number, batch) for number, batch in batches if missing[batch].any()]
 
 
-def _check_same(made_of: Mapping[str, str], first: Mapping[str, str]) -> None:
-    different = [part for part in made_of if made_of[part] != first[part]]
-    if different:
-        raise ValueError(
-            f"this process has another {', '.join(different)} than the first one; load the same files in all, and call "
-            "seed_everything before a model is made from a configuration"
-        )
+def _same_in_all(made_of: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    first = made_of[0]
+    for rank, other in enumerate(made_of):
+        if different := [part for part in first if other[part] != first[part]]:
+            raise ValueError(
+                f"process {rank} has another {', '.join(different)} than process 0; load the same files in all, and "
+                "call seed_everything before a model is made from a configuration"
+            )
+    return first
 
 
 @contextmanager

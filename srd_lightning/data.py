@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from srd_lightning.arrangement import Arrangement, EasyToHard
-from srd_lightning.criteria import Criterion, NegativeLogLikelihood, RougeL
+from srd_lightning.criteria import Criterion, NegativeLogLikelihood, RougeL, check_criteria
 from srd_lightning.curated import Curated
 from srd_lightning.curation import Reflector, Scores, digest, rank, read_scores, row_ids
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum, check_fractions
@@ -28,7 +28,6 @@ from srd_lightning.hygiene import inspect
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
 from srd_lightning.refresh import Refresher, rearrange
-from srd_lightning.report import extremes, present
 from srd_lightning.rows import Report, load_splits, tokenize
 from srd_lightning.students import fresh_student, trained_student
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
@@ -117,7 +116,7 @@ class SRDDataModule(LightningDataModule):
         self.student = student
         self.template = template
         self.schedule = check_fractions(schedule)
-        self.criteria = criteria or [RougeL(), NegativeLogLikelihood()]
+        self.criteria = check_criteria(criteria or [RougeL(), NegativeLogLikelihood()])
         self.arrangement = arrangement or EasyToHard()
         self.refresher = Refresher(refresh or [], self.schedule)
         self.scores = scores
@@ -205,6 +204,8 @@ class SRDDataModule(LightningDataModule):
 
     def report(self, console: Console) -> None:
         """Show what came of the curation, and write it, with plots, into the folder of the scores."""
+        from srd_lightning.report import extremes, present  # matplotlib, which training does not need
+
         assert self.curation is not None, "curate() comes first"
         if self.found is None:
             console.print(f"all {self.curation.rows:,} rows are trained on from the start; nothing was ranked")

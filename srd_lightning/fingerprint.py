@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.generation import Decoding
+from srd_lightning.generation import Decoding, end_tokens
 
 
 def fingerprint(
@@ -29,7 +29,7 @@ def fingerprint(
         model: The student, by the bytes of its weights.
         tokenizer: By its vocabulary.
         template: By its text.
-        decoding: By its settings.
+        decoding: By its settings, and the tokens that end an answer.
         scoring_version: Of the code that scores.
 
     Returns:
@@ -40,7 +40,7 @@ def fingerprint(
         "student": weights_digest(model),
         "tokenizer": _digest([repr(sorted(tokenizer.get_vocab().items())).encode()]),
         "template": _digest([repr((template, getattr(tokenizer, "chat_template", None))).encode()]),
-        "decoding": _digest([repr(sorted(asdict(decoding).items())).encode()]),
+        "decoding": _digest([repr((sorted(asdict(decoding).items()), end_tokens(model, tokenizer))).encode()]),
         "scoring version": scoring_version,
     }
 

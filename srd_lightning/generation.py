@@ -172,7 +172,7 @@ def _answer_in_rounds(
         attention_mask = torch.cat([attention_mask[places], torch.ones_like(new[places])], dim=1)
         cache = getattr(output, "past_key_values", None)  # without one, the next round begins with the whole text
         if running and cache is not None:
-            cache.batch_select_indices(places)
+            cache.reorder_cache(places)  # meant for beams; every kind of cache knows it
     return answers
 
 
@@ -203,12 +203,17 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 @contextlib.contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
     """Set the model's own generation settings aside: transformers fill in from them what a call leaves open."""
-    own = getattr(model, "generation_config", None)
-    model.generation_config = GenerationConfig()
+    holders = (
+        [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    )  # peft copies between them
+    own = [getattr(holder, "generation_config", None) for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        for holder, settings in zip(holders, own, strict=True):
+            holder.generation_config = settings
 
 
 @contextlib.contextmanager

@@ -66,7 +66,9 @@ class Pretrained:
         if self.lora is not None:
             from peft import LoraConfig, get_peft_model
 
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # the same adapters in every process and every run
+                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
         return cast(nn.Module, model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -166,7 +166,7 @@ def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> l
     """
     ids, prompts, lengths = (np.array(rows[name]) for name in ("id", "prompt_length", "length"))
     limits = np.array(decoding.limits((lengths - prompts).tolist()))
-    order = np.lexsort((ids, prompts, np.ceil(np.log2(limits))))
+    order = np.lexsort((ids, prompts, limits, np.ceil(np.log2(prompts))))
     batches, first = [], 0
     longest_prompt = longest_rest = 0
     rests = np.maximum(limits, lengths - prompts)

@@ -31,6 +31,8 @@ class Refresher:
 
     def __init__(self, first_epochs: Sequence[int], schedule: Mapping[int, float]) -> None:
         later = [epoch for epoch in schedule if epoch > 0]
+        if first_epochs and set(schedule.values()) == {1.0}:
+            raise ValueError("refresh needs a schedule that ranks rows, but this one trains on all from the start")
         if wrong := sorted(set(first_epochs) - set(later)):
             raise ValueError(f"refresh must name first epochs of later stages, which are {later}, but names {wrong}")
         self.first_epochs = sorted(set(first_epochs))

@@ -247,6 +247,8 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _reason_to_drop(example: Example, prompt_length: int, max_prompt_length: int) -> str:
     if not example.response.strip():
         return "empty response"
+    if prompt_length == 0:
+        return "empty prompt"
     if prompt_length > max_prompt_length:
         return f"prompt over {max_prompt_length} tokens"
     return ""

@@ -61,9 +61,7 @@ class ScoreStore:
         self._salt = json.dumps(dict(made_of), sort_keys=True).encode()
         self._own: list[Path] = []
         manifest = self.folder / "manifest.json"
-        stored: Any = (
-            json.loads(manifest.read_text()) if manifest.exists() else {"made_of": dict(made_of), "criteria": {}}
-        )
+        stored: Any = _read_manifest(manifest) if manifest.exists() else {"made_of": dict(made_of), "criteria": {}}
         different = [part for part in made_of if stored["made_of"].get(part) != made_of[part]]
         known = stored["criteria"].keys() & criteria.keys()
         different += [column for column in sorted(known) if stored["criteria"][column] != criteria[column]]
@@ -79,23 +77,29 @@ class ScoreStore:
     @classmethod
     def reopen(cls, folder: Path) -> ScoreStore:
         """Open a folder as it is, whatever its scores were made of."""
-        return cls(folder, json.loads((folder / "manifest.json").read_text())["made_of"], {})
+        return cls(folder, _read_manifest(folder / "manifest.json")["made_of"], {})
 
+    @classmethod
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs from writing; the lock ends with the process, however that ends.
+    def locked(cls, folder: Path, made_of: Mapping[str, str], criteria: Mapping[str, str]) -> Iterator[ScoreStore]:
+        """Open a folder to write to it; other runs are kept from it until this process has done so, or has ended.
 
         Raises:
-            RuntimeError: Another run holds it, for longer than one needs to read.
+            RuntimeError: Another run holds the lock, for longer than one needs to read.
         """
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
         try:
-            with filelock.FileLock(self.folder / ".lock", timeout=PATIENCE):
-                yield
+            lock.acquire(timeout=PATIENCE)
         except filelock.Timeout as error:
             raise RuntimeError(
-                f"another run is writing scores to {self.folder}; wait until it has ended, or point `scores` to "
-                "another folder"
+                f"another run is writing scores to {folder}; wait until it has ended, or point `scores` to another "
+                "folder"
             ) from error
+        try:
+            yield cls(folder, made_of, criteria)
+        finally:
+            lock.release()
 
     def append(self, scores: Sequence[Mapping[str, Any]]) -> None:
         """Write the scores of some rows, each with its ``id``; they are safe when this returns."""
@@ -107,16 +111,19 @@ class ScoreStore:
     def tidy(self) -> None:
         """Rewrite all shards as few, sorted by id: the same scores give the same files, however they came about."""
         self._merge(self._shards(), ROWS_PER_SHARD)
+        for left in self.folder.glob(".part-*"):  # half-written by a process that was killed
+            left.unlink(missing_ok=True)
 
     def _merge(self, shards: Sequence[Path], rows_per_shard: int) -> None:
-        whole = _one_row_per_id(self._read_all(shards))
+        whole = self._read_all(shards)
+        whole = _one_row_per_id(whole.cast(_schema(whole)))
         written = {self._write(whole.slice(start, rows_per_shard)) for start in range(0, len(whole), rows_per_shard)}
         for shard in set(shards) - written:
             shard.unlink(missing_ok=True)
 
     def _write(self, table: pa.Table) -> Path:
         buffer = io.BytesIO()
-        pq.write_table(table.combine_chunks(), buffer)
+        pq.write_table(table.cast(_schema(table)).combine_chunks(), buffer)
         path = self.folder / self._name(buffer.getvalue())
         write_atomically(path, buffer.getvalue())
         return path
@@ -194,6 +201,22 @@ def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Flo
         values = scored[name].cast(pa.float64()).take(places)
         found[name] = values.to_numpy()
     return found
+
+
+def _schema(table: pa.Table) -> pa.Schema:
+    """Return the types of a table; answers of many rows are more than 32-bit offsets can address."""
+    types = {"answer": pa.large_string()}
+    return pa.schema([pa.field(name, types.get(name, table.schema.field(name).type)) for name in table.column_names])
+
+
+def _read_manifest(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), so nobody knows what the scores beside it were made of; delete the "
+            "folder, or point `scores` to another one"
+        ) from error
 
 
 def _one_row_per_id(table: pa.Table) -> pa.Table:

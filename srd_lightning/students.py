@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from srd_lightning.models import Pretrained
 
@@ -49,12 +50,20 @@ def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Mo
 
 
 def whole(model: nn.Module) -> nn.Module:
-    """Return the model, or where its weights are sharded (FSDP2) a copy that has them all, on the same device."""
+    """Return the model, or where its weights are sharded (FSDP2) a copy that has them all, on the same device.
+
+    Raises:
+        ValueError: The model is sharded and is none of transformers' own.
+    """
     parameter = next(model.parameters())
     if not isinstance(parameter, DTensor):
         return model
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"refresh under FSDP2 needs a student of transformers, not {type(model).__name__}")
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.random.fork_rng(), parameter.device:
-        copy = cast(Any, type(model))(cast(Any, model).config).to(parameter.dtype)  # of the class before sharding
+        copy = type(model)(model.config)  # of the class before sharding
+    for weight in copy.parameters():
+        weight.data = weight.data.to(parameter.dtype)
     copy.load_state_dict(weights)
     return cast(nn.Module, copy)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import torch.distributed as dist
 
 from srd_lightning.store import write_atomically
@@ -48,42 +49,96 @@ class Team:
             raise RuntimeError(outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
+    def from_all(self, work: Callable[[], T]) -> list[T]:
+        """Let all processes work; return all results in all, or raise the first error in all."""
+        if self.size == 1:
+            return [work()]
+        outcome: tuple[Any, str | None] = (None, None)
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, _reason(self.rank, error)
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome)
+        for _, reason in outcomes:
+            if reason is not None:
+                raise RuntimeError(reason)
+        return [result for result, _ in outcomes]
+
     @contextmanager
     def sharing(self, folder: Path) -> Iterator[Callable[[], None]]:
         """Work on one's share, then wait for the others, however long they take.
 
-        A collective operation would time out, and would not say why. Signs are files in a folder that all see.
+        A collective operation would time out, and would not say why. Signs are files in a folder that all see; each
+        process holds a lock on its own, which ends with it.
 
         Args:
             folder: For the signs.
 
         Yields:
-            A function to call now and then: it raises when another process has failed.
+            A function to call now and then: it raises when another process has failed or is gone.
 
         Raises:
-            RuntimeError: Another process has failed; with its reason.
+            RuntimeError: Another process has failed, with its reason, or is gone.
         """
         if self.size == 1:
             yield lambda: None
             return
-        signs = folder / self.from_first(lambda: f".signs-{uuid.uuid4().hex}")
-
-        def check() -> None:
-            for failure in sorted(signs.glob("failed-*")):
-                raise RuntimeError(failure.read_text())
-
-        try:
-            yield check
-        except Exception as error:
-            write_atomically(signs / f"failed-{self.rank}", _reason(self.rank, error).encode())
-            raise
-        write_atomically(signs / f"done-{self.rank}", b"")
-        while len(list(signs.glob("done-*"))) < self.size:
-            check()
-            time.sleep(POLL)
-        dist.barrier()
+        signs = Signs(self.from_first(lambda: _new_folder(folder)), self.rank, self.size)
+        with signs.life(self.rank):
+            dist.barrier()
+            try:
+                yield signs.check
+            except Exception as error:
+                signs.put("failed", _reason(self.rank, error))
+                raise
+            signs.put("done")
+            while signs.missing():
+                signs.check()
+                time.sleep(POLL)
+            dist.barrier()
         if self.rank == 0:
-            shutil.rmtree(signs)
+            shutil.rmtree(signs.folder)
+
+
+class Signs:
+    """Signs of the processes of a team, in a folder."""
+
+    def __init__(self, folder: Path, rank: int, size: int) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.others = [other for other in range(size) if other != rank]
+
+    def life(self, rank: int) -> filelock.BaseFileLock:
+        """Return the lock that a process holds as long as it lives."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(self.folder / f"alive-{rank}", timeout=0)
+
+    def put(self, sign: str, text: str = "") -> None:
+        """Leave a sign: ``done`` or ``failed``."""
+        write_atomically(self.folder / f"{sign}-{self.rank}", text.encode())
+
+    def missing(self) -> list[int]:
+        """Return the other processes that are not done."""
+        return [other for other in self.others if not (self.folder / f"done-{other}").exists()]
+
+    def check(self) -> None:
+        """Raise if another process has failed, or is gone without a sign."""
+        for failure in sorted(self.folder.glob("failed-*")):
+            raise RuntimeError(failure.read_text())
+        for other in self.missing():
+            try:
+                self.life(other).acquire().lock.release()
+            except filelock.Timeout:  # it lives
+                continue
+            if other in self.missing() and not (self.folder / f"failed-{other}").exists():
+                raise RuntimeError(f"process {other} is gone: it was killed, perhaps for want of memory")
+
+
+def _new_folder(folder: Path) -> Path:
+    for old in folder.glob(".signs-*"):  # of a run that did not end well
+        shutil.rmtree(old)
+    return folder / f".signs-{uuid.uuid4().hex}"
 
 
 def _reason(rank: int, error: Exception) -> str:

@@ -179,8 +179,9 @@ def test_export_merges_lora(tokenizer, rows, tmp_path):
     trainer = L.Trainer(
         max_epochs=1, callbacks=[HuggingFaceExport(str(tmp_path / "out"))], enable_checkpointing=False, **QUIET
     )
-    trainer.fit(model, datamodule=data(tokenizer, rows, tmp_path, {0: 1.0}))
+    trainer.fit(model, datamodule=data(tokenizer, rows, tmp_path, {0: 0.5}))  # it has also answered
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.generation_config.eos_token_id == tiny_model(0).generation_config.eos_token_id == 1
     ids = torch.tensor([[5, 6, 7, 8]])
     torch.testing.assert_close(loaded(ids).logits, model.student.eval()(ids).logits)
     assert not torch.equal(

@@ -32,6 +32,7 @@ from srd_lightning.criteria import (
     ResponseLength,
     RougeL,
     TeacherKL,
+    check_criteria,
 )
 from srd_lightning.generation import Decoding
 from srd_lightning.matching import same_number
@@ -517,6 +518,27 @@ class TestCriterionOfOnesOwn:
 
         with pytest.raises(NotImplementedError, match=r"Nothing must define scores\(reflected\)"):
             scores(Nothing(), seen())
+
+
+class TestCheckCriteria:
+    def test_two_of_one_column(self):
+        with pytest.raises(ValueError, match="not called id or answer, but rank_surprisal_ratio stands in"):
+            check_criteria([RougeL(), RankSurprisalRatio(), RankSurprisalRatio(max_rank=5)])
+
+    def test_two_of_one_kind_with_columns_of_their_own(self):
+        other = RankSurprisalRatio(max_rank=5)
+        other.column = "other"
+        assert check_criteria([RankSurprisalRatio(), other])[1] is other
+
+    @pytest.mark.parametrize("name", ["id", "answer"])
+    def test_names_that_are_taken(self, name):
+        with pytest.raises(ValueError, match=f"{name} stands in"):
+            check_criteria([Column(name, higher_is_easier=True)])
+
+    @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan])
+    def test_weights(self, weight):
+        with pytest.raises(ValueError, match="weights of criteria must be positive, but those of rouge_l are not"):
+            check_criteria([RougeL(weight=weight), NegativeLogLikelihood()])
 
 
 class TestSettings:

@@ -149,6 +149,17 @@ class TestAStoppedRun:
         assert score(decoding=decoding) == expected
         assert files(tmp_path / "scores") == files(tmp_path / "whole")
 
+    def test_that_was_killed_while_it_tidied(self, score, monkeypatch, tmp_path, decoding):
+        score("whole", decoding=decoding)
+        with monkeypatch.context() as patch:
+            patch.setattr("srd_lightning.store.ScoreStore.tidy", None)
+            with pytest.raises(TypeError):
+                score(decoding=decoding)
+        assert len(files(tmp_path / "scores")) > 2
+        monkeypatch.setattr(reflection, "generate", None)
+        score(decoding=decoding)
+        assert files(tmp_path / "scores") == files(tmp_path / "whole")
+
     def test_a_damaged_part_is_made_again(self, score, tmp_path, decoding):
         expected = score(decoding=decoding)
         with pytest.MonkeyPatch.context() as patch:

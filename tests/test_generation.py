@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
 from srd_lightning import generation
@@ -181,6 +181,23 @@ class TestRounds:
         expected = answers(model, numbers)
         model.config.use_cache = False
         assert answers(model, numbers) == expected
+
+
+def hybrid():
+    """A model some of whose layers keep states instead of keys and values."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    config = Lfm2Config(**sizes, **heads, eos_token_id=1, pad_token_id=0, bos_token_id=None, initializer_range=0.3)
+    return Lfm2ForCausalLM(config).eval()
+
+
+def test_a_model_that_keeps_states(numbers, monkeypatch):
+    model, prompts = hybrid(), [PROMPTS[0]] * 3
+    monkeypatch.setattr(generation, "ROUND", 2)
+    limits = [2, 9, 5]
+    expected = [text(argmax_loop(model, PROMPTS[0], [1], limit)) for limit in limits]
+    assert answers(model, numbers, prompts=prompts, limits=limits) == expected
 
 
 class TestLimits:

@@ -201,6 +201,11 @@ class TestLora:
         assert all("lora_" in name for name in trained)
         assert sum(trained.values()) == 2 * (32 * 2 + 2 * 32)
 
+    def test_adapters_are_the_same_in_every_run(self, folder):
+        options = {"r": 2, "target_modules": ["q_proj"]}
+        first, second = (Pretrained(folder, lora=options).model().state_dict() for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
     def test_starts_as_the_model_without(self, lora, folder):
         base = Pretrained(folder, keep_layers=[0, 3]).model()
         torch.testing.assert_close(lora(input_ids=IDS).logits, base(input_ids=IDS).logits)

@@ -147,9 +147,14 @@ class TestFixedBatches:
         assert [batch.tolist() for batch in found] == [[1, 4], [2, 3], [0]]  # 2 * (2 + 9), 2 * (4 + 6); 3 * 11 > 30
 
     def test_answers_of_like_length_go_together(self):
-        rows = rows_of([(9, 100), (1, 4), (8, 100), (9, 4)])
+        rows = rows_of([(9, 100), (10, 4), (11, 100), (12, 4)])
         found = fixed_batches(rows, 230, Decoding(max_length_ratio=1.0))
-        assert [batch.tolist() for batch in found] == [[1, 3], [2, 0]]
+        assert [batch.tolist() for batch in found] == [[1, 3], [0, 2]]
+
+    def test_prompts_of_like_length_go_together_before_that(self):
+        rows = rows_of([(9, 20), (100, 4), (10, 20), (101, 4)])
+        found = fixed_batches(rows, 250, Decoding(max_length_ratio=1.0))
+        assert [batch.tolist() for batch in found] == [[0, 2], [1, 3]]
 
     def test_are_the_same_for_the_rows_in_any_order(self, data):
         other = in_other_order(data)

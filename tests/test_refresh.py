@@ -117,6 +117,10 @@ class TestRefresher:
         with pytest.raises(ValueError, match=r"first epochs of later stages, which are \[8, 16\], but names"):
             Refresher(epochs, {0: 0.25, 8: 0.5, 16: 0.75})
 
+    def test_where_nothing_is_ranked(self):
+        with pytest.raises(ValueError, match="needs a schedule that ranks rows"):
+            Refresher([8], {0: 1.0, 8: 1.0})
+
     def test_is_due_once(self):
         refresher = Refresher([16, 8], {0: 0.25, 8: 0.5, 16: 0.75})
         assert [refresher.due(epoch) for epoch in (0, 7, 8, 9, 16, 17)] == [[], [], [8], [], [16], []]

@@ -275,6 +275,13 @@ class TestTokenize:
         assert rows[0]["prompt"] == "Hi: "
         assert rows[0]["length"] == len(rows[0]["input_ids"]) == len("Hi: a") + 1
 
+    def test_a_prompt_without_tokens_is_dropped_and_counted(self, tokenizer):
+        template = PromptTemplate("{instruction}{input}", "{instruction}")
+        texts = [{"instruction": "", "output": "a"}, {"instruction": "b", "output": "a"}]
+        rows, report = tokenised(tokenizer, texts, template)
+        assert rows["prompt"][:] == ["b"]
+        assert dict(report.dropped) == {"empty prompt": 1}
+
     def test_no_token_spans_the_border(self):
         tokenizer = merging_tokenizer()
         assert tokenizer("aab")["input_ids"] == [2, 4]

@@ -109,6 +109,11 @@ class TestTidy:
         assert folders[0] == folders[1] == folders[2]
         assert len(folders[0]) == 2
 
+    def test_removes_what_a_killed_process_left_half_written(self, full):
+        (full.folder / ".part-x.parquet.123").write_bytes(b"half")
+        full.tidy()
+        assert not list(full.folder.glob(".part*"))
+
     def test_shards_of_limited_size_sorted_by_id(self, full, monkeypatch):
         monkeypatch.setattr(store_module, "ROWS_PER_SHARD", 2)
         full.tidy()
@@ -169,6 +174,13 @@ class TestDamage:
         assert len(shards(full)) == 1
 
 
+@pytest.mark.parametrize("text", ["", '{"made_of": {"rows"'], ids=["empty", "cut"])
+def test_a_damaged_manifest_is_named(full, text):
+    (full.folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read .* delete the folder"):
+        ScoreStore(full.folder, MADE_OF, CRITERIA)
+
+
 class TestFingerprint:
     @pytest.mark.parametrize(
         ("changed", "named"),
@@ -198,8 +210,9 @@ class TestLock:
         monkeypatch.setattr(store_module, "PATIENCE", 0.1)
         code = f"""
             import sys
+            from pathlib import Path
             from srd_lightning.store import ScoreStore
-            with ScoreStore({str(store.folder)!r}, {MADE_OF!r}, {{}}).locked():
+            with ScoreStore.locked(Path({str(store.folder)!r}), {MADE_OF!r}, {{}}):
                 print("locked", flush=True)
                 sys.stdin.read()
         """
@@ -209,18 +222,23 @@ class TestLock:
         try:
             assert other.stdout.readline() == "locked\n"
             with pytest.raises(RuntimeError, match="another run is writing scores to"):
-                store.locked().__enter__()
+                ScoreStore.locked(store.folder, MADE_OF, {"ifd": "IFD"}).__enter__()
+            assert "ifd" not in (store.folder / "manifest.json").read_text()
         finally:
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
-        with store.locked():  # it ended with the process
+        with ScoreStore.locked(store.folder, MADE_OF, {}):  # the lock ended with the process
             pass
 
-    def test_is_free_again_afterwards(self, store):
-        with store.locked():
-            pass
-        with store.locked():
-            pass
+    def test_is_free_again_afterwards(self, tmp_path):
+        for _ in range(2):
+            with ScoreStore.locked(tmp_path / "a" / "b", MADE_OF, CRITERIA) as store:
+                assert np.isnan(nll(store)).all()
+
+    def test_is_free_again_where_a_store_was_refused(self, store):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another student"):
+                ScoreStore.locked(store.folder, {**MADE_OF, "student": "s2"}, CRITERIA).__enter__()
 
 
 class TestByIds:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -75,10 +76,19 @@ class TestAFailingProcess:
         number = int("second" in trouble)
         assert f"RuntimeError: process {number} failed: OSError: no space left on the disk" in errors
 
+    def test_that_is_killed_is_missed_by_the_other(self, tmp_path):
+        """The first process is nobody's child, so nobody but the second can notice."""
+        start(tmp_path, 2, "ddp", "killed_in_the_first_process").wait(timeout=60)
+        for _ in range(100):
+            if (tmp_path / "error1.txt").exists():
+                break
+            time.sleep(0.2)
+        assert "process 0 is gone: it was killed" in (tmp_path / "error1.txt").read_text()
+
     def test_another_student_in_one_process_is_named(self, tmp_path):
         code, errors = run(tmp_path, 2, "ddp", "another_student")
         assert code != 0
-        assert "this process has another student than the first one" in errors
+        assert "process 1 has another student than process 0" in errors
 
     def test_an_error_before_the_work_reaches_all(self, tmp_path):
         (tmp_path / "scores").mkdir()

@@ -40,6 +40,12 @@ def failing_in_the_first_process(scores):
     time.sleep(0.5)
 
 
+def killed_in_the_first_process(scores):
+    time.sleep(0.2)
+    if rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def slow_in_the_second_process(scores):
     time.sleep(0.1 * rank())
 
@@ -60,7 +66,11 @@ def main(folder, devices, strategy="ddp", trouble=""):
         store.PATIENCE = 0.1
     options = {"devices": int(devices), "strategy": STRATEGIES[strategy] if int(devices) > 1 else "auto"}
     trainer = SRDTrainer(accelerator="cpu", default_root_dir=folder, logger=False, **options)
-    trainer.curate(module, data)
+    try:
+        trainer.curate(module, data)
+    except Exception as error:
+        Path(folder, f"error{os.environ.get('LOCAL_RANK', 0)}.txt").write_text(str(error))
+        raise
     Path(folder, f"order{trainer.global_rank}.json").write_text(str(data.curriculum.order.tolist()))
 
 
