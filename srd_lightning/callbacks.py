@@ -113,8 +113,8 @@ class RuntimeBenchmark(Callback):
         path: JSON file to write at the end of training.
 
     Attributes:
-        report: ``curation`` (``rows, kept, scored, seconds``), ``stages`` (``first_epoch, rows, steps, tokens,
-            seconds``: rows of the pool, and what this process did and took, validation left out),
+        report: ``curation`` (``rows, kept, scored, seconds``), ``refresh_seconds``, ``stages`` (``first_epoch, rows,
+            steps, tokens, seconds``: rows of the pool, and what this process did and took, validation left out),
             ``validation_seconds``, ``peak_memory_bytes`` (of the GPU where there is one, else the process's resident
             set).
     """
@@ -170,9 +170,11 @@ class RuntimeBenchmark(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the report and write it."""
-        curation = getattr(getattr(trainer, "datamodule", None), "curation", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        curation = getattr(datamodule, "curation", None)
         self.report = {
             "curation": curation and {name: getattr(curation, name) for name in ("rows", "kept", "scored", "seconds")},
+            "refresh_seconds": getattr(datamodule, "refresh_seconds", 0.0),
             "stages": list(self._stages.values()),
             "validation_seconds": self._validation,
             "peak_memory_bytes": peak_memory_bytes(),

@@ -137,6 +137,7 @@ class SRDDataModule(LightningDataModule):
         self.curriculum: Curriculum | None = None
         self.curation: Curated | None = None
         self.found: Scores | None = None
+        self.refresh_seconds = 0.0
 
     def setup(self, stage: str) -> None:
         """Read and tokenise once; for ``fit`` also reflect, rank and stage."""
@@ -250,12 +251,14 @@ class SRDDataModule(LightningDataModule):
 
     def _refresh(self, epoch: int) -> None:
         """Let the student, as trained so far, put the rows still to come in a new order, where that is due."""
+        start = time.perf_counter()
         for first in self.refresher.due(epoch):
             assert self.curriculum is not None
             self.curriculum = rearrange(
                 self.curriculum, first, self.rows["train"], functools.partial(self._order_again, first, epoch)
             )
             rank_zero_info(f"rows still to come are in the order of {self.refresher.generations[first]}")
+        self.refresh_seconds += time.perf_counter() - start
 
     def _order_again(self, first: int, epoch: int, rows: Dataset, kept: int) -> Tensor:
         assert self.found is not None
