@@ -36,9 +36,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, PromptTemplate, SRDDataModule
-from srd_lightning.curation import row_ids
 from srd_lightning.fingerprint import fingerprint
 from srd_lightning.reflection import SCORING_VERSION
+from srd_lightning.rows import ids_of
 from srd_lightning.store import ScoreStore, write_atomically
 
 TEMPLATES: dict[str, PromptTemplate | ChatTemplate] = {"alpaca": ALPACA, "chat": ChatTemplate()}
@@ -57,10 +57,10 @@ def main() -> None:
     made_of = fingerprint(rows, nn.Identity(), data.tokenizer, template, decoding, SCORING_VERSION)
     made_of["student"] = f"{args.model} in {args.dtype}"
     with ScoreStore.locked(args.output.with_suffix(".parquet.partial"), made_of, criteria={}) as store:
-        todo = rows.select(np.flatnonzero(np.isnan(store.columns(row_ids(rows), ["nll"])["nll"])))
+        todo = rows.select(np.flatnonzero(np.isnan(store.columns(ids_of(rows), ["nll"])["nll"])))
         if len(todo):
             reflect(todo, data.tokenizer, store, args)
-        write(store, row_ids(rows), args.output)
+        write(store, ids_of(rows), args.output)
     shutil.rmtree(store.folder)
 
 

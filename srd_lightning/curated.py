@@ -47,7 +47,7 @@ class Curated:
     @property
     def kept(self) -> int:
         """Number of rows in the last stage."""
-        return max(self.sizes.values())
+        return self.curriculum.kept
 
     @cached_property
     def sizes(self) -> dict[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from srd_lightning.fingerprint import fingerprint
 from srd_lightning.generation import Decoding
 from srd_lightning.ranking import reciprocal_rank_fusion
 from srd_lightning.reflection import SCORING_VERSION, Batch, Reflected, fixed_batches, reflect, score_batch
+from srd_lightning.rows import ids_of
 from srd_lightning.store import Floats, ScoreStore, answers_by_id, by_id
 from srd_lightning.team import Team
 
@@ -82,7 +82,7 @@ class Reflector:
             ValueError: The folder holds scores made of something else, or the processes have different students.
             RuntimeError: Another run writes to the folder, or another process has failed.
         """
-        team, ids = Team(), row_ids(rows)
+        team, ids = Team(), ids_of(rows)
         made_of = _same_in_all(
             team.from_all(
                 lambda: fingerprint(rows, model, self.tokenizer, self.template, self.decoding, SCORING_VERSION)
@@ -90,25 +90,31 @@ class Reflector:
         )
         names = [criterion.column for criterion in self.criteria]
 
-        def begin() -> tuple[ScoreStore, list[tuple[int, Batch]]]:
+        def begin() -> tuple[ScoreStore, dict[str, Floats], list[tuple[int, Batch]]]:
             settings = {criterion.column: criterion.settings() for criterion in self.criteria}
             store = stack.enter_context(ScoreStore.locked(folder(made_of), made_of, settings))
-            return store, self._unscored(rows, store.columns(ids, names))
+            columns = store.columns(ids, names)
+            todo = self._unscored(rows, columns)
+            if not todo and not store.is_tidy(len(ids)):  # a run was killed at its very end
+                store.tidy()
+            return store, columns, todo
 
         def finish() -> dict[str, Floats]:
             store.tidy()
             return store.columns(ids, names)
 
         with ExitStack() as stack:
-            store, todo = team.from_first(begin)
-            with team.sharing(store.folder) as check:
-                share = todo[team.rank :: team.size]
-                with _placed(model, device), pinned_threads(self.threads, device):
-                    reflect(
-                        model, self.tokenizer, rows, store, self.criteria, self.decoding, share, check, team.rank == 0
-                    )
-            scored = sum(len(batch) for _, batch in todo)
-            return Scores(team.from_first(finish), store.folder, scored, store.answers)
+            store, columns, todo = team.from_first(begin)
+            if todo:
+                with (
+                    team.sharing(store.folder) as check,
+                    _placed(model, device),
+                    pinned_threads(self.threads, device),
+                ):
+                    share, first = todo[team.rank :: team.size], team.rank == 0
+                    reflect(model, self.tokenizer, rows, store, self.criteria, self.decoding, share, check, first)
+                columns = team.from_first(finish)
+        return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
 
     def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, Batch]]:
         missing = np.any([np.isnan(values) for values in columns.values()], axis=0)
@@ -158,15 +164,10 @@ def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) ->
     if not (folder / "manifest.json").exists():
         raise ValueError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
     store = ScoreStore.reopen(folder)
-    columns = store.columns(row_ids(rows), [criterion.column for criterion in criteria])
+    columns = store.columns(ids_of(rows), [criterion.column for criterion in criteria])
     if any(np.isnan(values).any() for values in columns.values()):
         raise ValueError(f"some of the scores that this run was trained with are not in {folder} any more")
     return Scores(columns, folder, 0, store.answers)
-
-
-def row_ids(rows: Dataset) -> pa.Array:
-    """Return the ids of rows, ``[N]``, as they stand in memory-mapped files."""
-    return rows.select_columns(["id"]).with_format("arrow")[:]["id"].combine_chunks()
 
 
 def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokenizer: PreTrainedTokenizerBase) -> Scores:
@@ -190,12 +191,10 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
     if "id" not in table.column_names:
         raise ValueError(f"{path} must have the column `id`, but has {', '.join(table.column_names)}")
     table = table.set_column(table.column_names.index("id"), "id", table["id"].cast(pa.string()))
-    ids = row_ids(rows)
+    ids = ids_of(rows)
     here = [criterion.column for criterion in criteria if criterion.column in table.column_names]
-    columns = by_id(table, ids, here)
-    for criterion in criteria:
-        if criterion.column not in here:
-            columns[criterion.column] = _from_answers(path, table, rows, criterion, tokenizer)
+    absent = [criterion for criterion in criteria if criterion.column not in here]
+    columns = by_id(table, ids, here) | _from_answers(path, table, rows, absent, tokenizer)
     for name, values in columns.items():
         missing = np.flatnonzero(np.isnan(values))
         if len(missing):
@@ -207,23 +206,23 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
 
 
 def _from_answers(
-    path: Path, table: pa.Table, rows: Dataset, criterion: Criterion, tokenizer: PreTrainedTokenizerBase
-) -> Floats:
-    if not criterion.from_answers or "answer" not in table.column_names:
-        raise ValueError(
-            f"{path} has no column {criterion.column!r} for {type(criterion).__name__}, only "
-            f"{', '.join(table.column_names)}; add it, or leave the criterion out"
-        )
-    answers = answers_by_id(table, row_ids(rows))
-    values: list[float] = []
-    for batch in rows.iter(batch_size=1000):
-        chosen = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
-        texts = [answers.get(row["id"], "") for row in chosen]
-        reflected = Reflected(nn.Identity(), tokenizer, chosen, Decoding(), answers=texts)
-        known = [row["id"] in answers for row in chosen]
-        scores = score_batch(reflected, [criterion])
-        values += [score[criterion.column] if has else float("nan") for score, has in zip(scores, known, strict=True)]
-    return np.array(values)
+    path: Path, table: pa.Table, rows: Dataset, criteria: Sequence[Criterion], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Floats]:
+    for criterion in criteria:
+        if not criterion.from_answers or "answer" not in table.column_names:
+            raise ValueError(
+                f"{path} has no column {criterion.column!r} for {type(criterion).__name__}, only "
+                f"{', '.join(table.column_names)}; add it, or leave the criterion out"
+            )
+    if not criteria:
+        return {}
+    ids = ids_of(rows)
+    answers, scores = answers_by_id(table, ids), []
+    for part in rows.with_format("arrow").iter(batch_size=1000):
+        known = [row for row in part.to_pylist() if row["id"] in answers]
+        texts = [answers[row["id"]] for row in known]
+        scores += score_batch(Reflected(nn.Identity(), tokenizer, known, Decoding(), answers=texts), criteria)
+    return by_id(pa.Table.from_pylist(scores), ids, [criterion.column for criterion in criteria])
 
 
 def rank(
@@ -266,8 +265,3 @@ def _settle_by_id(order: Tensor, ease: Sequence[Floats], ids: pa.Array) -> Tenso
         names = np.array(ids.take(pa.array(rows[places])).to_pylist())
         rows[places] = rows[places][np.lexsort((names, group))]
     return order
-
-
-def digest(made_of: Mapping[str, str]) -> str:
-    """Return a short name for what scores were made of."""
-    return hashlib.sha256(repr(sorted(made_of.items())).encode()).hexdigest()[:16]

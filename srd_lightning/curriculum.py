@@ -124,6 +124,11 @@ class Curriculum:
         """Return the number of rows in an epoch: the fraction of ``len(order)``, rounded down."""
         return math.floor(round(value_at(self.schedule, epoch) * len(self.order), 6))
 
+    @property
+    def kept(self) -> int:
+        """Number of rows in the last stage."""
+        return self.size(max(self.schedule))
+
     def stage(self, epoch: int) -> int:
         """Return the number of the stage, from 0, that an epoch belongs to."""
         return sum(first <= epoch for first in self.schedule) - 1

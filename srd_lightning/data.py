@@ -16,20 +16,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.arrangement import Arrangement, EasyToHard
 from srd_lightning.criteria import Criterion, NegativeLogLikelihood, RougeL, check_criteria
 from srd_lightning.curated import Curated
-from srd_lightning.curation import Reflector, Scores, digest, rank, read_scores, row_ids
+from srd_lightning.curation import Reflector, Scores, rank, read_scores
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum, check_fractions
+from srd_lightning.fingerprint import digest
 from srd_lightning.generation import Decoding
 from srd_lightning.hygiene import inspect
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
 from srd_lightning.refresh import Refresher, rearrange
-from srd_lightning.rows import Report, load_splits, tokenize
-from srd_lightning.students import fresh_student, trained_student
+from srd_lightning.rows import Report, ids_of, load_splits, tokenize
+from srd_lightning.students import find_tokenizer, fresh_student, trained_student
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
 
 
@@ -152,25 +153,13 @@ class SRDDataModule(LightningDataModule):
             self.refresher.begin()
 
     def _read(self) -> None:
-        self.tokenizer = self._find_tokenizer()
+        self.tokenizer = find_tokenizer(self.tokenizer, self.student, self._module())
         template = self.template.bind(self.tokenizer)
         for split, rows in load_splits(self.data).items():
             self.rows[split], self.reports[split] = tokenize(
                 rows, self.tokenizer, template, self.max_length, self.max_prompt_length, split
             )
             rank_zero_info(f"{split}: {self.reports[split]}")
-
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        if isinstance(self.tokenizer, str):
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        if self.tokenizer is not None:
-            return self.tokenizer
-        if isinstance(self.student, Pretrained):
-            return self.student.tokenizer()
-        found = getattr(self._module(), "tokenizer", None)
-        if found is None:
-            raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
-        return found
 
     def curate(self) -> Curated:
         """Look for leaks, let the student reflect where scores are missing, rank the rows and stage them.
@@ -187,10 +176,10 @@ class SRDDataModule(LightningDataModule):
         if set(self.schedule.values()) != {1.0}:
             self.found = self._find_scores(rows)
             order, columns = self._order(rows, self.found), self.found.columns
-        kept = Curriculum(order, self.schedule).size(max(self.schedule))
+        kept = Curriculum(order, self.schedule).kept
         self.curriculum = Curriculum(self.arrangement(order, kept), self.schedule)
         self.curation = Curated(
-            ids=row_ids(rows),
+            ids=ids_of(rows),
             columns=columns,
             higher_is_easier={criterion.column: criterion.higher_is_easier for criterion in self.criteria},
             order=order,
@@ -212,7 +201,7 @@ class SRDDataModule(LightningDataModule):
             console.print(f"all {self.curation.rows:,} rows are trained on from the start; nothing was ranked")
             return
         shown = self.rows["train"].select(np.concatenate(extremes(self.curation)))
-        answers = self.found.answers(row_ids(shown))
+        answers = self.found.answers(ids_of(shown))
         present(self.curation, self.rows["train"], answers, self.found.folder, console)
 
     def _clean(self) -> None:
@@ -243,7 +232,7 @@ class SRDDataModule(LightningDataModule):
         return reflector.scores(rows, student, folder, device)
 
     def _order(self, rows: Dataset, scores: Scores) -> Tensor:
-        return rank(scores.columns, self.criteria, row_ids(rows), self.ties)
+        return rank(scores.columns, self.criteria, ids_of(rows), self.ties)
 
     def _folder(self, made_of: Mapping[str, str]) -> Path:
         root = Path.cwd() if self.trainer is None else Path(self.trainer.default_root_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 
 import torch
@@ -55,6 +55,11 @@ def _sum_of_digests(rows: Dataset) -> str:
             row = repr(text).encode() + ids.values.to_numpy().tobytes()
             total += int.from_bytes(hashlib.sha256(row).digest(), "big")
     return f"{total % 2**256:064x}"[:16]
+
+
+def digest(made_of: Mapping[str, str]) -> str:
+    """Return a short name for what scores were made of."""
+    return _digest([repr(sorted(made_of.items())).encode()])
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -202,10 +202,11 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def _without_own_settings(model: Any) -> Iterator[None]:
-    """Set the model's own generation settings aside: transformers fill in from them what a call leaves open."""
-    holders = (
-        [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    )  # peft copies between them
+    """Set the model's own generation settings aside: transformers fill in from them what a call leaves open.
+
+    An adapted model and the one in it have settings each, and peft copies from one to the other.
+    """
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     own = [getattr(holder, "generation_config", None) for holder in holders]
     for holder in holders:
         holder.generation_config = GenerationConfig()

@@ -21,7 +21,7 @@ from srd_lightning.criteria import Criterion
 from srd_lightning.evaluation import response_logits
 from srd_lightning.generation import Decoding, eval_mode, generate
 from srd_lightning.losses import IGNORE_INDEX, upcast
-from srd_lightning.rows import collate
+from srd_lightning.rows import collate, ids_of
 from srd_lightning.store import ScoreStore
 
 SCORING_VERSION = "2"
@@ -203,7 +203,7 @@ def reflect(
         show_progress: Show a progress bar.
     """
     mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
-    known = store.answers(rows.select(mine).with_format("arrow")[:]["id"].combine_chunks()) if len(mine) else {}
+    known = store.answers(ids_of(rows.select(mine))) if len(mine) else {}
     progress = tqdm(total=len(mine), desc="reflection", unit="row", disable=not show_progress or not batches)
     try:
         for number, batch in batches:

@@ -10,8 +10,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from srd_lightning.criteria import Criterion
-from srd_lightning.curation import Scores, digest, stored_scores
+from srd_lightning.curation import Scores, stored_scores
 from srd_lightning.curriculum import Curriculum
+from srd_lightning.fingerprint import digest
 
 
 class Refresher:
@@ -94,7 +95,7 @@ def rearrange(
         rows: All rows.
         order_of: Takes the rows still to come and how many of them will enter; returns their order, easiest first.
     """
-    seen, kept = curriculum.size(first_epoch - 1), curriculum.size(max(curriculum.schedule))
+    seen, kept = curriculum.size(first_epoch - 1), curriculum.kept
     to_come = curriculum.order[seen:]
     order = order_of(rows.select(to_come.numpy()), kept - seen)
     return Curriculum(torch.cat([curriculum.order[:seen], to_come[order]]), curriculum.schedule)

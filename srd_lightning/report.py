@@ -230,7 +230,7 @@ def _quote(text: str) -> str:
     return textwrap.indent("\n".join(lines), " " * 4) if text.strip() else "*(empty)*"
 
 
-def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: Path) -> None:
+def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Write ``curation.json``, ``curation.png``, ``curation.md`` and, for each row, ``ranking.parquet``.
 
     Args:
@@ -238,8 +238,12 @@ def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: P
         rows: Tokenised rows, in the order of its ``ids``.
         answers: The student's answers by row id.
         folder: Made if it does not exist.
+
+    Returns:
+        The numbers in ``curation.json``.
     """
-    write_atomically(folder / "curation.json", json.dumps(summarize(curated), indent=2).encode())
+    summary = summarize(curated)
+    write_atomically(folder / "curation.json", json.dumps(summary, indent=2).encode())
     plot(curated, folder / "curation.png")
     text = f"# Curation\n\n![](curation.png)\n\n{rows_as_text(curated, rows, answers)}"
     write_atomically(folder / "curation.md", text.encode())
@@ -247,10 +251,11 @@ def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: P
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(folder / "ranking.parquet", buffer.getvalue())
+    return summary
 
 
 def present(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: Path, console: Console) -> None:
     """Write everything and show the tables; arguments as for `write`."""
-    write(curated, rows, answers, folder)
-    console.print(table_of_ends(curated, rows, answers), *reversed(tables(summarize(curated))))
+    summary = write(curated, rows, answers, folder)
+    console.print(table_of_ends(curated, rows, answers), *reversed(tables(summary)))
     console.print(f"Plots, these rows in full and the place of every row: {folder}/curation.* and ranking.parquet")

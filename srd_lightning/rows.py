@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from torch import Tensor
@@ -127,6 +128,11 @@ def row_ids(rows: Dataset) -> list[str]:
         ids.append(digest if not seen[digest] else f"{digest}-{seen[digest]}")
         seen[digest] += 1
     return ids
+
+
+def ids_of(rows: Dataset) -> pa.Array:
+    """Return the ids of tokenised rows, ``[N]``, as they stand in memory-mapped files."""
+    return rows.select_columns(["id"]).with_format("arrow")[:]["id"].combine_chunks()
 
 
 def tokenize(

@@ -29,6 +29,8 @@ Floats = NDArray[np.float64]
 PATIENCE = 10.0
 """Seconds to wait for a run that holds the lock."""
 SHARDS_PER_MERGE = 64
+TIDY = b"tidy"
+"""In the metadata of shards that `ScoreStore.tidy` wrote."""
 ROWS_PER_SHARD = 65_536
 """Of a finished store, whose shards are sorted by id."""
 
@@ -108,22 +110,29 @@ class ScoreStore:
             self._merge(self._own, rows_per_shard=2**31)
             self._own = []
 
+    def is_tidy(self, rows: int) -> bool:
+        """Return whether all shards were written by `tidy`, and hold each of so many rows once."""
+        found = [pq.read_metadata(shard) for shard in self._shards()]
+        return all(TIDY in file.metadata for file in found) and sum(file.num_rows for file in found) == rows
+
     def tidy(self) -> None:
         """Rewrite all shards as few, sorted by id: the same scores give the same files, however they came about."""
-        self._merge(self._shards(), ROWS_PER_SHARD)
+        self._merge(self._shards(), ROWS_PER_SHARD, {TIDY: b"1"})
         for left in self.folder.glob(".part-*"):  # half-written by a process that was killed
             left.unlink(missing_ok=True)
 
-    def _merge(self, shards: Sequence[Path], rows_per_shard: int) -> None:
-        whole = self._read_all(shards)
-        whole = _one_row_per_id(whole.cast(_schema(whole)))
+    def _merge(self, shards: Sequence[Path], rows_per_shard: int, metadata: dict[bytes, bytes] | None = None) -> None:
+        whole = _one_row_per_id(self._read_all(shards)).replace_schema_metadata(metadata)
         written = {self._write(whole.slice(start, rows_per_shard)) for start in range(0, len(whole), rows_per_shard)}
         for shard in set(shards) - written:
             shard.unlink(missing_ok=True)
 
     def _write(self, table: pa.Table) -> Path:
         buffer = io.BytesIO()
-        pq.write_table(table.cast(_schema(table)).combine_chunks(), buffer)
+        if "answer" in table.column_names:  # those of many rows are more than 32-bit offsets can address
+            place = table.column_names.index("answer")
+            table = table.set_column(place, "answer", table["answer"].cast(pa.large_string()))
+        pq.write_table(table.combine_chunks(), buffer)
         path = self.folder / self._name(buffer.getvalue())
         write_atomically(path, buffer.getvalue())
         return path
@@ -201,12 +210,6 @@ def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Flo
         values = scored[name].cast(pa.float64()).take(places)
         found[name] = values.to_numpy()
     return found
-
-
-def _schema(table: pa.Table) -> pa.Schema:
-    """Return the types of a table; answers of many rows are more than 32-bit offsets can address."""
-    types = {"answer": pa.large_string()}
-    return pa.schema([pa.field(name, types.get(name, table.schema.field(name).type)) for name in table.column_names])
 
 
 def _read_manifest(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Which model reflects: the student before training, or as trained so far."""
+"""Which model reflects, the student before training or as trained so far, and by which tokenizer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,29 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from srd_lightning.models import Pretrained
+
+
+def find_tokenizer(
+    source: str | PreTrainedTokenizerBase | None, student: Pretrained | nn.Module | None, module: Any
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a data module was given, else its student's, else the module's.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if isinstance(source, str):
+        return AutoTokenizer.from_pretrained(source)
+    if source is not None:
+        return source
+    if isinstance(student, Pretrained):
+        return student.tokenizer()
+    found = getattr(module, "tokenizer", None)
+    if found is None:
+        raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
+    return found
 
 
 def fresh_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Module:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import filelock
 import torch.distributed as dist
@@ -35,35 +35,20 @@ class Team:
         """
         if self.size == 1:
             return work()
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.rank == 0:
-            try:
-                outcome[0] = work()
-            except Exception as error:
-                outcome[1], failure = _reason(0, error), error
-        dist.broadcast_object_list(outcome, src=0)
-        if failure is not None:
-            raise failure
-        if outcome[1] is not None:
-            raise RuntimeError(outcome[1])
-        return outcome[0]  # type: ignore[no-any-return]
+        outcome, error = _attempt(self.rank, work) if self.rank == 0 else (None, None)
+        outcomes: list[Any] = [outcome]
+        dist.broadcast_object_list(outcomes, src=0)
+        (result,) = _results(outcomes, error)
+        return cast(T, result)
 
     def from_all(self, work: Callable[[], T]) -> list[T]:
-        """Let all processes work; return all results in all, or raise the first error in all."""
+        """Let all processes work; return all results in all, or raise an error in all: one's own, else the first."""
         if self.size == 1:
             return [work()]
-        outcome: tuple[Any, str | None] = (None, None)
-        try:
-            outcome = work(), None
-        except Exception as error:
-            outcome = None, _reason(self.rank, error)
+        outcome, error = _attempt(self.rank, work)
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome)
-        for _, reason in outcomes:
-            if reason is not None:
-                raise RuntimeError(reason)
-        return [result for result, _ in outcomes]
+        return _results(outcomes, error)
 
     @contextmanager
     def sharing(self, folder: Path) -> Iterator[Callable[[], None]]:
@@ -139,6 +124,23 @@ def _new_folder(folder: Path) -> Path:
     for old in folder.glob(".signs-*"):  # of a run that did not end well
         shutil.rmtree(old)
     return folder / f".signs-{uuid.uuid4().hex}"
+
+
+def _attempt(rank: int, work: Callable[[], T]) -> tuple[tuple[T | None, str | None], Exception | None]:
+    """Return what other processes are told, a result or the reason why there is none, and the error itself."""
+    try:
+        return (work(), None), None
+    except Exception as error:
+        return (None, _reason(rank, error)), error
+
+
+def _results(outcomes: list[Any], own_error: Exception | None) -> list[Any]:
+    if own_error is not None:
+        raise own_error
+    for _, reason in outcomes:
+        if reason is not None:
+            raise RuntimeError(reason)
+    return [result for result, _ in outcomes]
 
 
 def _reason(rank: int, error: Exception) -> str:

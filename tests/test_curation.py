@@ -17,10 +17,10 @@ from srd_lightning.criteria import (
     RankSurprisalRatio,
     RougeL,
 )
-from srd_lightning.curation import Reflector, pinned_threads, rank, read_scores, row_ids, stored_scores
+from srd_lightning.curation import Reflector, pinned_threads, rank, read_scores, stored_scores
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.rouge import rouge_l
-from srd_lightning.rows import tokenize
+from srd_lightning.rows import ids_of, tokenize
 from srd_lightning.templates import PromptTemplate
 
 TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
@@ -48,7 +48,7 @@ def score(model, tokenizer, data, tmp_path):
     def run(folder="scores", rows=data, decoding=GREEDY, criteria=PAPER, tokens=1):
         reflector = Reflector(tokenizer, TEMPLATE, criteria, decoding, tokens, threads=1)
         scores = reflector.scores(rows, model, lambda made_of: tmp_path / folder, CPU)
-        ids = row_ids(rows).to_pylist()
+        ids = ids_of(rows).to_pylist()
         return {
             row_id: {name: values[row] for name, values in scores.columns.items()} for row, row_id in enumerate(ids)
         }
@@ -292,7 +292,7 @@ class TestACriterionThatGivesNaN:
     def test_is_named_when_rows_are_ranked(self, score, data):
         columns = {"broken": np.array([scores["broken"] for scores in score(criteria=[self.Broken()]).values()])}
         with pytest.raises(ValueError, match="broken is NaN for 20 of 20 rows"):
-            rank(columns, [self.Broken()], row_ids(data), "average")
+            rank(columns, [self.Broken()], ids_of(data), "average")
 
 
 def test_threads_are_pinned_and_given_back():
