@@ -10,10 +10,7 @@ with three decimals, 31 % of it zero, and a continuous negative log-likelihood.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import tempfile
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from record import record
 
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum
 from srd_lightning.ranking import reciprocal_rank_fusion
@@ -102,15 +99,7 @@ def main() -> None:
         results.append(measure_rows(rows))
         numbers = [f"{results[-1][column]:.2f}" for column in columns[1:]]
         print(*(f"{cell:>18}" for cell in (f"{rows:,}", *numbers)), flush=True)
-    report = {
-        "results": results,
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    if known.json:
-        known.json.write_text(json.dumps(report, indent=2))
+    record({"results": results}, known.json)
 
 
 if __name__ == "__main__":

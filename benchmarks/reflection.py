@@ -21,18 +21,15 @@ let nothing else run beside it.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pyarrow as pa
 import torch
-import transformers
+from record import record
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
@@ -171,17 +168,8 @@ def main() -> None:
         "bf16": measure(ours(Decoding(bf16=True))),
         "bounded": measure(ours(Decoding(bf16=True, max_length_ratio=options.ratio))),
     }
-    result = {
-        "arms": compare(arms),
-        "options": {name: str(value) for name, value in vars(options).items()},
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {module.__name__: module.__version__ for module in (torch, lightning, transformers)},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2))
+    settings = {name: str(value) for name, value in vars(options).items()}
+    print(record({"arms": compare(arms), "options": settings, "threads": torch.get_num_threads()}, options.json))
 
 
 if __name__ == "__main__":

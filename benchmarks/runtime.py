@@ -9,16 +9,11 @@ quote the ratio of one run, with the machine it was made on. Arguments that are 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
-import transformers
+from record import record
 
 from srd_lightning.callbacks import RuntimeBenchmark
 from srd_lightning.cli import run
@@ -54,15 +49,8 @@ def main() -> None:
         "ratio": {name: curriculum[name] / everything[name] for name in ("seconds", "steps", "tokens")},
         "config": known.config,
         "arguments": others,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "versions": {module.__name__: module.__version__ for module in (torch, lightning, transformers)},
-        "date": time.strftime("%Y-%m-%d"),
     }
-    print(json.dumps(result, indent=2))
-    if known.json:
-        known.json.write_text(json.dumps(result, indent=2))
+    print(record(result, known.json))
 
 
 if __name__ == "__main__":
