@@ -6,7 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from srd_lightning.rows import tokenize
+from srd_lightning.templates import PromptTemplate
 
 torch.set_num_threads(1)  # tiny models only lose by more
 
@@ -25,6 +29,22 @@ def tiny_model(seed=0, **options):
         **options,
     }
     return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def lively_model(seed=0, **options):
+    """A model with large weights, which does not say the same to every prompt."""
+    return tiny_model(seed, initializer_range=0.3, **options)
+
+
+PLAIN = PromptTemplate("{instruction} {input}", "{instruction}")
+
+
+def tokenised(tokenizer, rows):
+    return tokenize(Dataset.from_list(rows), tokenizer, PLAIN)[0]
+
+
+def in_other_order(data):
+    return data.select([(7 * row) % len(data) for row in range(len(data))])
 
 
 def make_rows(number):
@@ -49,3 +69,13 @@ def tokenizer():
 @pytest.fixture
 def rows():
     return make_rows(16)
+
+
+@pytest.fixture
+def model():
+    return lively_model()
+
+
+@pytest.fixture
+def data(tokenizer):
+    return tokenised(tokenizer, make_rows(20))

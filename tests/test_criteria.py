@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import references
 import torch
-from conftest import make_rows, tiny_model
+from conftest import PLAIN, lively_model, make_rows, tiny_model, tokenised
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
@@ -40,10 +40,8 @@ from srd_lightning.models import Pretrained
 from srd_lightning.reflection import Reflected, reflect, score_batch
 from srd_lightning.rows import tokenize
 from srd_lightning.store import ScoreStore
-from srd_lightning.templates import PromptTemplate
 
 ROOT = Path(__file__).parents[1]
-TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
 GREEDY = Decoding(max_new_tokens=6)
 PAIRS = [
     ("The quick brown fox jumps over the lazy dog", "The quick brown dog jumps on the log."),
@@ -76,7 +74,7 @@ def model():
 @pytest.fixture
 def data(tokenizer):
     rows = [*make_rows(6), {"instruction": "How many?", "output": "There are 12 of them."}]
-    return tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0]
+    return tokenised(tokenizer, rows)
 
 
 @pytest.fixture
@@ -87,10 +85,6 @@ def seen(model, tokenizer, data):
         return Reflected(model, tokenizer, rows or data.to_list(), GREEDY, answers=answers)
 
     return see
-
-
-def lively_model(seed=0):
-    return tiny_model(seed, initializer_range=0.3)
 
 
 def make(kind, **options):
@@ -139,7 +133,7 @@ class TestNegativeLogLikelihood:
         assert scores(NegativeLogLikelihood(), seen()) == pytest.approx(expected, rel=EXACT)
 
     def test_a_response_that_was_cut_has_no_end(self, model, tokenizer, seen):
-        cut, _ = tokenize(Dataset.from_list(make_rows(5)), tokenizer, TEMPLATE, max_length=12, max_prompt_length=10)
+        cut, _ = tokenize(Dataset.from_list(make_rows(5)), tokenizer, PLAIN, max_length=12, max_prompt_length=10)
         expected = [mean(losses(model, row["input_ids"], row["prompt_length"])) for row in cut]
         assert any(row["input_ids"][-1] != tokenizer.eos_token_id for row in cut)
         assert scores(NegativeLogLikelihood(), seen(rows=cut.to_list())) == pytest.approx(expected, rel=EXACT)
@@ -343,7 +337,7 @@ class TestLengths:
 
     def test_responses_are_counted_in_tokens_with_their_end(self, tokenizer, seen):
         rows = [{"instruction": "A much longer prompt", "output": text} for text in ("a", "abcd efg", "é")]
-        rows = tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0].to_list()
+        rows = tokenised(tokenizer, rows).to_list()
         assert scores(ResponseLength(), seen(rows=rows)) == [2, 9, 3]  # tokens are bytes
 
 

@@ -4,8 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import references
 import torch
-from conftest import make_rows, tiny_model
-from datasets import Dataset
+from conftest import PLAIN, in_other_order, make_rows, tokenised
 
 from srd_lightning import reflection
 from srd_lightning.criteria import (
@@ -20,10 +19,8 @@ from srd_lightning.criteria import (
 from srd_lightning.curation import Reflector, pinned_threads, rank, read_scores, stored_scores
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.rouge import rouge_l
-from srd_lightning.rows import ids_of, tokenize
-from srd_lightning.templates import PromptTemplate
+from srd_lightning.rows import ids_of
 
-TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
 GREEDY = Decoding(max_new_tokens=6)
 SAMPLING = Decoding(max_new_tokens=6, temperature=1.0)
 PAPER = [RougeL(), NegativeLogLikelihood()]
@@ -32,21 +29,11 @@ both = pytest.mark.parametrize("decoding", [GREEDY, SAMPLING], ids=["greedy", "s
 
 
 @pytest.fixture
-def model():
-    return tiny_model(initializer_range=0.3)
-
-
-@pytest.fixture
-def data(tokenizer):
-    return tokenize(Dataset.from_list(make_rows(20)), tokenizer, TEMPLATE)[0]
-
-
-@pytest.fixture
 def score(model, tokenizer, data, tmp_path):
     """Reflect with these settings; returns the scores of each row by id."""
 
     def run(folder="scores", rows=data, decoding=GREEDY, criteria=PAPER, tokens=1):
-        reflector = Reflector(tokenizer, TEMPLATE, criteria, decoding, tokens, threads=1)
+        reflector = Reflector(tokenizer, PLAIN, criteria, decoding, tokens, threads=1)
         scores = reflector.scores(rows, model, lambda made_of: tmp_path / folder, CPU)
         ids = ids_of(rows).to_pylist()
         return {
@@ -58,10 +45,6 @@ def score(model, tokenizer, data, tmp_path):
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
-
-
-def in_other_order(data):
-    return data.select([(7 * row) % len(data) for row in range(len(data))])
 
 
 def let_only(monkeypatch, batches):
@@ -105,6 +88,13 @@ class TestReflector:
         monkeypatch.setattr(model, "forward", None)
         assert score(rows=in_other_order(data), tokens=50) == scores
 
+    def test_a_second_run_writes_nothing_and_moves_no_model(self, score, monkeypatch, model, tmp_path):
+        score()
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("*.*")}
+        monkeypatch.setattr(model, "to", None)
+        score()
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("*.*")} == before
+
     def test_a_criterion_added_later_takes_the_answers_that_are_there(self, score, monkeypatch, tmp_path):
         expected = score("at once", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100)
         score("later", tokens=100)
@@ -128,7 +118,7 @@ class TestReflector:
         rows = make_rows(20)
         rows[7]["output"] += "!"
         with pytest.raises(ValueError, match="made with another rows"):
-            score(rows=tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0])
+            score(rows=tokenised(tokenizer, rows))
 
     def test_the_model_is_back_where_it_was(self, score, model):
         model.train()
@@ -187,7 +177,7 @@ class TestReadScores:
     @pytest.fixture
     def rows(self, tokenizer):
         rows = [{"id": number, "instruction": "Say.", "output": text} for number, text in enumerate(["one", "two"])]
-        return tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0]
+        return tokenised(tokenizer, rows)
 
     def test_by_id(self, write, rows, tokenizer):
         path = write(id=["1", "9", "0"], nll=[1.5, 9.9, 0.5], judge=[3, 9, 4])

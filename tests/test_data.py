@@ -4,14 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_rows, tiny_model
+from conftest import PLAIN, make_rows, tiny_model
 from rich.console import Console
 
-from srd_lightning import Decoding, PromptTemplate, SRDDataModule
+from srd_lightning import Decoding, SRDDataModule
 from srd_lightning.arrangement import HardToEasy, RandomOrder, RandomSubset
 from srd_lightning.criteria import Column, NegativeLogLikelihood, ResponseLength
 
-TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
 ROWS = [{"id": number, **row} for number, row in enumerate(make_rows(20))]
 
 
@@ -22,7 +21,7 @@ def make(tokenizer, tmp_path, monkeypatch):
 
     def make(data=ROWS, **options):
         options = {"schedule": {0: 0.25, 1: 0.75}, "decoding": Decoding(max_new_tokens=4), **options}
-        module = SRDDataModule(data, tokenizer, tiny_model(initializer_range=0.3), TEMPLATE, **options)
+        module = SRDDataModule(data, tokenizer, tiny_model(initializer_range=0.3), PLAIN, **options)
         module.setup("fit")
         return module
 
@@ -49,7 +48,7 @@ class TestCriteria:
         assert [outputs[row] for row in make(criteria=criteria).curation.order] == sorted(outputs)
 
     def test_scores_from_elsewhere_need_no_student(self, tokenizer, scores_file):
-        module = SRDDataModule(ROWS, tokenizer, template=TEMPLATE, schedule={0: 0.25, 1: 0.75}, **scores_file)
+        module = SRDDataModule(ROWS, tokenizer, template=PLAIN, schedule={0: 0.25, 1: 0.75}, **scores_file)
         module.setup("fit")
         assert module.curriculum.order.tolist() == list(range(20))
         assert module.curation.scored == 0

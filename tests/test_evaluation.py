@@ -1,28 +1,15 @@
 import pytest
 import references
 import torch
-from conftest import make_rows, tiny_model
-from datasets import Dataset
+from conftest import lively_model, make_rows, tokenised
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning.evaluation import divergence_from_teacher, negative_log_likelihood, response_logits
-from srd_lightning.rows import collate, tokenize
-from srd_lightning.templates import PromptTemplate
-
-
-@pytest.fixture
-def model():
-    return lively_model()
-
-
-def lively_model(seed=0):
-    return tiny_model(seed, initializer_range=0.3)
+from srd_lightning.rows import collate
 
 
 def batch_of_rows(tokenizer, number=5):
-    template = PromptTemplate("{instruction} {input}", "{instruction}")
-    rows, _ = tokenize(Dataset.from_list(make_rows(number)), tokenizer, template)
-    return collate(rows.to_list(), pad_token_id=0)
+    return collate(tokenised(tokenizer, make_rows(number)).to_list(), pad_token_id=0)
 
 
 def logits_of(model, batch):

@@ -2,35 +2,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_rows, tiny_model
-from datasets import Dataset
+from conftest import PLAIN, in_other_order, make_rows, tiny_model, tokenised
 from transformers import ByT5Tokenizer
 
 from srd_lightning.fingerprint import fingerprint
 from srd_lightning.generation import Decoding
-from srd_lightning.rows import tokenize
-from srd_lightning.templates import ALPACA, PromptTemplate
+from srd_lightning.templates import ALPACA
 
-TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
 GREEDY = Decoding(max_new_tokens=6)
-
-
-@pytest.fixture
-def model():
-    return tiny_model(initializer_range=0.3)
-
-
-@pytest.fixture
-def data(tokenizer):
-    return tokenised(tokenizer, make_rows(20))
-
-
-def tokenised(tokenizer, rows):
-    return tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0]
-
-
-def in_other_order(data):
-    return data.select([(7 * row) % len(data) for row in range(len(data))])
 
 
 class TestFingerprint:
@@ -120,6 +99,6 @@ CHANGES = {
     "rows": lambda: {"rows": tokenised(ByT5Tokenizer(), make_rows(19))},
     "student": changed_weight,
     "tokenizer": changed_tokenizer,
-    "template": lambda: {"template": TEMPLATE},
+    "template": lambda: {"template": PLAIN},
     "decoding": lambda: {"decoding": replace(GREEDY, temperature=1.0)},
 }

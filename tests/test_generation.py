@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import lively_model
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
@@ -25,16 +25,6 @@ class Numbers(ByT5Tokenizer):
 @pytest.fixture
 def numbers():
     return Numbers()
-
-
-@pytest.fixture
-def model():
-    return lively_model()
-
-
-def lively_model(seed=0, **options):
-    """A model with large weights, which does not say the same to every prompt."""
-    return tiny_model(seed, initializer_range=0.3, **options)
 
 
 def gpt2_with_dropout():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import make_rows, tiny_model
+from conftest import in_other_order, tokenised
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,29 +11,8 @@ from srd_lightning import reflection
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.reflection import Reflected, fixed_batches, score_batch
-from srd_lightning.rows import tokenize
-from srd_lightning.templates import PromptTemplate
 
-TEMPLATE = PromptTemplate("{instruction} {input}", "{instruction}")
 GREEDY = Decoding(max_new_tokens=6)
-
-
-@pytest.fixture
-def model():
-    return tiny_model(initializer_range=0.3)
-
-
-@pytest.fixture
-def data(tokenizer):
-    return tokenised(tokenizer, make_rows(20))
-
-
-def tokenised(tokenizer, rows):
-    return tokenize(Dataset.from_list(rows), tokenizer, TEMPLATE)[0]
-
-
-def in_other_order(data):
-    return data.select([(7 * row) % len(data) for row in range(len(data))])
 
 
 def score(model, tokenizer, rows):

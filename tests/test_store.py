@@ -109,6 +109,23 @@ class TestTidy:
         assert folders[0] == folders[1] == folders[2]
         assert len(folders[0]) == 2
 
+    def test_is_known_to_have_been_done(self, full):
+        assert not full.is_tidy(3)
+        full.tidy()
+        assert full.is_tidy(3)
+        assert not full.is_tidy(4)
+        ScoreStore(full.folder, MADE_OF, {"ifd": "IFD"}).append([{"id": "b", "ifd": 0.5}])
+        assert not full.is_tidy(3)
+
+    def test_that_was_broken_off_is_not_done(self, full):
+        full.tidy()
+        (first,) = (path.read_bytes() for path in shards(full))
+        later = ScoreStore(full.folder, MADE_OF, {"ifd": "IFD"})
+        later.append([{"id": "b", "ifd": 0.5}])
+        later.tidy()
+        (full.folder / full._name(first)).write_bytes(first)  # what it had not come to remove
+        assert not full.is_tidy(3)
+
     def test_removes_what_a_killed_process_left_half_written(self, full):
         (full.folder / ".part-x.parquet.123").write_bytes(b"half")
         full.tidy()
