@@ -50,9 +50,15 @@ def main(project, devices, folder):
         "last_learning_rate": trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None,
     }
     Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
+
+
+def end_together():
+    """Leave the process group in order: gloo's threads may abort a process that just exits."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_together()

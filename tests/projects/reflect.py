@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import distil
+import drive
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -76,3 +77,4 @@ def main(folder, devices, strategy="ddp", trouble=""):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    drive.end_together()

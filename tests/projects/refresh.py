@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import distil
+import drive
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -88,3 +89,4 @@ def main(folder, devices=1, strategy="auto", checkpoint=None, **options):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    drive.end_together()
