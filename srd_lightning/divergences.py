@@ -3,6 +3,9 @@ r"""The divergences, each written once: log-probabilities ``[N, V]`` of teacher 
 Throughout, the teacher is :math:`p` and the student is :math:`q`. All are true divergences: never negative, and zero
 when the two are equal. Inputs must be finite (`losses.log_probabilities` sees to that), then no term is ``0 * inf``.
 Formulas: arXiv 2306.13649 (generalised JSD), 2402.03898 (skew), 2508.06135 (the set).
+
+``…_gradient`` returns the values and, ``[N, V]``, their derivatives by the student's logits at the temperature. With
+:math:`h = \partial D / \partial q` that is :math:`q (h - \sum_v q h)`; any constant in :math:`h` cancels.
 """
 
 from __future__ import annotations
@@ -23,6 +26,18 @@ def forward_kl(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
     return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
 
 
+def forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return `forward_kl` and its gradient, :math:`q - p`.
+
+    Example:
+        >>> forward_kl_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log())[1]
+        tensor([[ 0.4000, -0.4000]])
+    """
+    teacher = teacher_logp.exp()
+    value = (teacher * (teacher_logp - student_logp)).sum(-1)
+    return value, student_logp.exp() - teacher
+
+
 def reverse_kl(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
     r"""Return :math:`\mathrm{KL}(q \| p) = \sum_v q \log (q / p)`, ``[N]``: keeps to what the teacher would say.
 
@@ -31,6 +46,19 @@ def reverse_kl(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         tensor([0.3681])
     """
     return forward_kl(student_logp, teacher_logp)
+
+
+def reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return `reverse_kl` and its gradient: :math:`h = \log (q / p)`.
+
+    Example:
+        >>> reverse_kl_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log())[1]
+        tensor([[ 0.1978, -0.1978]])
+    """
+    ratio = student_logp - teacher_logp
+    student = student_logp.exp()
+    value = (student * ratio).sum(-1)
+    return value, student * (ratio - value[:, None])
 
 
 def jensen_shannon(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
@@ -52,6 +80,18 @@ def jensen_shannon(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> T
     return beta * forward_kl(teacher_logp, mixture) + (1 - beta) * forward_kl(student_logp, mixture)
 
 
+def jensen_shannon_gradient(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    r"""Return `jensen_shannon` and its gradient: :math:`h = (1 - \beta) \log (q / m)`.
+
+    Example:
+        >>> jensen_shannon_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log(), beta=0.5)[1]
+        tensor([[ 0.0607, -0.0607]])
+    """
+    mixture = _log_mixture(teacher_logp, student_logp, beta)
+    of_student, gradient = reverse_kl_gradient(mixture, student_logp)
+    return beta * forward_kl(teacher_logp, mixture) + (1 - beta) * of_student, gradient * (1 - beta)
+
+
 def total_variation(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
     r"""Return :math:`\frac12 \sum_v |p - q|`, ``[N]``, at most 1.
 
@@ -60,6 +100,18 @@ def total_variation(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         tensor([0.4000])
     """
     return (teacher_logp.exp() - student_logp.exp()).abs().sum(-1) / 2
+
+
+def total_variation_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return `total_variation` and its gradient: :math:`h = \frac12 \operatorname{sign}(q - p)`.
+
+    Example:
+        >>> total_variation_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log())[1]
+        tensor([[ 0.0900, -0.0900]])
+    """
+    student = student_logp.exp()
+    difference = student - teacher_logp.exp()
+    return difference.abs().sum(-1) / 2, _to_logits(student * difference.sign() / 2, student)
 
 
 def skew_forward_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> Tensor:
@@ -80,6 +132,18 @@ def skew_forward_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) ->
     return forward_kl(teacher_logp, _log_mixture(teacher_logp, student_logp, alpha))
 
 
+def skew_forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    r"""Return `skew_forward_kl` and its gradient: :math:`h = -(1 - \alpha) p / m`.
+
+    Example:
+        >>> skew_forward_kl_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log(), alpha=0.1)[1]
+        tensor([[ 0.2422, -0.2422]])
+    """
+    mixture = _log_mixture(teacher_logp, student_logp, alpha)
+    weighted = -(1 - alpha) * (teacher_logp + (student_logp - mixture)).exp()
+    return forward_kl(teacher_logp, mixture), _to_logits(weighted, student_logp.exp())
+
+
 def skew_reverse_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> Tensor:
     r"""Return :math:`\mathrm{KL}(q \| (1 - \alpha) p + \alpha q)`, ``[N]``.
 
@@ -96,6 +160,24 @@ def skew_reverse_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) ->
         tensor([0.3071])
     """
     return skew_forward_kl(student_logp, teacher_logp, alpha)
+
+
+def skew_reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    r"""Return `skew_reverse_kl` and its gradient: :math:`h = \log (q / m) - \alpha q / m`.
+
+    Example:
+        >>> skew_reverse_kl_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log(), alpha=0.1)[1]
+        tensor([[ 0.1703, -0.1703]])
+    """
+    ratio = student_logp - _log_mixture(student_logp, teacher_logp, alpha)
+    student = student_logp.exp()
+    share = student * ratio
+    return share.sum(-1), _to_logits(share - alpha * student * ratio.exp() if alpha else share, student)
+
+
+def _to_logits(weighted: Tensor, student: Tensor) -> Tensor:
+    """Return q (h - sum q h) from ``weighted`` = q h and ``student`` = q."""
+    return weighted - student * weighted.sum(-1, keepdim=True)
 
 
 def _log_mixture(first_logp: Tensor, second_logp: Tensor, share: float) -> Tensor:

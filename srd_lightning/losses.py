@@ -103,6 +103,33 @@ class DistillationLoss(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define divergence(teacher_logp, student_logp)")
 
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the divergence of each token, and its gradient; by default by autograd of `divergence`.
+
+        Args:
+            teacher_logp: As in `divergence`.
+            student_logp: As in `divergence`.
+
+        Returns:
+            ``[N]``, and ``[N, V]``, by the student's logits divided by the temperature.
+        """
+        with torch.enable_grad():
+            logits = student_logp.detach().requires_grad_()
+            value = self.divergence(teacher_logp, logits.log_softmax(-1))
+            (gradient,) = torch.autograd.grad(value.sum(), logits)
+        return value.detach(), gradient
+
+    def __init_subclass__(cls) -> None:
+        """Let a new divergence have its own gradient, not the one of the loss that it is derived from."""
+        super().__init_subclass__()
+        if "divergence" in vars(cls) and "value_and_gradient" not in vars(cls):
+            cls.value_and_gradient = DistillationLoss.value_and_gradient  # type: ignore[method-assign]
+
+    @property
+    def scale(self) -> float:
+        """What the mean divergence is multiplied by: temperature squared, or 1."""
+        return self.temperature**2 if self.scale_by_temperature else 1.0
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean over the tokens of the response.
 
@@ -125,8 +152,7 @@ class DistillationLoss(nn.Module):
         mask = response_mask(labels, self.ignore_index)
         student_logp = log_probabilities(student_logits[:, :-1][mask], self.temperature)
         teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], self.temperature)
-        value = self.divergence(teacher_logp, student_logp).sum() / mask.sum().clamp(min=1)
-        return value * self.temperature**2 if self.scale_by_temperature else value
+        return self.scale * self.divergence(teacher_logp, student_logp).sum() / mask.sum().clamp(min=1)
 
 
 class ForwardKL(DistillationLoss):
@@ -136,6 +162,10 @@ class ForwardKL(DistillationLoss):
         """See `DistillationLoss.divergence`."""
         return divergences.forward_kl(teacher_logp, student_logp)
 
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.forward_kl_gradient(teacher_logp, student_logp)
+
 
 class ReverseKL(DistillationLoss):
     """KL(student ‖ teacher); see `divergences.reverse_kl`."""
@@ -144,6 +174,10 @@ class ReverseKL(DistillationLoss):
         """See `DistillationLoss.divergence`."""
         return divergences.reverse_kl(teacher_logp, student_logp)
 
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.reverse_kl_gradient(teacher_logp, student_logp)
+
 
 class TotalVariation(DistillationLoss):
     """Half the summed absolute difference; see `divergences.total_variation`."""
@@ -151,6 +185,10 @@ class TotalVariation(DistillationLoss):
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """See `DistillationLoss.divergence`."""
         return divergences.total_variation(teacher_logp, student_logp)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.total_variation_gradient(teacher_logp, student_logp)
 
 
 class JensenShannon(DistillationLoss):
@@ -179,6 +217,10 @@ class JensenShannon(DistillationLoss):
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """See `DistillationLoss.divergence`."""
         return divergences.jensen_shannon(teacher_logp, student_logp, self.beta)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.jensen_shannon_gradient(teacher_logp, student_logp, self.beta)
 
 
 class _Skew(DistillationLoss):
@@ -211,6 +253,10 @@ class SkewForwardKL(_Skew):
         """See `DistillationLoss.divergence`."""
         return divergences.skew_forward_kl(teacher_logp, student_logp, self.alpha)
 
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.skew_forward_kl_gradient(teacher_logp, student_logp, self.alpha)
+
 
 class SkewReverseKL(_Skew):
     """KL(student ‖ mixture with the teacher); see `divergences.skew_reverse_kl`."""
@@ -218,3 +264,7 @@ class SkewReverseKL(_Skew):
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """See `DistillationLoss.divergence`."""
         return divergences.skew_reverse_kl(teacher_logp, student_logp, self.alpha)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.skew_reverse_kl_gradient(teacher_logp, student_logp, self.alpha)

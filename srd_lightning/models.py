@@ -122,3 +122,43 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"{len({token for token, _ in different})} differ), so their distributions cannot be compared; "
             "choose two models of one family"
         )
+
+
+def vocabulary_size(model: object) -> int | None:
+    """Return how many tokens a model gives logits, if it says so before it is run."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return None if head is None else int(head.weight.shape[0])
+
+
+def shared_vocabulary(
+    student: int | None, teacher: int | None, tokenizer: PreTrainedTokenizerBase | None
+) -> int | None:
+    """Return how many tokens of two heads are compared, where one has more rows than any tokenizer uses.
+
+    Args:
+        student: Tokens of the student's head, if they are known.
+        teacher: Tokens of the teacher's head, if they are known.
+        tokenizer: Of both, where they were seen to be the same.
+
+    Returns:
+        How many, or nothing where all are.
+
+    Raises:
+        ValueError: The heads differ by tokens that are used, or nobody knows.
+
+    Example:
+        >>> shared_vocabulary(384, 384, tokenizer=None) is None
+        True
+    """
+    if student is None or teacher is None or student == teacher:
+        return None
+    sizes = f"student and teacher give logits of {student} and {teacher} tokens"
+    if tokenizer is None:
+        raise ValueError(
+            f"{sizes}, and their tokenizers are not known to be the same; give both as Pretrained, so that this can be "
+            "checked, or choose two models of one family"
+        )
+    used = max(tokenizer.get_vocab().values()) + 1
+    if used > min(student, teacher):
+        raise ValueError(f"{sizes}, but their tokenizer uses {used}; choose two models of one family")
+    return min(student, teacher)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -14,12 +16,17 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.evaluation import TokenSums, divergence_from_teacher, negative_log_likelihood
+from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.fingerprint import digest
 from srd_lightning.generation import Decoding, generate
-from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, ForwardKL, cross_entropy
-from srd_lightning.models import Pretrained, check_same_tokenizer
+from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, ForwardKL, response_mask
+from srd_lightning.micro_batches import in_parts, micro_batches
+from srd_lightning.models import Pretrained, check_same_tokenizer, shared_vocabulary, vocabulary_size
+from srd_lightning.objective import CHUNK, Objective
 from srd_lightning.planning import stage_steps
 from srd_lightning.rouge import rouge_l
+from srd_lightning.step import Step
+from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 
 Batch = Mapping[str, Tensor]
 
@@ -43,6 +50,20 @@ class KDLightningModule(LightningModule):
         restart_lr_each_stage: Run the schedule once per stage, as the paper does, instead of once over all stages.
         tokenizer: For answers in ``test`` and ``predict``; by default the student's, or the data module's.
         decoding: How answers are generated in ``test`` and ``predict``.
+        teacher_cache: ``hidden`` runs the teacher once over all rows, before training, and keeps its final hidden
+            states on disk; with a complete cache it is not even loaded. ``topk`` keeps its likeliest tokens instead:
+            smaller, and not exact. Needs an `SRDDataModule`.
+        teacher_cache_dir: Folder that all processes see; by default one in the trainer's ``default_root_dir``, named
+            after what the cache depends on.
+        teacher_cache_dtype: In which hidden states are kept.
+        top_k: Tokens that ``topk`` keeps of each distribution.
+        micro_batch_tokens: Most rows times longest row that go through the models at a time: a batch with more is taken
+            in parts, with the same result and less memory. By default batches are taken whole.
+        packing: Put the rows of a batch behind each other instead of padding them, for attention that keeps them apart
+            (flash attention on a GPU; others do so too, and lose by it).
+        chunk: Response tokens whose logits exist at a time; ``None`` makes all logits, as losses that define `forward`
+            for themselves need.
+        compile: Compile the bodies of student and teacher with ``torch.compile``.
 
     Raises:
         ValueError: ``kd_weight`` is outside [0, 1], there is no teacher for it, or the two models have different
@@ -65,6 +86,14 @@ class KDLightningModule(LightningModule):
         restart_lr_each_stage: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+        teacher_cache: Literal["none", "hidden", "topk"] = "none",
+        teacher_cache_dir: str | None = None,
+        teacher_cache_dtype: str = "bfloat16",
+        top_k: int = 64,
+        micro_batch_tokens: int | None = None,
+        packing: bool = False,
+        chunk: int | None = CHUNK,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= kd_weight <= 1:
@@ -87,6 +116,16 @@ class KDLightningModule(LightningModule):
         self.restart_lr_each_stage = restart_lr_each_stage
         self._tokenizer = tokenizer
         self.decoding = decoding
+        self.teacher_cache = teacher_cache
+        self.teacher_cache_dir = teacher_cache_dir
+        self.teacher_cache_dtype: torch.dtype = getattr(torch, teacher_cache_dtype)
+        self.top_k = top_k
+        self.micro_batch_tokens = micro_batch_tokens
+        self.packing = packing
+        self.chunk = chunk
+        self.compile_bodies = compile
+        self._cached: CachedTeacher | None = None
+        self._step: Step | None = None
         self.metrics = nn.ModuleDict(
             {f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
         )
@@ -109,48 +148,91 @@ class KDLightningModule(LightningModule):
             self.student = self._student_source.model()
         return self.student
 
+    def setup(self, stage: str) -> None:
+        """Before training: let the teacher be cached, where that is asked for. Data modules are set up by now."""
+        self._cached = self._step = None
+        if stage == "fit" and self.teacher_cache != "none":
+            self._cached = self.cache()
+
+    def cache(self) -> CachedTeacher:
+        """Let the teacher see all rows that its cache lacks; batches then bring along what it says."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "rows_of_teacher"):
+            raise ValueError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
+        kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
+        made_of = {"teacher": teacher_digest(self._teacher_source or cast(nn.Module, self.teacher)), "kind": repr(kind)}
+        folder = self.teacher_cache_dir or Path(self.trainer.default_root_dir) / "teacher" / digest(made_of)
+        loaded_here = self.teacher is None
+        data.teacher_cache, cached = cache_teacher(
+            data.rows_of_teacher(), Path(folder), kind, made_of, self._teacher_on_device, self._shared_vocabulary
+        )
+        if loaded_here:
+            self._keep_teacher(None)
+        return cached
+
+    def _teacher_on_device(self) -> nn.Module:
+        if self.teacher is None:
+            self._keep_teacher(cast(Pretrained, self._teacher_source).model())
+        return cast(nn.Module, self.teacher).to(self.trainer.strategy.root_device)
+
     def configure_model(self) -> None:
         """Load what is not there yet. Called by Lightning, possibly more than once."""
         if self._student_source is not None and self._teacher_source is not None and self.teacher is None:
             check_same_tokenizer(cast(Any, self.tokenizer), self._teacher_source.tokenizer())
         self.build_student().train()  # transformers load in eval mode, without dropout
-        if self._teacher_source is not None and self.teacher is None:
+        if self._teacher_source is not None and self.teacher is None and self._cached is None:
             self._keep_teacher(self._teacher_source.model())
 
     def on_fit_start(self) -> None:
         """Move the teacher, which Lightning does not know, to the device."""
-        self._place_teacher()
+        if self._cached is not None:
+            self._cached = self._cached.to(self.device)
+        elif self.teacher is not None:
+            self.teacher.to(self.device)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
-    def _place_teacher(self) -> None:
-        if self.teacher is not None:
-            self.teacher.to(self.device)
-
     def forward(self, batch: Batch) -> Tensor:
         """Return the student's logits, ``[B, T, V]``."""
-        return _logits(cast(nn.Module, self.student), batch)
-
-    @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> Tensor:
-        """Return the teacher's logits, ``[B, T, V]``."""
-        return _logits(cast(nn.Module, self.teacher), batch)
+        output = cast(Any, self.student)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return cast(Tensor, output.logits)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
-        labels = batch["labels"]
-        student_logits: Tensor = self(batch)
-        loss = student_logits.new_zeros((), dtype=torch.float32)
+        objective = self._objective(batch, self.loss, self.kd_weight)
         if self.kd_weight < 1:
-            ce = cross_entropy(student_logits, labels)
-            self.log("train_ce", ce)
-            loss = loss + (1 - self.kd_weight) * ce
+            self.log("train_ce", objective.ce)
         if self.kd_weight > 0:
-            kd: Tensor = self.loss(student_logits, self.teacher_logits(batch), labels)
-            self.log("train_kd", kd)
-            loss = loss + self.kd_weight * kd
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+            self.log("train_kd", objective.kd)
+        self.log("train_loss", objective.loss, prog_bar=True)
+        return objective.loss
+
+    def _objective(self, batch: Batch, loss: DistillationLoss, kd_weight: float) -> Objective:
+        """Return the objective of a batch, taken in parts where it is large."""
+        step = self._steps()
+        if self.micro_batch_tokens is None:
+            return step.objective(batch, loss, kd_weight)
+        num_tokens = response_mask(batch["labels"]).sum()
+        parts = [
+            functools.partial(step.objective, part, loss, kd_weight, num_tokens)
+            for part in micro_batches(batch, self.micro_batch_tokens)
+        ]
+        return parts[0]() if len(parts) == 1 else in_parts(parts, step.student)
+
+    def _steps(self) -> Step:
+        student = cast(nn.Module, self.student)
+        teacher = self._cached if self._cached is not None else self.teacher
+        if self._step is None or self._step.student is not student or self._step.source is not teacher:
+            vocabulary = None if teacher is None else self._shared_vocabulary(teacher)
+            self._step = Step(student, teacher, vocabulary, self.chunk, self.packing)
+        return self._step
+
+    def _shared_vocabulary(self, teacher: nn.Module | CachedTeacher) -> int | None:
+        if isinstance(teacher, CachedTeacher):
+            return len(teacher.head.weight)
+        both_known = self._student_source is not None and self._teacher_source is not None
+        sizes = vocabulary_size(self.build_student()), vocabulary_size(teacher)
+        return shared_vocabulary(*sizes, self.tokenizer if both_known else None)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val_nll`` and ``val_kl``, means over response tokens."""
@@ -187,15 +269,12 @@ class KDLightningModule(LightningModule):
         return tokenizer
 
     def _log_likelihoods(self, stage: str, batch: Batch) -> None:
-        labels, student_logits = batch["labels"], self(batch)
-        self._log_token_mean(f"{stage}_nll", negative_log_likelihood(student_logits, labels))
-        if self.teacher is not None:
-            kl = divergence_from_teacher(student_logits, self.teacher_logits(batch), labels)
-            self._log_token_mean(f"{stage}_kl", kl)
-
-    def _log_token_mean(self, name: str, values: TokenSums) -> None:
-        tokens = values.tokens.sum()
-        self._log_mean(name, values.sums.sum() / tokens.clamp(min=1), tokens)
+        tokens = response_mask(batch["labels"]).sum()
+        with_teacher = self.teacher is not None or self._cached is not None
+        found = self._objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)
+        self._log_mean(f"{stage}_nll", found.ce, tokens)
+        if with_teacher:
+            self._log_mean(f"{stage}_kl", found.kd, tokens)
 
     def _log_mean(self, name: str, value: Tensor | float, weight: Tensor | int) -> None:
         metric = cast(MeanMetric, self.metrics[name])
@@ -212,10 +291,6 @@ class KDLightningModule(LightningModule):
 
 
 BATCH_FIELDS = ("input_ids", "attention_mask", "labels")
-
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return cast(Tensor, model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
 
 def _split_row(input_ids: list[int], attention_mask: list[int], labels: list[int]) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,3 +157,39 @@ def distillation_loss(
         total = total + divergence(p, q)
     mean = total / len(positions)
     return mean * temperature * temperature if scale_by_temperature else mean
+
+
+def paper_step(
+    student: Any,
+    teacher: Any,
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    temperature: float,
+    kd_weight: float,
+    length: int | None = 512,
+) -> Tensor:
+    """Return (1 - w) CE + w T² KL(p ‖ q) at the cost of the authors' loop: all rows padded, all logits made.
+
+    Rows have ``input_ids`` and ``prompt_length``; a length of None pads to the longest. Fp32, and vectorised: it is
+    also what speed is compared with.
+    """
+    width = max(len(row["input_ids"]) for row in rows) if length is None else length
+    padding = [width - len(row["input_ids"]) for row in rows]
+    input_ids = [list(row["input_ids"]) + [pad_token_id] * pads for row, pads in zip(rows, padding, strict=True)]
+    mask = [[1] * len(row["input_ids"]) + [0] * pads for row, pads in zip(rows, padding, strict=True)]
+    response = [[row["prompt_length"] <= position < len(row["input_ids"]) for position in range(width)] for row in rows]
+    device = next(student.parameters()).device
+    batch = {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+    student_logits = student(**batch).logits[:, :-1].float()
+    with torch.no_grad():
+        teacher_logits = teacher(**batch).logits[:, :-1].float()
+    labels = batch["input_ids"][:, 1:]
+    wanted = torch.tensor(response, device=device)[:, 1:].float()
+    log_q = (student_logits / temperature).log_softmax(-1)
+    log_p = (teacher_logits / temperature).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+    ce = -student_logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return (((1 - kd_weight) * ce + kd_weight * kl) * wanted).sum() / wanted.sum()

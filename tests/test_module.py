@@ -55,7 +55,7 @@ def same(first, second):
 
 def test_weight_zero_is_plain_fine_tuning_bit_for_bit(student, teacher, tokenizer, rows):
     plain, batches = copy.deepcopy(student), Batches()
-    module = KDLightningModule(student, teacher, kd_weight=0.0, optimizer=sgd)
+    module = KDLightningModule(student, teacher, kd_weight=0.0, optimizer=sgd, chunk=None)
     L.Trainer(max_epochs=2, callbacks=[batches], **QUIET).fit(module, datamodule=everything(tokenizer, rows))
 
     optimizer = SGD(plain.train().parameters(), lr=0.1)

@@ -1,0 +1,99 @@
+"""A batch that is too large for the memory goes through in parts, and the result is the same.
+
+The gradient of each part is complete before the next one begins, so the longest rows alone do not set the peak: what is
+held at a time belongs to one part. To autograd, Lightning and DDP it is one loss of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from srd_lightning.objective import Objective
+
+Batch = Mapping[str, Tensor]
+PADDED = ("input_ids", "attention_mask", "labels")
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> list[dict[str, Tensor]]:
+    """Split a batch into parts of rows of like length, trimmed to their longest.
+
+    Args:
+        batch: Tensors whose first dimension is the row; those of tokens are ``[B, T]``.
+        max_tokens: Most rows times longest row of a part; a single longer row is a part of its own.
+
+    Returns:
+        The parts, longest rows first; no row is lost.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+        >>> parts = micro_batches({"input_ids": mask, "attention_mask": mask, "labels": mask}, max_tokens=4)
+        >>> [tuple(part["input_ids"].shape) for part in parts]
+        [(1, 4), (2, 2)]
+    """
+    mask = batch["attention_mask"]
+    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
+    rows = sorted(range(len(ends)), key=lambda row: -ends[row])
+    parts: list[list[int]] = []
+    for row in rows:
+        if not parts or (len(parts[-1]) + 1) * ends[parts[-1][0]] > max_tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return [
+        {name: values[part, : ends[part[0]]] if name in PADDED else values[part] for name, values in batch.items()}
+        for part in parts
+    ]
+
+
+def in_parts(objectives: Sequence[Callable[[], Objective]], model: nn.Module) -> Objective:
+    """Add up objectives, with one part's activations in memory at a time.
+
+    Args:
+        objectives: Each computes its part.
+        model: Whose parameters get the gradient.
+
+    Returns:
+        The sums; the gradient of the loss is complete already.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Objective(*cast(Any, _InParts).apply(objectives, *parameters))
+
+
+class _InParts(torch.autograd.Function):
+    """Computes value and gradients in the forward pass; the backward pass only scales the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, objectives: Sequence[Callable[[], Objective]], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        totals: list[Tensor | None] = [None] * len(parameters)
+        sums: list[Objective] = []
+        for objective in objectives:
+            with torch.enable_grad():
+                part = objective()
+            gradients = torch.autograd.grad(part.loss, parameters, allow_unused=True)
+            for place, gradient in enumerate(gradients):
+                total = totals[place]
+                if gradient is not None:  # never added in place: two parameters may be given one tensor
+                    totals[place] = gradient if total is None else total + gradient
+            sums.append(Objective(*(value.detach() for value in part)))
+        ctx.gradients = totals
+        loss, ce, kd = (torch.stack(values).sum() for values in zip(*sums, strict=True))
+        ctx.mark_non_differentiable(ce, kd)
+        return loss, ce, kd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a batch in parts makes its gradients once, and cannot be differentiated twice")
+        gradients, ctx.gradients = ctx.gradients[::-1], None
+        scaled = []
+        while gradients:
+            gradient = gradients.pop()  # and free it
+            scaled.append(None if gradient is None else gradient * grad_loss)
+        return (None, *scaled)

@@ -1,0 +1,213 @@
+"""(1 - w) CE + w KD from hidden states and output heads, without ever holding the logits of all tokens.
+
+The logits of some tokens are made, turned in place into the gradient by these logits, multiplied into the gradients of
+the hidden states and of the head, and forgotten. So value and gradients are complete when the forward pass ends; what
+is kept for the backward pass has the size of the inputs, whatever the number of tokens times the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from srd_lightning.losses import DistillationLoss, log_probabilities, upcast
+
+CHUNK = 256
+"""Response tokens whose logits exist at a time."""
+PIECE = 16
+"""Tokens of these that are turned into gradients at a time on a CPU: few enough to stay in its cache."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a language model: from hidden states ``[n, d]`` to logits ``[n, V]``.
+
+    Args:
+        weight: ``[V, d]``
+        bias: ``[V]``, if there is one.
+        scale: Multiplies the logits (Cohere, Granite).
+        soft_cap: Bounds the logits to ± this by tanh (Gemma).
+
+    Example:
+        >>> Head(torch.eye(2), scale=3.0)(torch.tensor([[1.0, 2.0]]))
+        tensor([[3., 6.]])
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits."""
+        logits = self.linear(hidden)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def linear(self, hidden: Tensor) -> Tensor:
+        """Return logits before they are capped."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return logits if self.scale == 1 else logits * self.scale
+
+    def narrow(self, vocabulary: int | None) -> Head:
+        """Return the head of the first so many tokens, or of all."""
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return replace(self, weight=self.weight[:vocabulary], bias=bias)
+
+    def to(self, target: torch.dtype | torch.device) -> Head:
+        """Return the head in another type or on another device."""
+        return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
+
+
+class Objective(NamedTuple):
+    """The loss, which has the gradient, and its two parts as they are before weighting; scalars in fp32."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def chunked_objective(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    loss: DistillationLoss,
+    teacher_logits: Callable[[slice], Tensor] | None,
+    kd_weight: float,
+    num_tokens: Tensor | int | None = None,
+    chunk: int = CHUNK,
+) -> Objective:
+    r"""Return :math:`(1 - w) \, \mathrm{CE} + w \, T^2 D_T(\text{teacher} \| \text{student})`, chunk by chunk.
+
+    Args:
+        hidden: The student's final hidden states at the positions that predict the response, ``[N, d]``.
+        head: The student's head. Autocast, where it is on, decides the type of its product; sums are at least fp32.
+        targets: The tokens of the response, ``[N]``.
+        loss: The distillation loss; one with `DistillationLoss.value_and_gradient` in closed form is faster.
+        teacher_logits: Gives the teacher's logits ``[n, V]`` of a slice of the N tokens; not asked where w is 0.
+        kd_weight: w, in [0, 1]; a part that has no weight is not computed, and is 0.
+        num_tokens: What the sums over tokens are divided by; N by default, and never less than 1.
+        chunk: Tokens whose logits exist at a time.
+
+    Returns:
+        The loss and its parts; the loss is connected to the graph also where there is no token.
+
+    Example:
+        >>> from srd_lightning import ForwardKL
+        >>> hidden, head = torch.eye(2), Head(torch.eye(2))
+        >>> teacher = lambda tokens: torch.zeros(2, 2)[tokens]
+        >>> chunked_objective(hidden, head, torch.tensor([0, 0]), ForwardKL(), teacher, kd_weight=0.5)
+        Objective(loss=tensor(0.4667), ce=tensor(0.8133), kd=tensor(0.1201))
+    """
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    total = torch.as_tensor(len(targets) if num_tokens is None else num_tokens, device=hidden.device).clamp(min=1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        work = _Work(head.to(dtype), targets, loss, teacher_logits, kd_weight, chunk)
+        sums = cast(Any, _Chunked).apply(hidden.to(dtype), work.head.weight, work.head.bias, work)
+    return Objective(*(part / total for part in sums))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What turns the logits of some tokens into values and gradients."""
+
+    head: Head
+    targets: Tensor
+    loss: DistillationLoss
+    teacher_logits: Callable[[slice], Tensor] | None
+    kd_weight: float
+    chunk: int
+
+    def logits_to_gradient(self, logits: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Overwrite a chunk's logits, before they are capped, with their gradient; return the sums of CE and KD."""
+        teacher = self.teacher_logits(tokens) if self.teacher_logits is not None and self.kd_weight > 0 else None
+        targets = self.targets[tokens]
+        piece = PIECE if logits.device.type == "cpu" else len(logits)
+        ce, kd = [], []
+        for first in range(0, len(logits), piece):
+            some = slice(first, first + piece)
+            values = self.piece_to_gradient(logits[some], None if teacher is None else teacher[some], targets[some])
+            ce.append(values[0])
+            kd.append(values[1])
+        return torch.stack(ce).sum(), torch.stack(kd).sum()
+
+    def piece_to_gradient(self, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Do so for a few tokens, all at once."""
+        student = upcast(logits)
+        cap = self.head.soft_cap
+        if cap is not None:
+            student = cap * torch.tanh(student / cap)
+        gradient = torch.zeros_like(student[:1])
+        ce = kd = student.new_zeros(())
+        logp = None
+        if teacher is not None:
+            teacher_logp = log_probabilities(teacher, self.loss.temperature)
+            logp = log_probabilities(student, self.loss.temperature)
+            values, gradient = self.loss.value_and_gradient(teacher_logp, logp)
+            kd = values.sum() * self.loss.scale
+            gradient = gradient * (self.kd_weight * self.loss.scale / self.loss.temperature)
+        if self.kd_weight < 1:
+            logp = logp if logp is not None and self.loss.temperature == 1 else student.log_softmax(-1)
+            ce = -logp.gather(1, targets[:, None]).sum()
+            part = logp.exp()
+            part.scatter_add_(1, targets[:, None], part.new_full((len(targets), 1), -1.0))
+            gradient = gradient + (1 - self.kd_weight) * part
+        if cap is not None:
+            gradient = gradient * (1 - (student / cap) ** 2)
+        logits.copy_(gradient if self.head.scale == 1 else gradient * self.head.scale)
+        return ce, kd
+
+
+class _Chunked(torch.autograd.Function):
+    """Computes value and gradients in the forward pass; the backward pass only scales the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and for_bias else None
+        sums = hidden.new_zeros(2, dtype=wide)
+        for first in range(0, len(hidden), work.chunk):
+            tokens = slice(first, min(first + work.chunk, len(hidden)))
+            logits = work.head.linear(hidden[tokens])
+            sums += torch.stack(work.logits_to_gradient(logits, tokens))
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[tokens])
+            if grad_weight is not None:
+                _add_product(grad_weight, logits, hidden[tokens])
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=wide)
+        ctx.gradients = [grad_hidden, _narrow(grad_weight, weight), _narrow(grad_bias, bias)]
+        ce, kd = sums.unbind()
+        ctx.mark_non_differentiable(ce, kd)
+        return (1 - work.kd_weight) * ce + work.kd_weight * kd, ce, kd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked objective makes its gradients once, and cannot be differentiated twice")
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None)
+
+
+def _narrow(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
+    return None if gradient is None or of is None else gradient.to(of.dtype)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Add ``gradientᵀ hidden`` to a total that may be wider than they are."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(gradient.T, hidden)
+    else:
+        total += gradient.T @ hidden

@@ -1,0 +1,139 @@
+"""A language model in two parts: a body that makes hidden states, and the output head on them.
+
+So only positions that predict a token of the response go through the head. Nothing is believed about an architecture
+that was not seen on a few tokens of the first batch: the two parts must give the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from srd_lightning.generation import eval_mode
+from srd_lightning.losses import response_mask
+from srd_lightning.objective import Head
+
+Batch = Mapping[str, Tensor]
+SAMPLE = (2, 32)
+"""Rows and tokens that the parts are tried on."""
+
+
+class NotSplit(ValueError):
+    """Why a model cannot be used in two parts."""
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """Body and head of a causal language model of transformers, also under LoRA.
+
+    Args:
+        model: The whole.
+        packing: Put the rows of a batch behind each other, without padding; the model's attention must keep them apart
+            by their ``position_ids``, as transformers' does.
+    """
+
+    model: nn.Module
+    packing: bool = False
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the final hidden states at the positions that predict the response, ``[N, d]``, row after row."""
+        mask = nn.functional.pad(response_mask(batch["labels"]), (0, 1), value=False)
+        if not self.packing:
+            return self._states(batch["input_ids"], attention_mask=batch["attention_mask"])[mask]
+        real = batch["attention_mask"].bool()
+        positions = (batch["attention_mask"].cumsum(1) - 1)[real]
+        return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
+
+    def _states(self, input_ids: Tensor, **arguments: Tensor) -> Tensor:
+        output = self._body(input_ids=input_ids, use_cache=False, **arguments)
+        return cast(Tensor, output.last_hidden_state)
+
+    @property
+    def _body(self) -> Any:
+        whole: Any = self.model
+        whole = whole.get_base_model() if hasattr(whole, "peft_config") else whole
+        return whole.base_model
+
+    def head(self) -> Head:
+        """Return the head as it is now; weights of LoRA are part of it, and get their gradient through it."""
+        module = cast(Any, self.model).get_output_embeddings()
+        config = cast(Any, self.model).config.get_text_config()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        if hasattr(module, "modules_to_save"):  # PEFT's: a trained copy of the head
+            module = module.modules_to_save[module.active_adapter]
+        weight = module.weight
+        if hasattr(module, "base_layer") and not module.merged:
+            weight = sum((module.get_delta_weight(adapter) for adapter in module.active_adapters), weight)
+        return Head(weight, module.bias, scale, cap)
+
+
+def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
+    """Take a model apart, and see on a few tokens that the parts give its own logits.
+
+    Args:
+        model: A causal language model.
+        batch: Its first rows lend their tokens.
+        packing: As in `SplitModel`.
+
+    Returns:
+        The parts.
+
+    Raises:
+        NotSplit: They do not, with the reason.
+        ValueError: Packed rows do not get the states that they get alone.
+    """
+    parts = SplitModel(model)
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise NotSplit(f"{type(model).__name__} has no output head that get_output_embeddings() returns")
+    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in cast(Any, model).get_output_embeddings().modules()):
+        raise NotSplit("there is dropout in the output head")
+    sample = _sample(batch)
+    with eval_mode(model), torch.no_grad():
+        logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"]).logits
+        logits = logits[:, :-1][response_mask(sample["labels"])]
+        try:
+            difference = _difference(parts.head()(parts.hidden(sample)), logits)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise NotSplit(f"{type(model).__name__} has not the parts that are looked for: {error}") from error
+        if difference > _tolerance(logits):
+            raise NotSplit(f"body and head of {type(model).__name__} give other logits than the whole")
+        if packing:
+            _check_packing(parts, SplitModel(model, packing=True), sample)
+    return SplitModel(model, packing)
+
+
+def _sample(batch: Batch) -> dict[str, Tensor]:
+    """Return a few tokens, all to be predicted, of rows of unlike length."""
+    rows, length = SAMPLE
+    input_ids = batch["input_ids"][:1, :length]
+    input_ids = torch.cat([input_ids, input_ids.flip(1)])[:rows]
+    mask = torch.ones_like(input_ids)
+    mask[-1, 1 + input_ids.shape[1] // 2 :] = 0
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+
+
+def _check_packing(alone: SplitModel, packed: SplitModel, sample: Batch) -> None:
+    expected = alone.hidden(sample)
+    if _difference(packed.hidden(sample), expected) > _tolerance(expected):
+        raise ValueError(
+            f"{type(alone.model).__name__} mixes rows that are packed (attention {_attention(alone.model)}); turn "
+            "packing off, or choose another attn_implementation"
+        )
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
+
+
+def _difference(values: Tensor, expected: Tensor) -> float:
+    return float((values.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-9))
+
+
+def _tolerance(values: Tensor) -> float:
+    """Return what another order of the same sums may change, relative to the largest value."""
+    return 1e-4 if torch.finfo(values.dtype).bits >= 32 else 5e-2

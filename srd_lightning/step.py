@@ -1,0 +1,125 @@
+"""What is computed of a batch: the objective, in the cheapest way that the models and the loss allow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, cross_entropy, response_mask
+from srd_lightning.objective import Objective, chunked_objective
+from srd_lightning.split import NotSplit, SplitModel, split
+from srd_lightning.teacher import CachedTeacher, LiveTeacher, Teacher
+
+Batch = Mapping[str, Tensor]
+
+
+class Step:
+    """The objective of a student and a teacher.
+
+    Args:
+        student: The model that is trained.
+        teacher: A model or a cache, or nothing where the distillation loss has no weight.
+        vocabulary: Tokens that the two share, where their heads are of different size.
+        chunk: Response tokens whose logits exist at a time; ``None`` makes all logits.
+        packing: See `SplitModel`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | CachedTeacher | None,
+        vocabulary: int | None,
+        chunk: int | None,
+        packing: bool,
+    ) -> None:
+        self.student = student
+        self.source = teacher
+        self.vocabulary = vocabulary
+        self.chunk = chunk
+        self.packing = packing
+        self.parts: SplitModel | None = None
+        self.teacher: Teacher | None = None
+        self._looked = False
+
+    def objective(
+        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None = None
+    ) -> Objective:
+        """Return the objective of a batch, or of a part of one.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
+            loss: The distillation loss.
+            kd_weight: Its share.
+            num_tokens: Response tokens of the whole batch, where this is a part.
+        """
+        if not self._looked:
+            self._look(batch)
+        if self.parts is None or self.chunk is None or (kd_weight > 0 and _needs_all_logits(loss)):
+            return self._from_all_logits(batch, loss, kd_weight, num_tokens)
+        mask = response_mask(batch["labels"])
+        head = self.parts.head().narrow(self.vocabulary)
+        logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
+        return chunked_objective(
+            self.parts.hidden(batch),
+            head,
+            batch["labels"][:, 1:][mask],
+            loss,
+            logits,
+            kd_weight,
+            num_tokens,
+            self.chunk,
+        )
+
+    def _look(self, batch: Batch) -> None:
+        """See on the first batch which models can be taken apart, and say which cannot."""
+        self._looked = True
+        if self.chunk is not None:
+            self.parts = self._split(self.student, batch)
+        if isinstance(self.source, nn.Module):
+            self.teacher = LiveTeacher(self.source, None if self.chunk is None else self._split(self.source, batch))
+        else:
+            self.teacher = self.source
+
+    def _split(self, model: nn.Module, batch: Batch) -> SplitModel | None:
+        try:
+            return split(model, batch, self.packing)
+        except NotSplit as reason:
+            rank_zero_info(f"all logits of {type(model).__name__} are made at every step: {reason}")
+            return None
+
+    def _from_all_logits(
+        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
+    ) -> Objective:
+        labels = batch["labels"]
+        output = cast(Any, self.student)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = output.logits[..., : self.vocabulary]
+        total = logits.new_zeros((), dtype=torch.float32)
+        ce = kd = total
+        if kd_weight < 1:
+            ce = cross_entropy(logits, labels)
+            total = total + (1 - kd_weight) * ce
+        if kd_weight > 0:
+            kd = loss(logits, self._all_teacher_logits(batch, logits), labels)
+            total = total + kd_weight * kd
+        if num_tokens is not None:
+            share = response_mask(labels).sum() / num_tokens.clamp(min=1)
+            total, ce, kd = total * share, ce * share, kd * share
+        return Objective(total, ce.detach(), kd.detach())
+
+    def _all_teacher_logits(self, batch: Batch, like: Tensor) -> Tensor:
+        """Return ``[B, T, V]``, zero where no token of the response is predicted."""
+        assert self.teacher is not None
+        logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
+        full = logits.new_zeros(*like.shape[:2], logits.shape[-1])
+        full[:, :-1][response_mask(batch["labels"])] = logits
+        return full
+
+
+def _needs_all_logits(loss: DistillationLoss) -> bool:
+    """Return whether a loss is more than a divergence of each token: then it gets what it asks for."""
+    changed = type(loss).forward is not DistillationLoss.forward
+    return changed or loss.ignore_index != IGNORE_INDEX or any(True for _ in loss.parameters())

@@ -1,0 +1,156 @@
+"""What the teacher says to a batch: computed now, or read from a cache of what it said before.
+
+A teacher gives its logits a slice of the response tokens at a time, so that nobody ever holds all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from srd_lightning.losses import response_mask, upcast
+from srd_lightning.objective import CHUNK, Head
+from srd_lightning.split import SplitModel
+
+Batch = Mapping[str, Tensor]
+Logits = Callable[[slice], Tensor]
+"""Gives the logits ``[n, V]`` of a slice of a batch's response tokens."""
+
+
+class Teacher(Protocol):
+    """Says how likely it finds each token at the response positions of a batch."""
+
+    def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
+        """Return what gives the logits of the first ``vocabulary`` tokens, or of all."""
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A model that is run on every batch.
+
+    Args:
+        model: Frozen, in eval mode.
+        parts: Its parts, if it could be taken apart; else all its logits are made.
+    """
+
+    model: nn.Module
+    parts: SplitModel | None
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
+        """Run the body, or the whole."""
+        if self.parts is None:
+            output = cast(Any, self.model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            logits = output.logits[:, :-1, :vocabulary][response_mask(batch["labels"])]
+            return lambda tokens: logits[tokens]
+        return by_head(self.parts.head().narrow(vocabulary), self.parts.hidden(batch))
+
+
+def by_head(head: Head, hidden: Tensor) -> Logits:
+    """Return what applies a head to a slice of hidden states, in their type or, if that is wider, the head's."""
+    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    head = head.to(dtype)
+    return lambda tokens: head(hidden[tokens].to(dtype))
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Keeps the final hidden states; exact, where they are kept in the type in which the teacher computes.
+
+    Args:
+        dtype: In which they are kept.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def fields(self) -> dict[str, torch.dtype]:
+        """Type of what is kept of each response token, by the name that it has in a batch."""
+        return {"teacher_hidden": self.dtype}
+
+    def bytes_per_token(self, width: int) -> int:
+        """Return how much disk a response token takes, where hidden states are so wide."""
+        return self.dtype.itemsize * width
+
+    def observe(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        """Return what to keep of hidden states ``[N, d]``, each ``[N, width]``."""
+        return {"teacher_hidden": hidden.to(self.dtype)}
+
+    def logits(self, kept: Batch, head: Head) -> Logits:
+        """Return what makes logits of it."""
+        return by_head(head, kept["teacher_hidden"])
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keeps the likeliest tokens, and the mass of all others, which is taken to be spread evenly over them.
+
+    Args:
+        k: How many tokens.
+    """
+
+    k: int = 64
+
+    @property
+    def fields(self) -> dict[str, torch.dtype]:
+        """See `HiddenStates.fields`; the last log-probability is that of the rest."""
+        return {"teacher_logp": torch.float32, "teacher_ids": torch.int32}
+
+    def bytes_per_token(self, width: int) -> int:
+        """See `HiddenStates.bytes_per_token`."""
+        return 4 * (2 * self.k + 1)
+
+    def observe(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        """See `HiddenStates.observe`."""
+        values, ids = [], []
+        for some in torch.split(hidden, CHUNK):
+            logp = upcast(head(some)).log_softmax(-1)
+            best = logp.topk(self.k)
+            rest = logp.scatter(1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
+            values.append(torch.cat([best.values, rest], dim=1).float())
+            ids.append(best.indices.int())
+        return {"teacher_logp": torch.cat(values), "teacher_ids": torch.cat(ids)}
+
+    def logits(self, kept: Batch, head: Head) -> Logits:
+        """See `HiddenStates.logits`; of the head only the size is used."""
+        vocabulary = len(head.weight)
+
+        def spread(tokens: slice) -> Tensor:
+            logp, ids = kept["teacher_logp"][tokens], kept["teacher_ids"][tokens].long()
+            others = logp[:, -1:] - math.log(max(vocabulary - self.k, 1))
+            return others.expand(-1, vocabulary).scatter(1, ids, logp[:, :-1])
+
+        return spread
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """What batches bring along of a teacher that need not be there.
+
+    Args:
+        kind: What was kept.
+        head: Of the teacher.
+    """
+
+    kind: HiddenStates | TopK
+    head: Head
+
+    def to(self, device: torch.device) -> CachedTeacher:
+        """Return it on a device."""
+        return CachedTeacher(self.kind, self.head.to(device))
+
+    def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
+        """Take the rows' tokens, ``[B, R, width]``, out of their padding."""
+        counts = response_mask(batch["labels"]).sum(1)
+        kept = {}
+        for name in self.kind.fields:
+            values = batch[name]
+            kept[name] = values[torch.arange(values.shape[1], device=values.device) < counts[:, None]]
+        return self.kind.logits(kept, self.head.narrow(vocabulary))
