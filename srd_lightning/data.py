@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -31,6 +31,7 @@ from srd_lightning.models import Pretrained
 from srd_lightning.refresh import Refresher, rearrange
 from srd_lightning.rows import Report, ids_of, load_splits, tokenize
 from srd_lightning.students import find_tokenizer, fresh_student, trained_student
+from srd_lightning.teacher_cache import TeacherCache
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
 
 
@@ -139,6 +140,8 @@ class SRDDataModule(LightningDataModule):
         self.curation: Curated | None = None
         self.found: Scores | None = None
         self.refresh_seconds = 0.0
+        self.teacher_cache: TeacherCache | None = None
+        """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
 
     def setup(self, stage: str) -> None:
         """Read and tokenise once; for ``fit`` also reflect, rank and stage."""
@@ -257,6 +260,14 @@ class SRDDataModule(LightningDataModule):
     def _reflect_again(self, rows: Dataset, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
         return self._reflect(rows, trained_student(self.student, self._module()), folder)
 
+    def rows_of_teacher(self) -> Dataset:
+        """Return the rows on which a teacher is asked in ``fit``: those that are kept, and the validation's."""
+        assert self.curriculum is not None, 'setup("fit") comes first'
+        train = self.rows["train"]
+        if not self.refresher.first_epochs:  # a new order may let in what was dropped
+            train = train.select(self.curriculum.order[: self.curriculum.kept].sort().values.numpy())
+        return concatenate_datasets([train, self.rows["validation"]]) if "validation" in self.rows else train
+
     def _module(self) -> Any:
         return self.trainer and self.trainer.lightning_module
 
@@ -292,4 +303,6 @@ class SRDDataModule(LightningDataModule):
 
     def _loaders(self) -> Loaders:
         kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
-        return Loaders(self.tokenizer, self.num_workers, self.seed, kwargs["rank"], kwargs["num_replicas"])
+        return Loaders(
+            self.tokenizer, self.num_workers, self.seed, kwargs["rank"], kwargs["num_replicas"], self.teacher_cache
+        )

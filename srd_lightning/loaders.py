@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.rows import collate
+from srd_lightning.teacher_cache import TeacherCache
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Loaders:
         seed: Of the order within an epoch.
         rank: This process.
         world_size: Processes that see different rows.
+        teacher_cache: What batches bring along of the teacher, if it is cached.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -30,6 +34,7 @@ class Loaders:
     seed: int
     rank: int
     world_size: int
+    teacher_cache: TeacherCache | None = None
 
     def train(self, pool: Any, epoch: int, batch_size: int) -> DataLoader[Any]:
         """Return rows shuffled by seed and epoch; the last processes may see a row again to even out."""
@@ -53,6 +58,17 @@ class Loaders:
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=functools.partial(collate, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad),
+            collate_fn=functools.partial(
+                _collate,
+                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+                teacher_cache=self.teacher_cache,
+            ),
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _collate(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, teacher_cache: TeacherCache | None
+) -> dict[str, Tensor]:
+    batch = collate(rows, pad_token_id)
+    return batch if teacher_cache is None else {**batch, **teacher_cache.batch(rows)}

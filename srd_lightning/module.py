@@ -151,6 +151,9 @@ class KDLightningModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Before training: let the teacher be cached, where that is asked for. Data modules are set up by now."""
         self._cached = self._step = None
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "teacher_cache"):
+            data.teacher_cache = None
         if stage == "fit" and self.teacher_cache != "none":
             self._cached = self.cache()
 

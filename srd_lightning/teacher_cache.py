@@ -155,20 +155,31 @@ class TeacherCache:
             KeyError: A row is not there.
         """
         keys, order, whole = self._index
-        wanted = np.array([row_key(row) for row in rows], dtype=np.uint64)
+        answered = [row for row in rows if len(row["input_ids"]) > row["prompt_length"]]  # others only fill up
+        wanted = np.array([row_key(row) for row in answered], dtype=np.uint64)
         places = np.searchsorted(keys, wanted)
-        for row, key, place in zip(rows, wanted, places, strict=True):
+        for row, key, place in zip(answered, wanted, places, strict=True):
             if place == len(keys) or keys[place] != key:
                 raise KeyError(f"row {row['id']} is not in the teacher cache in {self.folder}")
-        fields = {}
-        for name, dtype in self.kind.fields.items():
-            buffers = [whole[name][int(order[place])].as_buffer() for place in places]
-            values = [
-                torch.frombuffer(bytearray(buffer), dtype=dtype).view(len(row["input_ids"]) - row["prompt_length"], -1)
-                for row, buffer in zip(rows, buffers, strict=True)
-            ]
-            fields[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
-        return fields
+        return {
+            name: self._padded(rows, [whole[name][int(order[place])].as_buffer() for place in places], dtype)
+            for name, dtype in self.kind.fields.items()
+        }
+
+    @staticmethod
+    def _padded(rows: Sequence[Row], buffers: Sequence[pa.Buffer], dtype: torch.dtype) -> Tensor:
+        lengths = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+        left = iter(buffers)
+        values = [
+            torch.frombuffer(bytearray(next(left)), dtype=dtype).view(length, -1) if length else None
+            for length in lengths
+        ]
+        width = next((value.shape[1] for value in values if value is not None), 1)
+        padded = torch.zeros(len(rows), max(lengths), width, dtype=dtype)
+        for row, value in enumerate(values):
+            if value is not None:
+                padded[row, : len(value)] = value
+        return padded
 
     def save_head(self, head: Head) -> None:
         """Keep the teacher's head; the cache is complete only with it."""
