@@ -190,6 +190,9 @@ class KDLightningModule(LightningModule):
         """Move the teacher, which Lightning does not know, to the device."""
         if self._cached is not None:
             self._cached = self._cached.to(self.device)
+            with self.trainer.precision_plugin.forward_context():
+                if torch.is_autocast_enabled(self.device.type):  # once, not at every step
+                    self._cached = self._cached.to(torch.get_autocast_dtype(self.device.type))
         elif self.teacher is not None:
             self.teacher.to(self.device)
 

@@ -55,6 +55,8 @@ class Head:
 
     def narrow(self, vocabulary: int | None) -> Head:
         """Return the head of the first so many tokens, or of all."""
+        if vocabulary in (None, len(self.weight)):
+            return self
         bias = None if self.bias is None else self.bias[:vocabulary]
         return replace(self, weight=self.weight[:vocabulary], bias=bias)
 
@@ -108,8 +110,8 @@ def chunked_objective(
         dtype = torch.get_autocast_dtype(hidden.device.type)
     total = torch.as_tensor(len(targets) if num_tokens is None else num_tokens, device=hidden.device).clamp(min=1)
     with torch.autocast(hidden.device.type, enabled=False):
-        work = _Work(head.to(dtype), targets, loss, teacher_logits, kd_weight, chunk)
-        sums = cast(Any, _Chunked).apply(hidden.to(dtype), work.head.weight, work.head.bias, work)
+        work = _Work(head, targets, loss, teacher_logits, kd_weight, chunk)
+        sums = cast(Any, _Chunked).apply(hidden.to(dtype), head.weight, head.bias, work)
     return Objective(*(part / total for part in sums))
 
 
@@ -172,22 +174,22 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and for_bias else None
+        head = work.head.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_bias = None
         sums = hidden.new_zeros(2, dtype=wide)
         for first in range(0, len(hidden), work.chunk):
             tokens = slice(first, min(first + work.chunk, len(hidden)))
-            logits = work.head.linear(hidden[tokens])
+            logits = head.linear(hidden[tokens])
             sums += torch.stack(work.logits_to_gradient(logits, tokens))
             if grad_hidden is not None:
-                torch.mm(logits, weight, out=grad_hidden[tokens])
-            if grad_weight is not None:
-                _add_product(grad_weight, logits, hidden[tokens])
-            if grad_bias is not None:
-                grad_bias += logits.sum(0, dtype=wide)
-        ctx.gradients = [grad_hidden, _narrow(grad_weight, weight), _narrow(grad_bias, bias)]
+                torch.mm(logits, head.weight, out=grad_hidden[tokens])
+            if ctx.needs_input_grad[1]:
+                grad_weight = _add_product(grad_weight, logits, hidden[tokens], wide)
+            if ctx.needs_input_grad[2]:
+                part = logits.sum(0, dtype=wide)
+                grad_bias = part if grad_bias is None else grad_bias + part
+        ctx.gradients = [grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias)]
         ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
         return (1 - work.kd_weight) * ce + work.kd_weight * kd, ce, kd
@@ -201,13 +203,13 @@ class _Chunked(torch.autograd.Function):
         return (*(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None)
 
 
-def _narrow(gradient: Tensor | None, of: Tensor | None) -> Tensor | None:
-    return None if gradient is None or of is None else gradient.to(of.dtype)
-
-
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, wide: torch.dtype) -> Tensor:
     """Add ``gradientᵀ hidden`` to a total that may be wider than they are."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(gradient.T, hidden)
-    else:
-        total += gradient.T @ hidden
+    if total is None:
+        return (gradient.T @ hidden).to(wide)
+    return total.addmm_(gradient.T, hidden) if hidden.dtype == wide else total.add_(gradient.T @ hidden)
+
+
+def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """Return a gradient in the type of its parameter; without tokens there is none."""
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)

@@ -142,9 +142,9 @@ class CachedTeacher:
     kind: HiddenStates | TopK
     head: Head
 
-    def to(self, device: torch.device) -> CachedTeacher:
-        """Return it on a device."""
-        return CachedTeacher(self.kind, self.head.to(device))
+    def to(self, target: torch.device | torch.dtype) -> CachedTeacher:
+        """Return it on a device, or with its head in a type."""
+        return CachedTeacher(self.kind, self.head.to(target))
 
     def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
         """Take the rows' tokens, ``[B, R, width]``, out of their padding."""
