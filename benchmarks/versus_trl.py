@@ -30,25 +30,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
-import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from arms import MAX_PROMPT_LENGTH, Clock, fit, in_own_process, run_ours
 from record import record
 
 # Trainers are imported where they are used, so that no arm holds the memory of the other's.
 
 ARMS = [f"{arm}_{precision}" for precision in ("fp32", "bf16") for arm in ("trl", "ours_live", "ours_cached")]
-MAX_PROMPT_LENGTH = 256
 COLUMNS = ("first_loss", "last_loss", "seconds_per_step", "rows_per_second", "first_epoch_seconds", "peak_gb")
 
 
@@ -59,45 +54,6 @@ class Task:
     options: argparse.Namespace
     rows: list[dict[str, Any]]
     tokens: list[dict[str, Any]]
-
-
-@dataclass
-class Clock:
-    """When training began, and when each step ended."""
-
-    start: float = 0.0
-    ends: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def begin(self, *_: Any) -> None:
-        """Note the beginning."""
-        self.start = time.perf_counter()
-
-    def end_step(self) -> None:
-        """Note the end of a step."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-
-    def result(self, options: argparse.Namespace) -> dict[str, float]:
-        """Return what is reported of an arm."""
-        per_epoch = options.rows // options.batch
-        steps = np.diff(self.ends)[-per_epoch:].tolist()
-        return {
-            "first_loss": self.losses[0],
-            "last_loss": self.losses[-1],
-            "seconds_per_step": statistics.median(steps),
-            "rows_per_second": options.batch * len(steps) / sum(steps),
-            "first_epoch_seconds": self.ends[per_epoch - 1] - self.start,
-            "peak_gb": peak_bytes() / 1e9,
-        }
-
-
-def peak_bytes() -> int:
-    """Return the peak memory: of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_trl(task: Task, bf16: bool) -> Clock:
@@ -158,57 +114,6 @@ def trl_settings(options: argparse.Namespace, bf16: bool) -> dict[str, Any]:
     }
 
 
-def run_ours(task: Task, bf16: bool, cached: bool) -> Clock:
-    """Train with this library."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    from srd_lightning import KDLightningModule, Pretrained
-
-    options, clock = task.options, Clock()
-    caching: dict[str, Any] = {"teacher_cache": "hidden"} if cached else {}
-    module = KDLightningModule(
-        Pretrained(options.model, keep_layers=options.keep_layers),
-        Pretrained(options.model, dtype="bfloat16" if bf16 else "float32"),
-        **caching,
-    )
-
-    def end_step(trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        clock.losses.append(outputs["loss"].item())
-        clock.end_step()
-
-    callback = LambdaCallback(on_fit_start=clock.begin, on_train_batch_end=end_step)
-    with tempfile.TemporaryDirectory() as folder:
-        fit(task.rows, options, module, folder, callbacks=[callback], precision="bf16-mixed" if bf16 else "32-true")
-    return clock
-
-
-def fit(rows: list[dict[str, Any]], options: argparse.Namespace, module: Any, folder: str, **settings: Any) -> None:
-    """Fit on all rows from the start."""
-    from lightning import Trainer
-
-    from srd_lightning import SRDDataModule
-
-    data = SRDDataModule(
-        rows,
-        tokenizer=options.model,
-        schedule={0: 1.0},
-        batch_size=options.batch,
-        max_length=options.max_length,
-        max_prompt_length=MAX_PROMPT_LENGTH,
-    )
-    trainer = Trainer(
-        max_epochs=options.epochs,
-        devices=1,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-    trainer.fit(module, datamodule=data)
-
-
 def our_batches(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the rows of all epochs as TRL's collator takes them, in the order of our batches."""
     from lightning import LightningModule
@@ -251,13 +156,10 @@ def run_arm(task: Task, name: str) -> dict[str, float]:
     """Run one arm in this process."""
     arm, precision = name.rsplit("_", 1)
     bf16 = precision == "bf16"
-    clock = run_trl(task, bf16) if arm == "trl" else run_ours(task, bf16, cached=arm == "ours_cached")
+    if arm == "trl":
+        return run_trl(task, bf16).result(task.options)
+    clock = run_ours(task.rows, task.options, bf16, cached=arm == "ours_cached", kd_weight=1.0)
     return clock.result(task.options)
-
-
-def in_own_process(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def ratios(arms: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -295,6 +197,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512, help="longer rows are left out")
     parser.add_argument("--shuffled", action="store_true", help="let TRL put rows together itself")
     parser.add_argument("--checkpointing", action="store_true", help="let TRL recompute activations, its default")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="of ours")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="which to run")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.rows import collate
+from srd_lightning.sampling import LengthGrouped, Lengths, Shuffled
 from srd_lightning.teacher_cache import TeacherCache
 
 
@@ -27,6 +28,7 @@ class Loaders:
         rank: This process.
         world_size: Processes that see different rows.
         teacher_cache: What batches bring along of the teacher, if it is cached.
+        pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -35,12 +37,22 @@ class Loaders:
     rank: int
     world_size: int
     teacher_cache: TeacherCache | None = None
+    pad_to_multiple_of: int = 1
 
-    def train(self, pool: Any, epoch: int, batch_size: int) -> DataLoader[Any]:
-        """Return rows shuffled by seed and epoch; the last processes may see a row again to even out."""
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            pool, self.world_size, self.rank, shuffle=True, seed=self.seed
-        )
+    def train(self, pool: Any, epoch: int, batch_size: int, lengths: Lengths | None = None) -> DataLoader[Any]:
+        """Return rows shuffled by seed and epoch; the last processes may see a row again to even out.
+
+        Args:
+            pool: The rows of the epoch.
+            epoch: Its number.
+            batch_size: Rows per process and batch.
+            lengths: Of the rows, in tokens, ``[N]``: those of like length stand together. Without, a plain shuffle.
+
+        Returns:
+            The loader of this process.
+        """
+        place = (self.world_size, self.rank, self.seed)
+        sampler = Shuffled(pool, *place) if lengths is None else LengthGrouped(pool, lengths, batch_size, *place)
         sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
         return self._loader(pool, sampler, batch_size)
 
@@ -62,13 +74,14 @@ class Loaders:
                 _collate,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
                 teacher_cache=self.teacher_cache,
+                pad_to_multiple_of=self.pad_to_multiple_of,
             ),
             pin_memory=torch.cuda.is_available(),
         )
 
 
 def _collate(
-    rows: Sequence[Mapping[str, Any]], pad_token_id: int, teacher_cache: TeacherCache | None
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, teacher_cache: TeacherCache | None, pad_to_multiple_of: int
 ) -> dict[str, Tensor]:
-    batch = collate(rows, pad_token_id)
+    batch = collate(rows, pad_token_id, pad_to_multiple_of)
     return batch if teacher_cache is None else {**batch, **teacher_cache.batch(rows)}

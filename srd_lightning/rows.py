@@ -1,42 +1,27 @@
-"""From files to tokenised rows, and from rows to a batch.
+"""From files to rows, and from tokenised rows to a batch.
 
-A tokenised row has ``id``, ``prompt``, ``response``, ``input_ids`` (prompt and response), ``prompt_length`` and
-``length``. A batch has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100
+A batch has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100
 where no token of the response stands.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from srd_lightning import sources
 from srd_lightning.losses import IGNORE_INDEX
-from srd_lightning.templates import ChatTemplate, Example, PromptTemplate
-
-
-@dataclass
-class Report:
-    """What happened to the rows of a split."""
-
-    rows: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    cut: int = 0
-
-    def __str__(self) -> str:
-        """Say it in one line."""
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
-        return f"{self.rows} rows; dropped: {dropped}; responses cut to max_length: {self.cut}"
 
 
 def load_splits(data: Any) -> dict[str, Dataset]:
@@ -135,137 +120,19 @@ def ids_of(rows: Dataset) -> pa.Array:
     return rows.select_columns(["id"]).with_format("arrow")[:]["id"].combine_chunks()
 
 
-def tokenize(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate | ChatTemplate,
-    max_length: int = 512,
-    max_prompt_length: int = 256,
-    split: str = "train",
-) -> tuple[Dataset, Report]:
-    """Fill the template and tokenise; drop and count what cannot be used.
-
-    Prompt and response are tokenised apart and put together, so that the border between them is exact. The beginning
-    token stands in front if the tokenizer puts one there, the end token behind.
-
-    Args:
-        rows: As read.
-        tokenizer: Of the student.
-        template: Bound to the tokenizer.
-        max_length: Tokens of prompt and response together; a longer response is cut, and counted.
-        max_prompt_length: Tokens of the prompt; a row with a longer one is dropped, and counted.
-        split: For messages.
-
-    Returns:
-        Tokenised rows and the report.
-
-    Raises:
-        ValueError: A row lacks a field, named with the row; ids repeat; or no row is left.
-    """
-    report = Report(rows=len(rows))
-    ids = row_ids(rows)
-    texts = rows.remove_columns("id") if "id" in rows.column_names else rows
-    tokenised = texts.map(
-        _tokenize_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={
-            "ids": ids,
-            "tokenizer": tokenizer,
-            "template": template,
-            "max_length": max_length,
-            "max_prompt_length": max_prompt_length,
-            "split": split,
-        },
-        remove_columns=texts.column_names,
-        features=TOKENISED,
-        desc=f"tokenise {split}",
-    )
-    report.cut = sum(tokenised["cut"])
-    reasons = list(tokenised["drop"])
-    report.dropped = Counter(reason for reason in reasons if reason)
-    kept = [row for row, reason in enumerate(reasons) if not reason]
-    if not kept:
-        raise ValueError(f"{split}: no row is left of {report}")
-    return tokenised.select(kept).remove_columns(["drop", "cut"]), report
+def lengths_of(rows: Dataset) -> NDArray[np.int32]:
+    """Return the lengths of tokenised rows in tokens, ``[N]``; nothing else of them is read."""
+    lengths: NDArray[np.int32] = rows.select_columns(["length"]).with_format("arrow")[:]["length"].to_numpy()
+    return lengths
 
 
-TOKENISED = Features(
-    {
-        "id": Value("string"),
-        "prompt": Value("string"),
-        "response": Value("string"),
-        "input_ids": List(Value("int32")),
-        "prompt_length": Value("int32"),
-        "length": Value("int32"),
-        "drop": Value("string"),
-        "cut": Value("bool"),
-    }
-)
-
-
-def _tokenize_batch(
-    batch: Mapping[str, Sequence[Any]],
-    indices: Sequence[int],
-    ids: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    template: PromptTemplate | ChatTemplate,
-    max_length: int,
-    max_prompt_length: int,
-    split: str,
-) -> dict[str, list[Any]]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    examples = [
-        _fill(template, row, ids[index], f"{split} row {index}") for row, index in zip(rows, indices, strict=True)
-    ]
-    prefix = _beginning(tokenizer)
-    prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
-    responses = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
-    columns: dict[str, list[Any]] = {name: [] for name in TOKENISED}
-    for index, example, prompt, response in zip(indices, examples, prompts, responses, strict=True):
-        if prompt[: len(prefix)] != prefix:
-            prompt = prefix + prompt
-        full = [*prompt, *response, tokenizer.eos_token_id]
-        columns["id"].append(ids[index])
-        columns["prompt"].append(example.prompt)
-        columns["response"].append(example.response)
-        columns["prompt_length"].append(len(prompt))
-        columns["input_ids"].append(full[:max_length])
-        columns["length"].append(len(columns["input_ids"][-1]))
-        columns["drop"].append(_reason_to_drop(example, len(prompt), max_prompt_length))
-        columns["cut"].append(columns["drop"][-1] == "" and len(full) > max_length)
-    return columns
-
-
-def _fill(template: PromptTemplate | ChatTemplate, row: Mapping[str, Any], row_id: str, name: str) -> Example:
-    try:
-        return template(row)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{name} (id {row_id}): {error.args[0]}") from error
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token that the tokenizer puts in front of every text, if it does so."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
-
-
-def _reason_to_drop(example: Example, prompt_length: int, max_prompt_length: int) -> str:
-    if not example.response.strip():
-        return "empty response"
-    if prompt_length == 0:
-        return "empty prompt"
-    if prompt_length > max_prompt_length:
-        return f"prompt over {max_prompt_length} tokens"
-    return ""
-
-
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
     """Pad rows on the right to a batch.
 
     Args:
         rows: Tokenised rows.
         pad_token_id: Fills up; masked, so any id will do.
+        pad_to_multiple_of: T is the length of the longest row, rounded up to a multiple of this.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``, int64.
@@ -276,7 +143,8 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, T
         tensor([[-100,    6,    7],
                 [-100,    8, -100]])
     """
-    shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+    longest = max(len(row["input_ids"]) for row in rows)
+    shape = (len(rows), math.ceil(longest / pad_to_multiple_of) * pad_to_multiple_of)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX)

@@ -1,0 +1,126 @@
+"""Which rows each process sees in an epoch, and in which order: plain, or with rows of like length together.
+
+Rows are dealt like cards: of a global order, process ``r`` of ``R`` takes places ``r``, ``r + R``, … So what stands
+together in the order, one *global* batch of ``batch_size * R`` rows, is one training step of all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+Ints = NDArray[np.int64]
+Lengths = NDArray[np.integer[Any]]
+PIECE = 65_536
+"""Row numbers that are made Python numbers at a time: all of them at once would take 3 GB per 100 million rows."""
+
+
+def length_grouped_order(lengths: Lengths, group: int, seed: int, epoch: int, window: int = 50) -> Ints:
+    """Return a random order in which rows of like length stand together.
+
+    All rows are shuffled and cut into windows; within a window they are sorted by length and cut into groups, and then
+    the groups are shuffled. So the company of a row changes from epoch to epoch, and lengths do not drift within one.
+
+    Args:
+        lengths: Of the rows, in tokens, ``[N]``.
+        group: Rows that stand together: those of one step of all processes.
+        seed: Of the order, not negative.
+        epoch: Another epoch, another order.
+        window: Groups that are sorted together: more pads less, and mixes less.
+
+    Returns:
+        Row numbers ``[N]``, each once. Where ``group`` does not divide N, the last group is the short one.
+
+    Example:
+        >>> lengths = np.array([9, 2, 8, 1, 5])
+        >>> lengths[length_grouped_order(lengths, group=2, seed=0, epoch=0)]
+        array([5, 8, 1, 2, 9])
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    for first in range(0, len(order), group * window):
+        rows = order[first : first + group * window]
+        rows[:] = rows[np.argsort(lengths[rows], kind="stable")]  # equal lengths stay shuffled
+    groups, rest = divmod(len(order), group)
+    if rest:  # the last window gives up a short group, short rows or long ones, as chance has it
+        cut = len(order) - rest - group * rng.integers((groups % window) + 1)
+        order[cut:] = np.roll(order[cut:], -rest)
+    whole = order[: groups * group].reshape(groups, group)
+    whole[:] = whole[rng.permutation(groups)]
+    return order
+
+
+class Shuffled(DistributedSampler[Any]):
+    """A plain shuffle, row for row as `DistributedSampler` makes it, without a list of all rows.
+
+    Args:
+        dataset: Has a length.
+        num_replicas: Processes that see different rows; the first rows of the order fill up what they lack.
+        rank: This process.
+        seed: Of the order, with the epoch (``set_epoch``).
+        start: Rows that this process has already seen of the epoch. They are left out; the length stays.
+
+    Example:
+        >>> list(Shuffled(range(5), num_replicas=2, rank=0)), list(Shuffled(range(5), num_replicas=2, rank=1))
+        ([4, 1, 2], [0, 3, 4])
+    """
+
+    def __init__(self, dataset: Any, num_replicas: int, rank: int, seed: int = 0, start: int = 0) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed)
+        self.start = start
+
+    def order(self) -> Ints:
+        """Return the row numbers of all processes, ``[N]``."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(len(self.dataset), generator=generator).numpy()  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        """Deal the rows of this process."""
+        order = self.order()
+        for first in range(self.start, self.num_samples, PIECE):
+            places = self.rank + self.num_replicas * np.arange(first, min(first + PIECE, self.num_samples))
+            yield from order[places % len(order)].tolist()
+
+
+class LengthGrouped(Shuffled):
+    """A shuffle that pads less: the rows of one step, of all processes, are of like length.
+
+    Every epoch has the rows of a plain shuffle, and as many batches; see `length_grouped_order`.
+
+    Args:
+        dataset: Has a length.
+        lengths: Of its rows, in tokens, ``[N]``.
+        batch_size: Rows per process and step.
+        num_replicas: As for `Shuffled`.
+        rank: As for `Shuffled`.
+        seed: As for `Shuffled`, not negative.
+        start: As for `Shuffled`.
+
+    Example:
+        >>> lengths = np.array([9, 2, 8, 1])
+        >>> [lengths[list(LengthGrouped(range(4), lengths, 1, num_replicas=2, rank=rank))].tolist() for rank in (0, 1)]
+        [[8, 1], [9, 2]]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        lengths: Lengths,
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+        seed: int = 0,
+        start: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, seed, start)
+        self.lengths = lengths
+        self.group = batch_size * num_replicas
+
+    def order(self) -> Ints:
+        """Return the row numbers of all processes, ``[N]``, those of like length together."""
+        return length_grouped_order(self.lengths, self.group, self.seed, self.epoch)
