@@ -34,8 +34,8 @@ def forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tuple[Ten
         tensor([[ 0.4000, -0.4000]])
     """
     teacher = teacher_logp.exp()
-    value = (teacher * (teacher_logp - student_logp)).sum(-1)
-    return value, student_logp.exp() - teacher
+    value = (teacher_logp - student_logp).mul_(teacher).sum(-1)
+    return value, student_logp.exp().sub_(teacher)
 
 
 def reverse_kl(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tuple[Ten
     ratio = student_logp - teacher_logp
     student = student_logp.exp()
     value = (student * ratio).sum(-1)
-    return value, student * (ratio - value[:, None])
+    return value, ratio.sub_(value[:, None]).mul_(student)
 
 
 def jensen_shannon(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
@@ -89,7 +89,7 @@ def jensen_shannon_gradient(teacher_logp: Tensor, student_logp: Tensor, beta: fl
     """
     mixture = _log_mixture(teacher_logp, student_logp, beta)
     of_student, gradient = reverse_kl_gradient(mixture, student_logp)
-    return beta * forward_kl(teacher_logp, mixture) + (1 - beta) * of_student, gradient * (1 - beta)
+    return beta * forward_kl(teacher_logp, mixture) + (1 - beta) * of_student, gradient.mul_(1 - beta)
 
 
 def total_variation(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ def total_variation_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tupl
     """
     student = student_logp.exp()
     difference = student - teacher_logp.exp()
-    return difference.abs().sum(-1) / 2, _to_logits(student * difference.sign() / 2, student)
+    value = difference.abs().sum(-1) / 2
+    return value, _to_logits(difference.sign_().mul_(student).div_(2), student)
 
 
 def skew_forward_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> Tensor:
@@ -140,7 +141,7 @@ def skew_forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: 
         tensor([[ 0.2422, -0.2422]])
     """
     mixture = _log_mixture(teacher_logp, student_logp, alpha)
-    weighted = -(1 - alpha) * (teacher_logp + (student_logp - mixture)).exp()
+    weighted = (student_logp - mixture).add_(teacher_logp).exp_().mul_(alpha - 1)
     return forward_kl(teacher_logp, mixture), _to_logits(weighted, student_logp.exp())
 
 
@@ -172,12 +173,14 @@ def skew_reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: 
     ratio = student_logp - _log_mixture(student_logp, teacher_logp, alpha)
     student = student_logp.exp()
     share = student * ratio
-    return share.sum(-1), _to_logits(share - alpha * student * ratio.exp() if alpha else share, student)
+    value = share.sum(-1)
+    weighted = share.sub_(ratio.exp_().mul_(student), alpha=alpha) if alpha else share
+    return value, _to_logits(weighted, student)
 
 
 def _to_logits(weighted: Tensor, student: Tensor) -> Tensor:
-    """Return q (h - sum q h) from ``weighted`` = q h and ``student`` = q."""
-    return weighted - student * weighted.sum(-1, keepdim=True)
+    """Return q (h - sum q h) from ``weighted`` = q h and ``student`` = q; overwrites both."""
+    return weighted.sub_(student.mul_(weighted.sum(-1, keepdim=True)))
 
 
 def _log_mixture(first_logp: Tensor, second_logp: Tensor, share: float) -> Tensor:

@@ -71,6 +71,7 @@ class _InParts(torch.autograd.Function):
         ctx: Any, objectives: Sequence[Callable[[], Objective]], *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         totals: list[Tensor | None] = [None] * len(parameters)
+        own: set[int] = set()
         sums: list[Objective] = []
         for objective in objectives:
             with torch.enable_grad():
@@ -78,8 +79,11 @@ class _InParts(torch.autograd.Function):
             gradients = torch.autograd.grad(part.loss, parameters, allow_unused=True)
             for place, gradient in enumerate(gradients):
                 total = totals[place]
-                if gradient is not None:  # never added in place: two parameters may be given one tensor
-                    totals[place] = gradient if total is None else total + gradient
+                if total is None or gradient is None:
+                    totals[place] = gradient if total is None else total
+                else:  # not in place at first: autograd may give one tensor to two parameters
+                    totals[place] = total.add_(gradient) if place in own else total + gradient
+                    own.add(place)
             sums.append(Objective(*(value.detach() for value in part)))
         ctx.gradients = totals
         loss, ce, kd = (torch.stack(values).sum() for values in zip(*sums, strict=True))

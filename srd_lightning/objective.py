@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srd_lightning.losses import DistillationLoss, log_probabilities, upcast
+from srd_lightning.losses import DistillationLoss, upcast
 
 CHUNK = 256
 """Response tokens whose logits exist at a time."""
@@ -141,29 +141,35 @@ class _Work:
 
     def piece_to_gradient(self, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Do so for a few tokens, all at once."""
-        student = upcast(logits)
-        cap = self.head.soft_cap
+        student, cap, weight = upcast(logits), self.head.soft_cap, self.kd_weight
         if cap is not None:
             student = cap * torch.tanh(student / cap)
-        gradient = torch.zeros_like(student[:1])
         ce = kd = student.new_zeros(())
-        logp = None
+        logp = gradient = None
         if teacher is not None:
-            teacher_logp = log_probabilities(teacher, self.loss.temperature)
-            logp = log_probabilities(student, self.loss.temperature)
-            values, gradient = self.loss.value_and_gradient(teacher_logp, logp)
-            kd = values.sum() * self.loss.scale
-            gradient = gradient * (self.kd_weight * self.loss.scale / self.loss.temperature)
-        if self.kd_weight < 1:
-            logp = logp if logp is not None and self.loss.temperature == 1 else student.log_softmax(-1)
+            loss = self.loss
+            logp = _log_probabilities(student, loss.temperature)
+            values, gradient = loss.value_and_gradient(_log_probabilities(teacher, loss.temperature), logp)
+            kd = values.sum() * loss.scale
+            gradient = gradient.mul_(weight * loss.scale / loss.temperature)
+        if weight < 1:
+            logp = logp if logp is not None and self.loss.temperature == 1 else _log_probabilities(student, 1.0)
             ce = -logp.gather(1, targets[:, None]).sum()
-            part = logp.exp()
+            part = logp.exp_()
             part.scatter_add_(1, targets[:, None], part.new_full((len(targets), 1), -1.0))
-            gradient = gradient + (1 - self.kd_weight) * part
+            gradient = part.mul_(1 - weight) if gradient is None else gradient.add_(part, alpha=1 - weight)
+        assert gradient is not None, "without a teacher kd_weight must be below 1"
         if cap is not None:
             gradient = gradient * (1 - (student / cap) ** 2)
         logits.copy_(gradient if self.head.scale == 1 else gradient * self.head.scale)
         return ce, kd
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Do the same as `losses.log_probabilities`, with as few passes as can be."""
+    logits = upcast(logits)
+    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    return logp.clamp_(min=torch.finfo(logp.dtype).min)
 
 
 class _Chunked(torch.autograd.Function):
@@ -189,7 +195,8 @@ class _Chunked(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 part = logits.sum(0, dtype=wide)
                 grad_bias = part if grad_bias is None else grad_bias + part
-        ctx.gradients = [grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias)]
+        wanted = ctx.needs_input_grad
+        ctx.gradients = [grad_hidden, _like(grad_weight, weight, wanted[1]), _like(grad_bias, bias, wanted[2])]
         ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
         return (1 - work.kd_weight) * ce + work.kd_weight * kd, ce, kd
@@ -210,6 +217,8 @@ def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, wide: t
     return total.addmm_(gradient.T, hidden) if hidden.dtype == wide else total.add_(gradient.T @ hidden)
 
 
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    """Return a gradient in the type of its parameter; without tokens there is none."""
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+def _like(gradient: Tensor | None, parameter: Tensor | None, wanted: bool) -> Tensor | None:
+    """Return a gradient that is wanted in the type of its parameter; it is zero where there was no token."""
+    if not wanted or parameter is None:
+        return None
+    return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)

@@ -1,0 +1,267 @@
+from functools import partial
+
+import pytest
+import references
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from srd_lightning.losses import (
+    DistillationLoss,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from srd_lightning.objective import Head, chunked_objective
+
+
+class Own(DistillationLoss):
+    """A loss of somebody's own: only its divergence is known."""
+
+    def divergence(self, teacher_logp, student_logp):
+        return (teacher_logp.exp().sqrt() - student_logp.exp().sqrt()).square().sum(-1)
+
+
+def hellinger(p, q):
+    return (p.sqrt() - q.sqrt()).square().sum()
+
+
+LOSSES = {
+    "forward_kl": (ForwardKL, references.forward_kl),
+    "reverse_kl": (ReverseKL, references.reverse_kl),
+    "jensen_shannon": (partial(JensenShannon, beta=0.3), partial(references.jensen_shannon, beta=0.3)),
+    "total_variation": (TotalVariation, references.total_variation),
+    "skew_forward_kl": (partial(SkewForwardKL, alpha=0.2), partial(references.skew_forward_kl, alpha=0.2)),
+    "skew_forward_kl_at_0": (partial(SkewForwardKL, alpha=0.0), references.forward_kl),
+    "skew_reverse_kl": (partial(SkewReverseKL, alpha=0.2), partial(references.skew_reverse_kl, alpha=0.2)),
+    "own": (Own, hellinger),
+}
+each_loss = pytest.mark.parametrize(("make_loss", "reference"), LOSSES.values(), ids=LOSSES)
+TOKENS, VOCABULARY, WIDTH, TEACHER_WIDTH = 21, 37, 8, 6
+
+
+class Case:
+    """Hidden states, heads and targets, in float64; leaves in any type."""
+
+    def __init__(self, dtype=torch.float32, scale=1.0, soft_cap=None, bias=True):
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).double()
+
+        self.hidden, self.weight = random(TOKENS, WIDTH), random(VOCABULARY, WIDTH)
+        self.bias = random(VOCABULARY) if bias else None
+        self.teacher = random(TOKENS, TEACHER_WIDTH) @ random(TEACHER_WIDTH, VOCABULARY)
+        self.targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+        self.dtype, self.scale, self.soft_cap = dtype, scale, soft_cap
+
+    def leaves(self, dtype):
+        tensors = [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
+        return [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in tensors]
+
+    def chunked(self, loss, kd_weight, **options):
+        leaves = self.leaves(self.dtype)
+        teacher = self.teacher.to(self.dtype)
+        head = Head(*leaves[1:], scale=self.scale, soft_cap=self.soft_cap)
+        result = chunked_objective(leaves[0], head, self.targets, loss, teacher.__getitem__, kd_weight, **options)
+        result.loss.backward()
+        return result, [leaf.grad for leaf in leaves]
+
+    def expected(self, reference, kd_weight, temperature):
+        hidden, weight, *bias = leaves = self.leaves(torch.float64)
+        logits = (hidden @ weight.T + (bias[0] if bias else 0.0)) * self.scale
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        last = torch.zeros(1, VOCABULARY, dtype=torch.float64)
+        student, teacher = (torch.cat([values, last])[None] for values in (logits, self.teacher))
+        labels = torch.cat([torch.tensor([-100]), self.targets])[None]
+        kd = references.distillation_loss(reference, student, teacher, labels, temperature)
+        ce = torch.stack([-references.softmax(row)[target].log() for row, target in zip(logits, self.targets, strict=True)]).mean()
+        ((1 - kd_weight) * ce + kd_weight * kd).backward()
+        return (
+            ((1 - kd_weight) * ce + kd_weight * kd).detach(),
+            ce.detach(),
+            kd.detach(),
+            [leaf.grad for leaf in leaves],
+        )
+
+
+def relative(found, expected):
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+@each_loss
+@pytest.mark.parametrize("kd_weight", [0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk", [1, 4, 20, 21, 64])
+def test_chunked_equals_the_float64_reference_in_value_and_all_gradients(
+    make_loss, reference, kd_weight, temperature, chunk
+):
+    case = Case()
+    found, gradients = case.chunked(make_loss(temperature=temperature), kd_weight, chunk=chunk)
+    loss, ce, kd, expected = case.expected(reference, kd_weight, temperature)
+    assert relative(found.loss.detach(), loss) < 1e-6
+    assert relative(found.kd, kd) < 1e-6
+    assert kd_weight == 1 or relative(found.ce, ce) < 1e-6
+    # The gradient of total variation is a small difference: autograd of all logits in fp32 is as far off.
+    bound = 3e-6 if make_loss is TotalVariation else 1e-6
+    assert max(relative(*pair) for pair in zip(gradients, expected, strict=True)) < bound
+
+
+@each_loss
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"soft_cap": 2.0}, {"scale": 1.5, "soft_cap": 3.0, "bias": False}])
+def test_heads_that_scale_or_cap_their_logits(make_loss, reference, options):
+    case = Case(**options)
+    found, gradients = case.chunked(make_loss(temperature=1.5), 0.6, chunk=4)
+    loss, _, _, expected = case.expected(reference, 0.6, 1.5)
+    assert relative(found.loss.detach(), loss) < 1e-6
+    assert max(relative(*pair) for pair in zip(gradients, expected, strict=True)) < 2e-6
+
+
+@each_loss
+def test_float64_agrees_to_rounding(make_loss, reference):
+    case = Case(torch.float64)
+    found, gradients = case.chunked(make_loss(temperature=2.0), 0.6, chunk=5)
+    loss, _, _, expected = case.expected(reference, 0.6, 2.0)
+    assert relative(found.loss.detach(), loss) < 1e-14
+    assert max(relative(*pair) for pair in zip(gradients, expected, strict=True)) < 1e-14
+
+
+@each_loss
+def test_bf16_stays_within_a_bound_of_float64(make_loss, reference):
+    """Inputs are exact in bf16; logits and gradients are rounded to 8 bits once each, sums are in fp32."""
+    case = Case(torch.bfloat16, bias=False)
+    found, gradients = case.chunked(make_loss(temperature=1.5), 0.6, chunk=4)
+    loss, _, _, expected = case.expected(reference, 0.6, 1.5)
+    assert found.loss.dtype == torch.float32
+    assert relative(found.loss.detach(), loss) < 1e-2
+    assert max(relative(*pair) for pair in zip(gradients, expected, strict=True)) < 3e-2
+
+
+def test_under_autocast_products_are_in_bf16_and_the_gradient_of_the_head_is_summed_in_fp32():
+    case = Case(bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradients = case.chunked(ForwardKL(1.5), 0.6, chunk=4)
+    exact, expected = case.chunked(ForwardKL(1.5), 0.6, chunk=4)
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 2
+    assert 1e-5 < relative(found.loss.detach(), exact.loss.detach()) < 1e-2
+    assert max(relative(*pair) for pair in zip(gradients, expected, strict=True)) < 3e-2
+
+
+def test_without_weight_the_teacher_is_not_asked():
+    case = Case()
+    leaves = case.leaves(torch.float32)
+    found = chunked_objective(leaves[0], Head(*leaves[1:]), case.targets, ForwardKL(), None, 0.0)
+    _, ce, _, _ = case.expected(references.forward_kl, 0.0, 1.0)
+    assert relative(found.loss.detach(), ce) < 1e-6
+    assert found.kd == 0
+
+
+def test_a_batch_without_responses_is_a_zero_that_is_connected():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    loss = chunked_objective(hidden, Head(weight), nothing, ForwardKL(), torch.zeros(0, 5).__getitem__, 0.5).loss
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(weight.grad, torch.zeros(5, 4))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    case = Case()
+    whole, _ = case.chunked(ForwardKL(), 0.5)
+    hidden, weight, bias = case.leaves(torch.float32)
+    teacher = case.teacher.float()
+    parts = [slice(0, 5), slice(5, TOKENS)]
+    total = sum(
+        chunked_objective(
+            hidden[part], Head(weight, bias), case.targets[part], ForwardKL(), teacher[part].__getitem__, 0.5, TOKENS
+        ).loss
+        for part in parts
+    )
+    torch.testing.assert_close(total, whole.loss)
+
+
+def test_extreme_logits_give_finite_losses_and_gradients():
+    """Where both distributions are zero, 0 * inf must not come out."""
+    for make_loss, _ in LOSSES.values():
+        if make_loss is Own:  # its square root has no derivative at 0
+            continue
+        hidden = (torch.eye(4)[:3] * 1e4).requires_grad_()
+        weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        teacher = torch.randn(3, 9, generator=torch.Generator().manual_seed(1)) * 1e4
+        teacher[:, 2] = -torch.inf
+        if make_loss is not ReverseKL:  # which is as good as infinite there
+            targets = torch.zeros(3, dtype=torch.int64)
+            loss = chunked_objective(hidden, Head(weight), targets, make_loss(), teacher.__getitem__, 0.5).loss
+            loss.backward()
+            assert all(torch.isfinite(values).all() for values in (loss, hidden.grad, weight.grad))
+
+
+def test_no_gradient_is_made_of_a_head_that_is_frozen():
+    case = Case()
+    hidden, weight, bias = case.leaves(torch.float32)
+    head = Head(weight.detach(), bias.detach())
+    loss = chunked_objective(hidden, head, case.targets, ForwardKL(), case.teacher.float().__getitem__, 0.5).loss
+    with LargestTensor() as largest:
+        loss.backward()
+    assert largest.numel <= hidden.numel()
+    _, expected = case.chunked(ForwardKL(), 0.5)
+    torch.testing.assert_close(hidden.grad, expected[0])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Knows the largest tensor that was made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@each_loss
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_no_tensor_grows_with_tokens_times_vocabulary(make_loss, reference, tokens):
+    vocabulary, width, chunk = 200, 2, 16
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    teacher_hidden, teacher_weight = torch.randn(tokens, width), torch.randn(vocabulary, width)
+    with LargestTensor() as largest:
+        loss = chunked_objective(
+            hidden,
+            Head(weight),
+            torch.zeros(tokens, dtype=torch.int64),
+            make_loss(),
+            lambda some: Head(teacher_weight)(teacher_hidden[some]),
+            0.5,
+            chunk=chunk,
+        ).loss
+        loss.backward()
+    assert largest.numel == chunk * vocabulary
+
+
+def test_it_says_that_it_cannot_be_differentiated_twice():
+    case = Case()
+    hidden, weight, _ = case.leaves(torch.float32)
+    loss = chunked_objective(
+        hidden, Head(weight), case.targets, ForwardKL(), case.teacher.float().__getitem__, 0.5
+    ).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        loss.backward()
+
+
+def test_a_loss_derived_from_another_does_not_inherit_its_gradient():
+    class Half(ForwardKL):
+        def divergence(self, teacher_logp, student_logp):
+            return super().divergence(teacher_logp, student_logp) / 2
+
+    case = Case()
+    found, gradients = case.chunked(Half(), 1.0)
+    whole, expected = case.chunked(ForwardKL(), 1.0)
+    torch.testing.assert_close(found.loss * 2, whole.loss)
+    torch.testing.assert_close(gradients[0] * 2, expected[0])
