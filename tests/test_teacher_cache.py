@@ -1,0 +1,243 @@
+import errno
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from conftest import in_other_order, lively_model, make_rows, tokenised
+
+from srd_lightning import caching, teacher_cache
+from srd_lightning.caching import cache_teacher, of_like_length, teacher_digest
+from srd_lightning.losses import response_mask
+from srd_lightning.models import Pretrained
+from srd_lightning.rows import collate
+from srd_lightning.teacher import HiddenStates, LiveTeacher, TopK
+from srd_lightning.teacher_cache import TeacherCache
+
+MADE_OF = {"teacher": "a", "kind": "b"}
+EXACT = HiddenStates(torch.float32)
+
+
+class Loaded:
+    """Gives the teacher, and counts how often."""
+
+    def __init__(self):
+        self.times = 0
+        self.model = lively_model(1).requires_grad_(False).eval()
+
+    def __call__(self):
+        self.times += 1
+        return self.model
+
+
+@pytest.fixture
+def load():
+    return Loaded()
+
+
+def fill(data, folder, load, kind=EXACT, made_of=MADE_OF):
+    return cache_teacher(data, folder, kind, made_of, load, lambda model: None)
+
+
+def logits(teacher, batch):
+    return teacher.logits(batch, None)(slice(None))
+
+
+def cached_batch(cache, rows):
+    return {**collate(rows, pad_token_id=0), **cache.batch(rows)}
+
+
+def test_what_is_cached_is_what_the_teacher_says(data, load, tmp_path):
+    cache, teacher = fill(data, tmp_path, load)
+    rows = data.to_list()[3:8]
+    batch = collate(rows, pad_token_id=0)
+    with torch.no_grad():
+        expected = load.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = expected[:, :-1][response_mask(batch["labels"])]
+    torch.testing.assert_close(logits(teacher, cached_batch(cache, rows)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(LiveTeacher(load.model, None), batch), expected)
+
+
+def test_bf16_is_the_rounded_state(data, load, tmp_path):
+    exact, _ = fill(data, tmp_path / "exact", load)
+    rounded, _ = fill(data, tmp_path / "rounded", load, HiddenStates(torch.bfloat16))
+    rows = data.to_list()[:4]
+    found = rounded.batch(rows)["teacher_hidden"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, exact.batch(rows)["teacher_hidden"].bfloat16())
+
+
+def test_the_likeliest_tokens_and_the_mass_of_the_rest(data, load, tmp_path):
+    cache, teacher = fill(data, tmp_path, load, TopK(5))
+    rows = data.to_list()[:4]
+    batch = cached_batch(cache, rows)
+    logp = logits(LiveTeacher(load.model, None), batch).log_softmax(-1)
+    found = logits(teacher, batch).log_softmax(-1)
+    for token, values in zip(logp, found, strict=True):
+        best = token.topk(5).indices.tolist()
+        assert values[best].tolist() == pytest.approx(token[best].tolist(), abs=1e-4)
+        others = [place for place in range(384) if place not in best]
+        mean = token[others].exp().sum().item() / len(others)
+        assert values[others].exp().tolist() == pytest.approx([mean] * len(others), rel=1e-3)
+
+
+def test_all_tokens_kept_are_the_teacher_itself(data, load, tmp_path):
+    cache, teacher = fill(data, tmp_path, load, TopK(384))
+    batch = cached_batch(cache, data.to_list()[:4])
+    expected = logits(LiveTeacher(load.model, None), batch).log_softmax(-1)
+    torch.testing.assert_close(logits(teacher, batch).log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_complete_cache_needs_no_teacher_whatever_the_order_of_rows(data, load, tmp_path):
+    fill(data, tmp_path, load)
+    cache, teacher = fill(in_other_order(data), tmp_path, load)
+    assert load.times == 1
+    assert torch.equal(teacher.head.weight, load.model.lm_head.weight)
+    assert len(cache.missing(data)) == 0
+
+
+def test_only_new_and_changed_rows_are_asked_for(data, tokenizer, load, tmp_path, monkeypatch):
+    fill(data, tmp_path, load)
+    rows = make_rows(22)
+    rows[0]["output"] = "Something else."
+    changed = tokenised(tokenizer, [{"id": str(place), **row} for place, row in enumerate(rows)])
+    first = tokenised(tokenizer, [{"id": str(place), **row} for place, row in enumerate(make_rows(20))])
+    fill(first, tmp_path, load)
+    asked = []
+    append = TeacherCache.append
+    monkeypatch.setattr(TeacherCache, "append", lambda self, some, kept: (asked.extend(some), append(self, some, kept)))
+    fill(changed, tmp_path, load)
+    assert sorted(int(row["id"]) for row in asked) == [0, 20, 21]
+
+
+@pytest.mark.parametrize("part", MADE_OF)
+def test_a_cache_of_something_else_is_refused_by_name(part, data, load, tmp_path):
+    fill(data, tmp_path, load)
+    with pytest.raises(ValueError, match=f"made with another {part};"):
+        fill(data, tmp_path, load, made_of={**MADE_OF, part: "other"})
+
+
+def test_a_shard_of_another_cache_is_refused(data, load, tmp_path):
+    fill(data, tmp_path / "one", load)
+    fill(data, tmp_path / "two", load, made_of={**MADE_OF, "teacher": "other"})
+    (shard,) = (tmp_path / "two").glob("part-*")
+    shutil.copy(shard, tmp_path / "one")
+    with pytest.raises(ValueError, match=f"{shard.name} belongs to another teacher cache"):
+        fill(data, tmp_path / "one", load)
+
+
+def test_a_damaged_shard_is_put_aside_and_made_again(data, load, tmp_path):
+    cache, _ = fill(data, tmp_path, load)
+    rows = data.to_list()
+    expected = cache.batch(rows)["teacher_hidden"].clone()
+    (shard,) = tmp_path.glob("part-*.arrow")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="is damaged and was put aside"):
+        cache, _ = fill(data, tmp_path, load)
+    assert shard.with_suffix(".damaged").exists()
+    torch.testing.assert_close(cache.batch(rows)["teacher_hidden"], expected)
+
+
+def test_a_full_disk_loses_nothing(data, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 1)  # a shard per batch
+    monkeypatch.setattr(caching, "TOKENS_AT_ONCE", 60)
+    write, written = teacher_cache.write_atomically, []
+
+    def until_full(path, content):
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if path.suffix == ".arrow":
+            written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(teacher_cache, "write_atomically", until_full)
+    with pytest.raises(OSError, match="No space left"):
+        fill(data, tmp_path, load)
+    monkeypatch.setattr(teacher_cache, "write_atomically", write)
+    left = len(TeacherCache(tmp_path, EXACT, MADE_OF).missing(data))
+    assert 0 < left < len(data)
+    cache, _ = fill(data, tmp_path, load)
+    assert len(cache.missing(data)) == 0
+    assert cache.batch(data.to_list())["teacher_hidden"].shape[0] == len(data)
+
+
+def test_an_interrupt_keeps_what_there_is(data, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(caching, "TOKENS_AT_ONCE", 60)
+    append, calls = TeacherCache.append, []
+
+    def interrupted(self, rows, kept):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(len(rows))
+        append(self, rows, kept)
+
+    monkeypatch.setattr(TeacherCache, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill(data, tmp_path, load)
+    assert len(TeacherCache(tmp_path, EXACT, MADE_OF).missing(data)) == len(data) - sum(calls)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_it_starts(data, load, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"needs .* GB in .*, where 0\.000 GB are free; point `teacher_cache_dir`"):
+        fill(data, tmp_path, load)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_the_estimate_is_what_it_takes(data, load, tmp_path):
+    fill(data, tmp_path, load)
+    tokens = sum(row["length"] - row["prompt_length"] for row in data)
+    table = pa.ipc.open_file(next(tmp_path.glob("part-*"))).read_all()
+    stored = sum(len(value.as_py()) for value in table["teacher_hidden"])
+    assert EXACT.bytes_per_token(32) * tokens == stored == 4 * 32 * tokens
+    assert TopK(5).bytes_per_token(32) == 4 * (5 + 1) + 4 * 5
+
+
+def test_a_row_that_is_not_there_is_named(data, load, tmp_path):
+    cache, _ = fill(data.select(range(5)), tmp_path, load)
+    with pytest.raises(KeyError, match=data[7]["id"]):
+        cache.batch([data[7]])
+
+
+def test_rows_that_only_fill_up_need_nothing(data, load, tmp_path):
+    cache, teacher = fill(data, tmp_path, load)
+    blank = {**data[0], "prompt_length": data[0]["length"]}
+    batch = cached_batch(cache, [blank, data[1]])
+    assert torch.equal(logits(teacher, batch), logits(teacher, cached_batch(cache, [data[1]])))
+    assert cached_batch(cache, [blank])["teacher_hidden"].shape == (1, 0, 1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_head_comes_back_as_it_was(scale, tmp_path):
+    cache = TeacherCache(tmp_path, EXACT, MADE_OF)
+    assert cache.head() is None
+    head = teacher_cache.Head(torch.randn(5, 3).bfloat16(), torch.randn(5), scale, 30.0)
+    cache.save_head(head)
+    found = TeacherCache(tmp_path, EXACT, MADE_OF).head()
+    assert torch.equal(found.weight, head.weight)
+    assert torch.equal(found.bias, head.bias)
+    assert (found.scale, found.soft_cap) == (scale, 30.0)
+
+
+def test_batches_are_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 50, 200)
+    batches = list(of_like_length(lengths, 120))
+    assert sorted(np.concatenate(batches)) == list(range(200))
+    assert all(len(batch) * lengths[batch].max() <= 120 for batch in batches)
+
+
+def test_digests_tell_teachers_apart_without_loading_them(tmp_path, monkeypatch):
+    for name, seed in (("one", 0), ("two", 1)):
+        lively_model(seed).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    monkeypatch.setattr(Pretrained, "model", None)
+    digests = {name: teacher_digest(Pretrained(str(tmp_path / name))) for name in ("one", "two", "copy")}
+    assert digests["one"] == digests["copy"] != digests["two"]
+    assert teacher_digest(Pretrained(str(tmp_path / "one"), dtype="bfloat16")) != digests["one"]
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    assert teacher_digest(Pretrained(str(tmp_path / "copy"))) != digests["one"]
+    assert teacher_digest(lively_model(0)) == teacher_digest(lively_model(0)) != teacher_digest(lively_model(1))
