@@ -1,0 +1,223 @@
+"""Every way to compute a step gives the same training."""
+
+import copy
+import logging
+
+import lightning as L
+import pytest
+import torch
+from conftest import lively_model, make_rows, tiny_model, tokenised
+from torch.optim import SGD
+from transformers import ByT5Tokenizer
+
+from srd_lightning import DistillationLoss, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning.rows import collate
+
+ROWS = make_rows(24)
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Losses(L.Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def train(folder, precision="32-true", student=None, teacher=None, **options):
+    """Train 54 steps; return every loss, the weights, and the last measures."""
+    losses = Losses()
+    student = student or tiny_model(0)
+    module = KDLightningModule(
+        student, teacher or lively_model(1), kd_weight=0.7, optimizer=lambda p: SGD(p, lr=0.05), **options
+    )
+    data = SRDDataModule(
+        {"train": ROWS, "validation": ROWS[:5]}, ByT5Tokenizer(), schedule={0: 0.25, 3: 1.0}, batch_size=3
+    )
+    trainer = L.Trainer(max_epochs=9, callbacks=[losses], default_root_dir=folder, precision=precision, **QUIET)
+    trainer.fit(module, datamodule=data)
+    return torch.tensor(losses.losses), list(module.student.parameters()), trainer.callback_metrics
+
+
+@pytest.fixture(scope="module")
+def as_usual(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("usual"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk": None},
+        {"chunk": 3},
+        {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"},
+        {"teacher_cache": "hidden", "teacher_cache_dtype": "float32", "chunk": None},
+        {"teacher_cache": "topk", "top_k": 384},
+        {"micro_batch_tokens": 40},
+        {"micro_batch_tokens": 40, "teacher_cache": "hidden", "teacher_cache_dtype": "float32"},
+        {"packing": True},
+        {"packing": True, "micro_batch_tokens": 40},
+    ],
+    ids=str,
+)
+def test_fifty_steps_are_the_same_however_they_are_computed(options, as_usual, tmp_path):
+    losses, weights, measures = train(tmp_path, **options)
+    expected, expected_weights, expected_measures = as_usual
+    assert len(losses) == 54
+    assert losses[-1] < 0.9 * losses[0]
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    for weight, other in zip(weights, expected_weights, strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)
+    for name in ("val_nll", "val_kl"):
+        torch.testing.assert_close(measures[name], expected_measures[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"teacher_cache": "hidden"}, {"micro_batch_tokens": 40}], ids=str)
+def test_bf16_stays_near(options, as_usual, tmp_path):
+    losses, weights, _ = train(tmp_path, precision="bf16-mixed", **options)
+    assert weights[0].dtype == torch.float32
+    torch.testing.assert_close(losses, as_usual[0], rtol=2e-2, atol=2e-2)
+
+
+def test_a_teacher_whose_cache_is_complete_is_not_loaded(as_usual, tmp_path, monkeypatch):
+    tokenizer = ByT5Tokenizer()
+    for name, model in (("student", tiny_model(0)), ("teacher", lively_model(1))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    teacher = Pretrained(str(tmp_path / "teacher"))
+    options = {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"}
+    first, _, _ = train(tmp_path, student=Pretrained(str(tmp_path / "student")), teacher=teacher, **options)
+    load, loaded = Pretrained.model, []
+    monkeypatch.setattr(Pretrained, "model", lambda self: (loaded.append(self.name), load(self))[1])
+    second, _, measures = train(tmp_path, student=Pretrained(str(tmp_path / "student")), teacher=teacher, **options)
+    assert loaded == [str(tmp_path / "student")]
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, as_usual[0], rtol=1e-4, atol=1e-5)
+    assert measures["val_kl"] > 0
+
+
+def test_after_a_cached_run_the_module_evaluates_with_the_teacher_itself(tokenizer, tmp_path):
+    data = SRDDataModule({"train": ROWS, "test": ROWS[:4]}, tokenizer, schedule={0: 1.0})
+    module = KDLightningModule(tiny_model(0), lively_model(1), teacher_cache="hidden", kd_weight=0.5)
+    trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(module, datamodule=data)
+    (cached,) = trainer.validate(module, data.test_dataloader(), verbose=False)
+    plain = KDLightningModule(module.student, lively_model(1), chunk=None)
+    (expected,) = L.Trainer(**QUIET).validate(plain, data.test_dataloader(), verbose=False)
+    assert cached == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_cache_needs_a_data_module_that_brings_it_along(tokenizer, tmp_path):
+    module = KDLightningModule(tiny_model(0), lively_model(1), teacher_cache="hidden")
+    loader = torch.utils.data.DataLoader([0])
+    with pytest.raises(ValueError, match="teacher_cache needs an SRDDataModule"):
+        L.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(module, loader)
+
+
+def batch_of(number=5):
+    return collate(tokenised(ByT5Tokenizer(), make_rows(number)).to_list(), pad_token_id=0)
+
+
+def objective(module, batch):
+    module.log = lambda *_, **__: None
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in module.student.parameters()]
+
+
+def test_heads_that_differ_by_padding_are_compared_on_what_they_share(tmp_path):
+    """The rows that are added say nothing: as if both had them not."""
+    tokenizer, batch = ByT5Tokenizer(), batch_of()
+    small, large = lively_model(0), lively_model(1)
+    large.resize_token_embeddings(448, mean_resizing=False)
+    with torch.no_grad():
+        large.lm_head.weight[384:] = 5.0
+    for name, model in (("small", small), ("large", large)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    cut = lively_model(1)
+    cut.load_state_dict({name: weight[:384] if "embed" in name or "head" in name else weight
+                         for name, weight in large.state_dict().items()})  # fmt: skip
+    for student, teacher, pair in (("small", "large", (small, cut)), ("large", "small", (cut, small))):
+        for chunk in (7, None):
+            module = KDLightningModule(
+                Pretrained(str(tmp_path / student)), Pretrained(str(tmp_path / teacher)), kd_weight=0.5, chunk=chunk
+            )
+            module.configure_model()
+            found, gradients = objective(module.eval(), batch)
+            alone = KDLightningModule(*(copy.deepcopy(model) for model in pair), kd_weight=0.5)
+            expected, others = objective(alone.eval(), batch)
+            torch.testing.assert_close(found, expected)
+            for gradient, other in zip(gradients, others, strict=True):
+                torch.testing.assert_close(gradient[: len(other)], other, rtol=1e-3, atol=1e-5)
+
+
+def test_other_differences_of_vocabulary_are_refused(tmp_path):
+    module = KDLightningModule(tiny_model(0), tiny_model(1, vocab_size=448))
+    with pytest.raises(ValueError, match="of 384 and 448 tokens, and their tokenizers are not known to be the same"):
+        module.training_step(batch_of(), 0)
+    for name, size in (("small", 300), ("large", 384)):
+        tiny_model(0, vocab_size=size).save_pretrained(tmp_path / name)
+        ByT5Tokenizer().save_pretrained(tmp_path / name)
+    module = KDLightningModule(Pretrained(str(tmp_path / "small")), Pretrained(str(tmp_path / "large")))
+    module.configure_model()
+    with pytest.raises(ValueError, match="of 300 and 384 tokens, but their tokenizer uses 384"):
+        module.training_step(batch_of(), 0)
+
+
+class WholeBatch(DistillationLoss):
+    """Needs more than the divergence of each token."""
+
+    def forward(self, student_logits, teacher_logits, labels):
+        assert student_logits.shape == teacher_logits.shape == (*labels.shape, 384)
+        return ForwardKL()(student_logits, teacher_logits, labels)
+
+
+class Learnt(ForwardKL):
+    """Has a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.ones(()))
+
+    def divergence(self, teacher_logp, student_logp):
+        return self.share * super().divergence(teacher_logp, student_logp)
+
+
+@pytest.mark.parametrize("make_loss", [WholeBatch, Learnt])
+def test_losses_that_need_all_logits_get_them(make_loss):
+    loss = make_loss()
+    found = objective(KDLightningModule(lively_model(0), lively_model(1), loss, kd_weight=0.5), batch_of())
+    expected = objective(KDLightningModule(lively_model(0), lively_model(1), kd_weight=0.5), batch_of())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not isinstance(loss, Learnt) or loss.share.grad != 0
+
+
+class Unusual(torch.nn.Module):
+    """A model with logits, and nothing that is known of transformers."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.inner = lively_model(seed)
+
+    def forward(self, input_ids, attention_mask):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("unusual", [(True, True), (True, False), (False, True)])
+def test_models_that_cannot_be_taken_apart_make_all_logits_and_say_so_once(unusual, caplog):
+    caplog.set_level(logging.INFO)
+    models = [Unusual(seed) if odd else lively_model(seed) for seed, odd in enumerate(unusual)]
+    module = KDLightningModule(*models, kd_weight=0.5)
+    found = objective(module, batch_of())
+    module.training_step(batch_of(), 0)
+    expected = objective(KDLightningModule(lively_model(0), lively_model(1), kd_weight=0.5), batch_of())
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    said = [record.message for record in caplog.records if "all logits of Unusual are made" in record.message]
+    assert len(said) == sum(unusual)
