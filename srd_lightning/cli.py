@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 import srd_lightning.arrangement
 import srd_lightning.callbacks
-import srd_lightning.criteria  # noqa: F401 (short names on the command line)
+import srd_lightning.criteria
+import srd_lightning.runtime  # noqa: F401 (short names on the command line)
 from srd_lightning.data import SRDDataModule
 from srd_lightning.module import KDLightningModule
 
@@ -28,6 +29,15 @@ class SRDTrainer(Trainer):
             self.predict(_Bystander(model), datamodule=_CurationOnly(datamodule))
         if self.is_global_zero:
             datamodule.report(Console())
+
+    def cache_teacher(self, model: KDLightningModule, datamodule: SRDDataModule) -> None:
+        """Curate, and let the teacher see every row that is kept, so that ``fit`` need not load it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
+            self.predict(_Cacher(model), datamodule=_CurationOnly(datamodule))
+
+
+setattr(SRDTrainer, "cache-teacher", SRDTrainer.cache_teacher)  # LightningCLI looks for the name of the subcommand
 
 
 class _Bystander(LightningModule):
@@ -50,6 +60,14 @@ class _Bystander(LightningModule):
     def predict_step(self, *_: Any) -> None: ...
 
 
+class _Cacher(_Bystander):
+    """Lets the teacher of the module that it stands for be cached, on every process."""
+
+    def setup(self, stage: str) -> None:
+        self.models[0].trainer = self.trainer
+        self.models[0].cache(self.trainer.datamodule.datamodule)  # type: ignore[attr-defined]
+
+
 class _CurationOnly(LightningDataModule):
     """Runs the curation of a data module in its own set-up, on every process."""
 
@@ -70,8 +88,9 @@ class SRDCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Add ``curate`` to Lightning's subcommands."""
-        return {**LightningCLI.subcommands(), "curate": {"model", "datamodule"}}
+        """Add ``curate`` and ``cache-teacher`` to Lightning's subcommands."""
+        own = {name: {"model", "datamodule"} for name in ("curate", "cache-teacher")}
+        return {**LightningCLI.subcommands(), **own}
 
 
 def main() -> None:

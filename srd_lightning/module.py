@@ -81,7 +81,7 @@ class KDLightningModule(LightningModule):
         teacher: Pretrained | nn.Module | None = None,
         loss: DistillationLoss | None = None,
         kd_weight: float = 1.0,
-        optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01),
+        optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01, fused=True),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         restart_lr_each_stage: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -155,11 +155,19 @@ class KDLightningModule(LightningModule):
         if hasattr(data, "teacher_cache"):
             data.teacher_cache = None
         if stage == "fit" and self.teacher_cache != "none":
-            self._cached = self.cache()
+            self._cached = self.cache(data)
 
-    def cache(self) -> CachedTeacher:
-        """Let the teacher see all rows that its cache lacks; batches then bring along what it says."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+    def cache(self, data: Any) -> CachedTeacher:
+        """Let the teacher see all rows of an `SRDDataModule` that its cache lacks; batches then bring along the rest.
+
+        Args:
+            data: Set up for ``fit``.
+
+        Returns:
+            The teacher as it lives on in the cache.
+        """
+        if self.teacher_cache == "none":
+            raise ValueError("nothing is to be cached: set teacher_cache to hidden or topk")
         if not hasattr(data, "rows_of_teacher"):
             raise ValueError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
         kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
