@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         CurriculumCallback,
         HuggingFaceExport,
         HyperparameterScheduler,
-        RuntimeBenchmark,
     )
     from srd_lightning.curriculum import Curriculum
     from srd_lightning.data import SRDDataModule
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from srd_lightning.models import Pretrained
     from srd_lightning.module import KDLightningModule
     from srd_lightning.ranking import reciprocal_rank_fusion
+    from srd_lightning.runtime import RuntimeBenchmark
     from srd_lightning.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 
 _HOME = {
@@ -51,7 +51,7 @@ _HOME = {
     "Pretrained": "models",
     "PromptTemplate": "templates",
     "ReverseKL": "losses",
-    "RuntimeBenchmark": "callbacks",
+    "RuntimeBenchmark": "runtime",
     "SRDDataModule": "data",
     "SkewForwardKL": "losses",
     "SkewReverseKL": "losses",

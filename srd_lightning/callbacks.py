@@ -1,19 +1,14 @@
-"""Callbacks: what is staged, what is checked, what is measured, what is exported."""
+"""Callbacks: what is staged, what is checked, what is exported."""
 
 from __future__ import annotations
 
 import copy
 import json
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
@@ -104,109 +99,6 @@ class CurriculumCallback(Callback):
         if epoch in curriculum.schedule:
             rank_zero_info(f"stage {stage} begins at epoch {epoch} with {rows} rows")
         pl_module.log_dict({"curriculum/stage": float(stage), "curriculum/rows": float(rows)})
-
-
-class RuntimeBenchmark(Callback):
-    """Measures where the time of a run goes: curation, each stage, validation.
-
-    Args:
-        path: JSON file to write at the end of training.
-
-    Attributes:
-        report: ``curation`` (``rows, kept, scored, seconds``), ``refresh_seconds``, ``stages`` (``first_epoch, rows,
-            steps, tokens, seconds``: rows of the pool, and what this process did and took, validation left out),
-            ``validation_seconds``, ``peak_memory_bytes`` (of the GPU where there is one, else the process's resident
-            set).
-    """
-
-    def __init__(self, path: str | None = None) -> None:
-        self.path = path
-        self.report: dict[str, Any] = {}
-        self._stages: dict[int, dict[str, Any]] = {}
-        self._validation = 0.0
-        self._validation_in_epoch = 0.0
-        self._epoch_start = self._validation_start = 0.0
-        self._steps_at_start = 0
-        self._tokens: torch.Tensor | int = 0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the epoch."""
-        self._validation_in_epoch, self._tokens, self._steps_at_start = 0.0, 0, trainer.global_step
-        self._epoch_start = _now()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count tokens where they are, without waiting for the GPU."""
-        if isinstance(batch, Mapping) and "attention_mask" in batch:
-            self._tokens = self._tokens + batch["attention_mask"].sum()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the validation."""
-        self._validation_start = _now()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of the validation."""
-        seconds = _now() - self._validation_start
-        self._validation += seconds
-        self._validation_in_epoch += seconds
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the epoch to its stage."""
-        curriculum, epoch = find_curriculum(trainer), trainer.current_epoch
-        stage = self._stages.setdefault(
-            0 if curriculum is None else curriculum.stage(epoch),
-            {
-                "first_epoch": epoch,
-                "rows": len(trainer.train_dataloader.dataset),  # type: ignore[union-attr]
-                "steps": 0,
-                "tokens": 0,
-                "seconds": 0.0,
-            },
-        )
-        stage["steps"] += trainer.global_step - self._steps_at_start
-        stage["tokens"] += int(self._tokens)
-        stage["seconds"] += _now() - self._epoch_start - self._validation_in_epoch
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the report and write it."""
-        datamodule = getattr(trainer, "datamodule", None)
-        curation = getattr(datamodule, "curation", None)
-        self.report = {
-            "curation": curation and {name: getattr(curation, name) for name in ("rows", "kept", "scored", "seconds")},
-            "refresh_seconds": getattr(datamodule, "refresh_seconds", 0.0),
-            "stages": list(self._stages.values()),
-            "validation_seconds": self._validation,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        if self.path is not None and trainer.is_global_zero:
-            write_atomically(Path(self.path), json.dumps(self.report, indent=2).encode())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the stages so far, so that a resumed run reports all of them."""
-        return {
-            "stages": {str(stage): values for stage, values in self._stages.items()},
-            "validation": self._validation,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the stages of the run that is resumed."""
-        self._stages = {int(stage): values for stage, values in state_dict["stages"].items()}
-        self._validation = state_dict["validation"]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: of the GPU where there is one, else its resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class AnswerWriter(BasePredictionWriter):

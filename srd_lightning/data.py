@@ -29,17 +29,19 @@ from srd_lightning.hygiene import inspect
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
 from srd_lightning.refresh import Refresher, rearrange
-from srd_lightning.rows import Report, ids_of, load_splits, tokenize
+from srd_lightning.rows import ids_of, lengths_of, load_splits
 from srd_lightning.students import find_tokenizer, fresh_student, trained_student
 from srd_lightning.teacher_cache import TeacherCache
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
+from srd_lightning.tokenised import Report, tokenize
 
 
 class SRDDataModule(LightningDataModule):
     """Data that the student has reflected on: the hardest rows dropped, the rest entering easy to hard.
 
-    ``setup("fit")`` reads, tokenises, lets the student answer every prompt unless valid scores exist, ranks and stages;
-    ``train_dataloader`` then holds the rows of the current epoch. It works with any LightningModule.
+    ``setup("fit")`` reads, tokenises unless an earlier run has done so, lets the student answer every prompt unless
+    valid scores exist, ranks and stages; ``train_dataloader`` then holds the rows of the current epoch. It works with
+    any LightningModule.
 
     Args:
         data: Training data, or ``{"train": …, "validation": …, "test": …}``; a source is a jsonl, json, csv or parquet
@@ -67,6 +69,10 @@ class SRDDataModule(LightningDataModule):
         reflection_tokens: Most tokens in a batch of the reflection: prompts, answers and padding.
         reflection_threads: Of a CPU while it reflects. With one, scores are the same on any number of processes.
         ties: How equal scores are ranked; see `reciprocal_rank_fusion`.
+        group_by_length: Whether the rows of a training step are of like length, which pads less; the steps come in
+            random order, and other rows meet in every epoch. Without, a plain shuffle.
+        pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this, which
+            may be more than ``max_length``; 8 or 64 suits tensor cores.
         num_workers: Processes that load batches.
         seed: Of the order within an epoch.
 
@@ -100,6 +106,8 @@ class SRDDataModule(LightningDataModule):
         reflection_tokens: int = 32768,
         reflection_threads: int = 1,
         ties: Literal["average", "order"] = "average",
+        group_by_length: bool = True,
+        pad_to_multiple_of: int = 1,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -110,7 +118,7 @@ class SRDDataModule(LightningDataModule):
                 f"{max_prompt_length} and {max_length}"
             )
         sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}
-        sizes["reflection_threads"] = reflection_threads
+        sizes |= {"reflection_threads": reflection_threads, "pad_to_multiple_of": pad_to_multiple_of}
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
             raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
         self.data = data
@@ -132,6 +140,8 @@ class SRDDataModule(LightningDataModule):
         self.reflection_tokens = reflection_tokens
         self.reflection_threads = reflection_threads
         self.ties = ties
+        self.group_by_length = group_by_length
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
         self.rows: dict[str, Dataset] = {}
@@ -284,7 +294,9 @@ class SRDDataModule(LightningDataModule):
         assert self.curriculum is not None, 'setup("fit") comes first'
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         self._refresh(epoch)
-        return self._loaders().train(self.curriculum.subset(self.rows["train"], epoch), epoch, self.batch_size)
+        rows = self.rows["train"]
+        lengths = lengths_of(rows)[self.curriculum.rows(epoch).numpy()] if self.group_by_length else None
+        return self._loaders().train(self.curriculum.subset(rows, epoch), epoch, self.batch_size, lengths)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the ``validation`` rows, or nothing if there are none."""
@@ -304,5 +316,11 @@ class SRDDataModule(LightningDataModule):
     def _loaders(self) -> Loaders:
         kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
         return Loaders(
-            self.tokenizer, self.num_workers, self.seed, kwargs["rank"], kwargs["num_replicas"], self.teacher_cache
+            self.tokenizer,
+            self.num_workers,
+            self.seed,
+            kwargs["rank"],
+            kwargs["num_replicas"],
+            self.teacher_cache,
+            self.pad_to_multiple_of,
         )

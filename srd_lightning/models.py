@@ -24,6 +24,8 @@ class Pretrained:
         lora: Arguments of ``peft.LoraConfig``; only the adapters then train. Needs the ``lora`` extra.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, …; the model's own choice by default.
         trust_remote_code: Run code that comes with the weights.
+        liger: Use Liger's kernels for norms, rotary embeddings and feed-forward layers: for GPUs, needs the ``liger``
+            extra.
 
     Example:
         >>> Pretrained("gpt2", keep_layers=[0, 1, 2, 9, 10, 11]).name
@@ -38,6 +40,7 @@ class Pretrained:
     lora: dict[str, Any] | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    liger: bool = False
 
     def __post_init__(self) -> None:
         """Check the type, so that a typing error shows before the weights are loaded."""
@@ -63,6 +66,11 @@ class Pretrained:
         model = AutoModelForCausalLM.from_pretrained(self.name, revision=self.revision, **options)
         if self.keep_layers is not None:
             keep_layers(model, self.keep_layers)
+        if self.liger:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            # Not its losses: they would take the place of ours, and of the logits.
+            _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
         if self.lora is not None:
             from peft import LoraConfig, get_peft_model
 

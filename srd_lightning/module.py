@@ -63,7 +63,7 @@ class KDLightningModule(LightningModule):
             (flash attention on a GPU; others do so too, and lose by it).
         chunk: Response tokens whose logits exist at a time; ``None`` makes all logits, as losses that define `forward`
             for themselves need.
-        compile: Compile the bodies of student and teacher with ``torch.compile``.
+        compile: Compile the bodies of student and teacher, and what turns logits into gradients.
 
     Raises:
         ValueError: ``kd_weight`` is outside [0, 1], there is no teacher for it, or the two models have different
@@ -123,7 +123,7 @@ class KDLightningModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.packing = packing
         self.chunk = chunk
-        self.compile_bodies = compile
+        self.compile_step = compile
         self._cached: CachedTeacher | None = None
         self._step: Step | None = None
         self.metrics = nn.ModuleDict(
@@ -238,7 +238,7 @@ class KDLightningModule(LightningModule):
         teacher = self._cached if self._cached is not None else self.teacher
         if self._step is None or self._step.student is not student or self._step.source is not teacher:
             vocabulary = None if teacher is None else self._shared_vocabulary(teacher)
-            self._step = Step(student, teacher, vocabulary, self.chunk, self.packing)
+            self._step = Step(student, teacher, vocabulary, self.chunk, self.packing, self.compile_step)
         return self._step
 
     def _shared_vocabulary(self, teacher: nn.Module | CachedTeacher) -> int | None:

@@ -7,6 +7,7 @@ is kept for the backward pass has the size of the inputs, whatever the number of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -82,6 +83,7 @@ def chunked_objective(
     kd_weight: float,
     num_tokens: Tensor | int | None = None,
     chunk: int = CHUNK,
+    compile: bool = False,
 ) -> Objective:
     r"""Return :math:`(1 - w) \, \mathrm{CE} + w \, T^2 D_T(\text{teacher} \| \text{student})`, chunk by chunk.
 
@@ -94,6 +96,7 @@ def chunked_objective(
         kd_weight: w, in [0, 1]; a part that has no weight is not computed, and is 0.
         num_tokens: What the sums over tokens are divided by; N by default, and never less than 1.
         chunk: Tokens whose logits exist at a time.
+        compile: Compile what turns logits into gradients.
 
     Returns:
         The loss and its parts; the loss is connected to the graph also where there is no token.
@@ -110,7 +113,7 @@ def chunked_objective(
         dtype = torch.get_autocast_dtype(hidden.device.type)
     total = torch.as_tensor(len(targets) if num_tokens is None else num_tokens, device=hidden.device).clamp(min=1)
     with torch.autocast(hidden.device.type, enabled=False):
-        work = _Work(head, targets, loss, teacher_logits, kd_weight, chunk)
+        work = _Work(head, targets, loss, teacher_logits, kd_weight, chunk, compile)
         sums = cast(Any, _Chunked).apply(hidden.to(dtype), head.weight, head.bias, work)
     return Objective(*(part / total for part in sums))
 
@@ -125,16 +128,18 @@ class _Work:
     teacher_logits: Callable[[slice], Tensor] | None
     kd_weight: float
     chunk: int
+    compile: bool
 
     def logits_to_gradient(self, logits: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
         """Overwrite a chunk's logits, before they are capped, with their gradient; return the sums of CE and KD."""
         teacher = self.teacher_logits(tokens) if self.teacher_logits is not None and self.kd_weight > 0 else None
         targets = self.targets[tokens]
         piece = PIECE if logits.device.type == "cpu" else len(logits)
+        to_gradient = _compiled() if self.compile else _Work.piece_to_gradient
         ce, kd = [], []
         for first in range(0, len(logits), piece):
             some = slice(first, first + piece)
-            values = self.piece_to_gradient(logits[some], None if teacher is None else teacher[some], targets[some])
+            values = to_gradient(self, logits[some], None if teacher is None else teacher[some], targets[some])
             ce.append(values[0])
             kd.append(values[1])
         return torch.stack(ce).sum(), torch.stack(kd).sum()
@@ -163,6 +168,11 @@ class _Work:
             gradient = gradient * (1 - (student / cap) ** 2)
         logits.copy_(gradient if self.head.scale == 1 else gradient * self.head.scale)
         return ce, kd
+
+
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_Work.piece_to_gradient)
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:

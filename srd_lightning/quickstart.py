@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from srd_lightning import fetch
-from srd_lightning.callbacks import HyperparameterScheduler, RuntimeBenchmark
+from srd_lightning.callbacks import HyperparameterScheduler
 from srd_lightning.cli import SRDCLI, find_config, parse
 from srd_lightning.generation import generate
+from srd_lightning.runtime import RuntimeBenchmark
 from srd_lightning.store import write_atomically
 
 RUN = Path("runs/quickstart")

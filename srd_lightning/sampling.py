@@ -29,7 +29,7 @@ def length_grouped_order(lengths: Lengths, group: int, seed: int, epoch: int, wi
     Args:
         lengths: Of the rows, in tokens, ``[N]``.
         group: Rows that stand together: those of one step of all processes.
-        seed: Of the order, not negative.
+        seed: Of the order.
         epoch: Another epoch, another order.
         window: Groups that are sorted together: more pads less, and mixes less.
 
@@ -39,19 +39,20 @@ def length_grouped_order(lengths: Lengths, group: int, seed: int, epoch: int, wi
     Example:
         >>> lengths = np.array([9, 2, 8, 1, 5])
         >>> lengths[length_grouped_order(lengths, group=2, seed=0, epoch=0)]
-        array([5, 8, 1, 2, 9])
+        array([8, 9, 1, 2, 5])
     """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
+    generator = torch.Generator().manual_seed(seed + epoch)  # as DistributedSampler does it
+    order = torch.randperm(len(lengths), generator=generator).numpy()
     for first in range(0, len(order), group * window):
         rows = order[first : first + group * window]
         rows[:] = rows[np.argsort(lengths[rows], kind="stable")]  # equal lengths stay shuffled
     groups, rest = divmod(len(order), group)
     if rest:  # the last window gives up a short group, short rows or long ones, as chance has it
-        cut = len(order) - rest - group * rng.integers((groups % window) + 1)
+        longer = int(torch.randint(groups % window + 1, (), generator=generator))
+        cut = len(order) - rest - group * longer
         order[cut:] = np.roll(order[cut:], -rest)
     whole = order[: groups * group].reshape(groups, group)
-    whole[:] = whole[rng.permutation(groups)]
+    whole[:] = whole[torch.randperm(groups, generator=generator).numpy()]
     return order
 
 
@@ -98,13 +99,13 @@ class LengthGrouped(Shuffled):
         batch_size: Rows per process and step.
         num_replicas: As for `Shuffled`.
         rank: As for `Shuffled`.
-        seed: As for `Shuffled`, not negative.
+        seed: As for `Shuffled`.
         start: As for `Shuffled`.
 
     Example:
         >>> lengths = np.array([9, 2, 8, 1])
         >>> [lengths[list(LengthGrouped(range(4), lengths, 1, num_replicas=2, rank=rank))].tolist() for rank in (0, 1)]
-        [[8, 1], [9, 2]]
+        [[1, 8], [2, 9]]
     """
 
     def __init__(

@@ -49,11 +49,12 @@ class SplitModel:
         return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
 
     def _states(self, input_ids: Tensor, **arguments: Tensor) -> Tensor:
-        output = self._body(input_ids=input_ids, use_cache=False, **arguments)
+        output = self.body(input_ids=input_ids, use_cache=False, **arguments)
         return cast(Tensor, output.last_hidden_state)
 
     @property
-    def _body(self) -> Any:
+    def body(self) -> Any:
+        """What makes hidden states."""
         whole: Any = self.model
         whole = whole.get_base_model() if hasattr(whole, "peft_config") else whole
         return whole.base_model
@@ -94,13 +95,13 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         raise NotSplit("there is dropout in the output head")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
+        try:  # before the whole: a model that was sharded as one (FSDP2) works in parts only after it
+            found = parts.head()(parts.hidden(sample))
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise NotSplit(f"{type(model).__name__} cannot be used in parts: {error}") from error
         logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"]).logits
         logits = logits[:, :-1][response_mask(sample["labels"])]
-        try:
-            difference = _difference(parts.head()(parts.hidden(sample)), logits)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise NotSplit(f"{type(model).__name__} has not the parts that are looked for: {error}") from error
-        if difference > _tolerance(logits):
+        if found.shape != logits.shape or _difference(found, logits) > _tolerance(logits):
             raise NotSplit(f"body and head of {type(model).__name__} give other logits than the whole")
         if packing:
             _check_packing(parts, SplitModel(model, packing=True), sample)

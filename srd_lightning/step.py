@@ -26,6 +26,7 @@ class Step:
         vocabulary: Tokens that the two share, where their heads are of different size.
         chunk: Response tokens whose logits exist at a time; ``None`` makes all logits.
         packing: See `SplitModel`.
+        compile: Compile bodies, and what turns logits into gradients.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Step:
         vocabulary: int | None,
         chunk: int | None,
         packing: bool,
+        compile: bool = False,
     ) -> None:
         self.student = student
         self.source = teacher
         self.vocabulary = vocabulary
         self.chunk = chunk
         self.packing = packing
+        self.compile = compile
         self.parts: SplitModel | None = None
         self.teacher: Teacher | None = None
         self._looked = False
@@ -86,10 +89,13 @@ class Step:
 
     def _split(self, model: nn.Module, batch: Batch) -> SplitModel | None:
         try:
-            return split(model, batch, self.packing)
+            parts = split(model, batch, self.packing)
         except NotSplit as reason:
             rank_zero_info(f"all logits of {type(model).__name__} are made at every step: {reason}")
             return None
+        if self.compile:
+            parts.body.compile()
+        return parts
 
     def _from_all_logits(
         self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None

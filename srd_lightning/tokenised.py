@@ -28,8 +28,8 @@ from srd_lightning.templates import ChatTemplate, Example, PromptTemplate
 
 VERSION = 1
 """Of the code below: to be raised whenever it gives other tokens for the same rows."""
-PROBE = "The  QUICK fox's\n\t12345 \u00e9e\u0301 \ufb01 \u4e2d\u6587 \U0001f642 <s></s> "
-"""Two spaces, capitals, an apostrophe, digits, composed and decomposed letters, a ligature, two tokens of models."""
+PROBE = "The  QUICK fox's\n\t12345 \u00e9e\u0301 \ufb01 \u4e2d\u6587 \U0001f642 <s></s> ab "
+"""Two spaces, capitals, an apostrophe, digits, composed and decomposed letters, a ligature, tokens that models have."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def tokenize(
                 load_from_cache_file=False,
                 new_fingerprint=file.stem,
                 desc=f"tokenise {split}",
-            )
+            ).with_format(None)
     return _drop(tokenised, split)
 
 
@@ -131,9 +131,10 @@ def _read(file: Path, rows: int) -> Dataset | None:
         return None
     try:
         tokenised = Dataset.from_file(str(file))
+        whole = len(tokenised) == rows
     except (pa.ArrowInvalid, OSError):
-        tokenised = ()
-    if len(tokenised) == rows:
+        whole = False
+    if whole:
         return tokenised
     warnings.warn(f"{file} is damaged; its rows are tokenised again", stacklevel=3)
     return None

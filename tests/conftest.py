@@ -1,7 +1,10 @@
 """A tiny model, a tokenizer of bytes, and rows: all that the tests need, made in memory."""
 
 import os
+import tempfile
 
+CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has tokenised
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
 
 import pytest
@@ -9,8 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from srd_lightning.rows import tokenize
 from srd_lightning.templates import PromptTemplate
+from srd_lightning.tokenised import tokenize
 
 torch.set_num_threads(1)  # tiny models only lose by more
 

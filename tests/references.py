@@ -91,6 +91,27 @@ def count_steps(sizes: Iterable[int], batch_size: int, world_size: int = 1, accu
     return steps
 
 
+def deal(order: Sequence[int], batch_size: int, world_size: int) -> list[list[list[int]]]:
+    """Return the batches of each process, as if rows were cards; the first rows fill up until all have as many."""
+    cards = list(order)
+    while len(cards) % world_size != 0:
+        cards.append(cards[len(cards) - len(order)])
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    for turn, card in enumerate(cards):
+        hands[turn % world_size].append(card)
+    return [[hand[first : first + batch_size] for first in range(0, len(hand), batch_size)] for hand in hands]
+
+
+def share_of_padding(batches: Iterable[Sequence[int]]) -> float:
+    """Return which share of the positions pads, where the rows of a batch have these lengths."""
+    real, positions = 0, 0
+    for lengths in batches:
+        for length in lengths:
+            real += length
+            positions += max(lengths)
+    return 1 - real / positions
+
+
 def softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the probabilities of one token, ``[V]``, float64."""
     weights = (logits.double() / temperature).exp()

@@ -3,6 +3,7 @@ from itertools import count
 
 import lightning as L
 import pytest
+import references
 import torch
 from conftest import tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -121,25 +122,58 @@ def test_curriculum_callback_needs_a_curriculum(tmp_path):
         trainer.fit(module(), train_dataloaders=[0])
 
 
-def test_runtime_benchmark_counts_rows_steps_tokens_and_time(tokenizer, rows, tmp_path, monkeypatch):
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that goes on by a second whenever it is looked at."""
     ticks = count()
-    monkeypatch.setattr("srd_lightning.callbacks.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("srd_lightning.runtime.time.perf_counter", lambda: float(next(ticks)))
+    return ticks
+
+
+def test_runtime_benchmark_counts_rows_steps_tokens_and_time(tokenizer, rows, tmp_path, ticks):
+    batches = {}
+
+    class Seen(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            lengths = batch["attention_mask"].sum(dim=1).tolist()
+            batches.setdefault(trainer.current_epoch // 2, []).append(lengths)
+
     benchmark = RuntimeBenchmark(str(tmp_path / "runtime.json"))
     datamodule = data(tokenizer, rows, tmp_path, {0: 0.5, 2: 0.75})
-    fit([benchmark], datamodule, tmp_path, max_epochs=3, num_sanity_val_steps=0)
+    fit([benchmark, Seen()], datamodule, tmp_path, max_epochs=3, num_sanity_val_steps=0)
 
     report = json.loads((tmp_path / "runtime.json").read_text())
     assert report == benchmark.report
     lengths = [len(ids) for ids in datamodule.rows["train"]["input_ids"]]
     tokens = [sum(lengths[row] for row in datamodule.curriculum.order[:size].tolist()) for size in (8, 12)]
-    # Within an epoch the clock is read four times: its start, start and end of the validation, its end.
+    positions = [sum(len(batch) * max(batch) for batch in batches[stage]) for stage in (0, 1)]
+    padding = [pytest.approx(references.share_of_padding(batches[stage])) for stage in (0, 1)]
+    # Within an epoch the clock is read at its start, at both ends of each batch and of the validation, at its end.
+    seconds = [2 * number + 4 - 1 - 1.0 for number in (2, 3)]
     assert report["stages"] == [
-        {"first_epoch": 0, "rows": 8, "steps": 4, "tokens": 2 * tokens[0], "seconds": 2 * (3.0 - 1.0)},
-        {"first_epoch": 2, "rows": 12, "steps": 3, "tokens": tokens[1], "seconds": 3.0 - 1.0},
+        {"first_epoch": 0, "rows": 8, "steps": 4, "tokens": 2 * tokens[0], "positions": positions[0]}
+        | {"padding": padding[0], "seconds": 2 * seconds[0], "waiting_seconds": 2 * 2.0},
+        {"first_epoch": 2, "rows": 12, "steps": 3, "tokens": tokens[1], "positions": positions[1]}
+        | {"padding": padding[1], "seconds": seconds[1], "waiting_seconds": 3.0},
     ]
     assert report["validation_seconds"] == 3.0
     assert (report["curation"]["rows"], report["curation"]["kept"]) == (16, 12)
     assert report["peak_memory_bytes"] > 10 * 2**20
+
+
+def test_runtime_benchmark_does_not_take_validation_for_waiting(tokenizer, rows, tmp_path, ticks):
+    class Slow(L.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            for _ in range(1000):
+                next(ticks)
+
+    benchmark = RuntimeBenchmark()
+    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "val_check_interval": 1}
+    fit([benchmark, Slow()], data(tokenizer, rows, tmp_path, {0: 1.0}), tmp_path, **options)
+    assert benchmark.report["validation_seconds"] == 4 * 1001.0
+    (stage,) = benchmark.report["stages"]
+    assert stage["waiting_seconds"] == 1.0 + 3 * 2.0  # both ends of a validation cost a look each
+    assert stage["seconds"] < 30.0
 
 
 def test_runtime_benchmark_of_a_resumed_run_reports_every_stage(tokenizer, rows, tmp_path):

@@ -38,8 +38,8 @@ from srd_lightning.generation import Decoding
 from srd_lightning.matching import same_number
 from srd_lightning.models import Pretrained
 from srd_lightning.reflection import Reflected, reflect, score_batch
-from srd_lightning.rows import tokenize
 from srd_lightning.store import ScoreStore
+from srd_lightning.tokenised import tokenize
 
 ROOT = Path(__file__).parents[1]
 GREEDY = Decoding(max_new_tokens=6)

@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -106,6 +107,46 @@ class TestHygiene:
         assert dict(module.curation.dropped) == {"nearly a prompt of test": 1}
 
 
+class TestTrainLoader:
+    """Thirty rows of thirty lengths."""
+
+    ROWS = [{"id": row, "instruction": "Say.", "output": "a" * (1 + 7 * row % 30)} for row in range(30)]  # noqa: RUF012
+
+    def batches(self, module):
+        return [batch["attention_mask"].sum(dim=1).tolist() for batch in module.train_dataloader()]
+
+    @pytest.mark.parametrize("grouped", [True, False])
+    def test_has_the_rows_of_the_epoch_once(self, make, grouped):
+        module = make(self.ROWS, group_by_length=grouped, criteria=[ResponseLength()], batch_size=4)
+        assert len(module.train_dataloader()) == 2
+        lengths = sorted(length for batch in self.batches(module) for length in batch)
+        assert lengths == [len("Say.") + output + 1 for output in range(1, 8)]  # the shortest quarter, and the end
+
+    def test_rows_of_like_length_stand_together(self, make):
+        grouped = self.batches(make(self.ROWS, schedule={0: 1.0}, batch_size=2))
+        plain = self.batches(make(self.ROWS, schedule={0: 1.0}, batch_size=2, group_by_length=False))
+        assert all(abs(a - b) == 1 for a, b in grouped)
+        assert sorted(chain(*grouped)) == sorted(chain(*plain))
+        assert np.mean([abs(a - b) for a, b in plain]) > 5
+
+    def test_a_batch_is_a_multiple_wide(self, make):
+        widths = {
+            batch["input_ids"].shape[1]
+            for module in [make(self.ROWS, schedule={0: 1.0}, batch_size=2, pad_to_multiple_of=16)]
+            for batch in [*module.train_dataloader(), *module._loaders().evaluation(module.rows["train"], 4)]
+        }
+        assert widths == {16, 32, 48}
+
+
+def test_a_second_run_tokenises_nothing(make, monkeypatch):
+    first = make({"train": ROWS, "validation": ROWS[:5]})
+    monkeypatch.setattr("srd_lightning.tokenised._tokenize_batch", None)
+    again = make({"train": ROWS, "validation": ROWS[:5]})
+    for split in ("train", "validation"):
+        assert again.rows[split].to_list() == first.rows[split].to_list()
+        assert again.reports[split] == first.reports[split]
+
+
 class TestReport:
     def test_is_shown_and_written(self, make):
         module = make()
@@ -135,5 +176,7 @@ def test_wrong_settings_are_named_before_anything_runs(tokenizer):
         SRDDataModule(ROWS, tokenizer, reflection_tokens=0)
     with pytest.raises(ValueError, match="reflection_threads=0"):
         SRDDataModule(ROWS, tokenizer, reflection_threads=0)
+    with pytest.raises(ValueError, match="pad_to_multiple_of=0"):
+        SRDDataModule(ROWS, tokenizer, pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="first epochs of later stages"):
         SRDDataModule(ROWS, tokenizer, refresh=[3])

@@ -78,7 +78,9 @@ class Case:
         student, teacher = (torch.cat([values, last])[None] for values in (logits, self.teacher))
         labels = torch.cat([torch.tensor([-100]), self.targets])[None]
         kd = references.distillation_loss(reference, student, teacher, labels, temperature)
-        ce = torch.stack([-references.softmax(row)[target].log() for row, target in zip(logits, self.targets, strict=True)]).mean()
+        ce = torch.stack(
+            [-references.softmax(row)[target].log() for row, target in zip(logits, self.targets, strict=True)]
+        ).mean()
         ((1 - kd_weight) * ce + kd_weight * kd).backward()
         return (
             ((1 - kd_weight) * ce + kd_weight * kd).detach(),

@@ -4,15 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_rows
+from conftest import in_other_order, make_rows, tokenised
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq
 
-from srd_lightning.rows import collate, load_rows, load_splits, row_ids, tokenize
-from srd_lightning.templates import ChatTemplate, PromptTemplate
+from srd_lightning.rows import collate, lengths_of, load_rows, load_splits, row_ids
 
-PLAIN = PromptTemplate(with_input="{instruction} {input}: ", without_input="{instruction}: ")
 ROWS = make_rows(6)
 
 
@@ -82,21 +79,6 @@ def _cache(tmp_path, monkeypatch):
 
 def splits(data):
     return {split: rows.to_list() for split, rows in load_splits(data).items()}
-
-
-def tokenised(tokenizer, rows, template=PLAIN, **lengths):
-    return tokenize(Dataset.from_list(rows), tokenizer, template, **lengths)
-
-
-def merging_tokenizer(bos=False):
-    """Byte pairs with one merge, "a" and "b" to "ab"; puts ``<s>`` in front if asked."""
-    vocab = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4}
-    fast = Tokenizer(models.BPE(vocab, [("a", "b")]))
-    fast.pre_tokenizer = pre_tokenizers.Split("|", "removed")
-    fast.add_special_tokens(["<s>", "</s>"])
-    if bos:
-        fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
 
 
 class TestSources:
@@ -252,102 +234,9 @@ class TestIds:
             row_ids(Dataset.from_list([{"id": None}, {"id": "b"}]))
 
 
-class TestTokenize:
-    def test_labels_are_the_response_and_the_end(self, tokenizer):
-        rows, _ = tokenised(tokenizer, ROWS)
-        labels = collate(rows.to_list(), pad_token_id=0)["labels"]
-        for row, given in zip(labels.tolist(), ROWS, strict=True):
-            assert tokenizer.decode([label for label in row if label != -100]) == given["output"] + tokenizer.eos_token
-
-    def test_input_ids_are_prompt_response_and_end(self, tokenizer):
-        rows, _ = tokenised(tokenizer, [{"instruction": "Hi", "output": "é"}])
-        bytes_of = [byte + 3 for byte in "Hi: é".encode()]
-        assert rows[0]["input_ids"] == [*bytes_of, 1]
-        assert rows[0]["prompt_length"] == 4
-
-    def test_texts_and_ids_are_kept(self, tokenizer):
-        rows, _ = tokenised(tokenizer, [{"id": 7, "instruction": "Add", "input": "1", "output": "2"}])
-        assert (rows[0]["id"], rows[0]["prompt"], rows[0]["response"]) == ("7", "Add 1: ", "2")
-
-    def test_columns(self, tokenizer):
-        rows, _ = tokenised(tokenizer, [{"prompt": "Hi", "response": "a", "cut": 1, "drop": "x", "input_ids": [0]}])
-        assert rows.column_names == ["id", "prompt", "response", "input_ids", "prompt_length", "length"]
-        assert rows[0]["prompt"] == "Hi: "
-        assert rows[0]["length"] == len(rows[0]["input_ids"]) == len("Hi: a") + 1
-
-    def test_a_prompt_without_tokens_is_dropped_and_counted(self, tokenizer):
-        template = PromptTemplate("{instruction}{input}", "{instruction}")
-        texts = [{"instruction": "", "output": "a"}, {"instruction": "b", "output": "a"}]
-        rows, report = tokenised(tokenizer, texts, template)
-        assert rows["prompt"][:] == ["b"]
-        assert dict(report.dropped) == {"empty prompt": 1}
-
-    def test_no_token_spans_the_border(self):
-        tokenizer = merging_tokenizer()
-        assert tokenizer("aab")["input_ids"] == [2, 4]
-        template = PromptTemplate("{instruction}{input}", "{instruction}")
-        rows, _ = tokenised(tokenizer, [{"instruction": "aa", "output": "bab"}], template)
-        assert rows[0]["input_ids"] == [2, 2, 3, 4, 1]
-        assert rows[0]["prompt_length"] == 2
-
-    @pytest.mark.parametrize(
-        ("tokenizer", "prompt", "ids"),
-        [
-            (merging_tokenizer(bos=True), "ab", [0, 4, 2, 1]),
-            (merging_tokenizer(bos=True), "<s>ab", [0, 4, 2, 1]),
-            (merging_tokenizer(bos=False), "ab", [4, 2, 1]),
-        ],
-        ids=["put_in_front", "not_doubled", "not_the_tokenizers_habit"],
-    )
-    def test_beginning_token(self, tokenizer, prompt, ids):
-        template = PromptTemplate("{instruction}{input}", "{instruction}")
-        rows, _ = tokenised(tokenizer, [{"instruction": prompt, "output": "a"}], template)
-        assert rows[0]["input_ids"] == ids
-        assert rows[0]["prompt_length"] == len(ids) - 2
-
-    def test_chat_prompt_equals_the_tokenizers_own(self):
-        tokenizer = merging_tokenizer(bos=True)
-        tokenizer.chat_template = "<s>{% for turn in messages %}{{ turn.content }}{% endfor %}"
-        turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "b"}]
-        rows, _ = tokenised(tokenizer, [{"messages": turns}], ChatTemplate().bind(tokenizer))
-        own = tokenizer.apply_chat_template(turns[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
-        assert rows[0]["input_ids"] == [*own, 3, 1]
-
-    @pytest.mark.parametrize("silent", ["user", "assistant"])
-    def test_a_message_without_content_is_named(self, tokenizer, silent):
-        turns = [{"role": role, "content": None if role == silent else "Hi"} for role in ("user", "assistant")]
-        with pytest.raises(ValueError, match=r"^train row 0 \(id a\): .*content"):
-            tokenised(tokenizer, [{"id": "a", "messages": turns}])
-
-    def test_long_responses_are_cut_and_counted(self, tokenizer):
-        given = [{"instruction": "Hi", "output": output} for output in ("ab", "abc", "abcdef")]
-        rows, report = tokenised(tokenizer, given, max_length=7, max_prompt_length=4)
-        assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["Hi: ab</s>", "Hi: abc", "Hi: abc"]
-        assert (report.rows, report.cut, report.dropped.total()) == (3, 2, 0)
-
-    def test_long_prompts_are_dropped_and_counted(self, tokenizer):
-        given = [{"instruction": instruction, "output": "a"} for instruction in ("ab", "abc", "abcd")]
-        rows, report = tokenised(tokenizer, given, max_prompt_length=5)
-        assert list(rows["prompt"]) == ["ab: ", "abc: "]
-        assert report.dropped == {"prompt over 5 tokens": 1}
-
-    @pytest.mark.parametrize("output", ["", " \n"], ids=["empty", "blank"])
-    def test_empty_responses_are_dropped_and_counted(self, tokenizer, output):
-        rows, report = tokenised(
-            tokenizer, [{"instruction": "a", "output": output}, {"instruction": "b", "output": "c"}]
-        )
-        assert list(rows["prompt"]) == ["b: "]
-        assert report.dropped == {"empty response": 1}
-
-    def test_a_dropped_row_is_not_counted_as_cut(self, tokenizer):
-        given = [{"instruction": "abcdef", "output": "abcdef"}, {"instruction": "a", "output": "b"}]
-        _, report = tokenised(tokenizer, given, max_length=6, max_prompt_length=5)
-        assert (report.rows, report.cut, report.dropped.total()) == (2, 0, 1)
-
-    def test_report_in_one_line(self, tokenizer):
-        given = [{"instruction": "a", "output": ""}, {"instruction": "a", "output": "bcd"}]
-        _, report = tokenised(tokenizer, given, max_length=5, max_prompt_length=4)
-        assert str(report) == "2 rows; dropped: 1 empty response; responses cut to max_length: 1"
+def test_lengths_are_those_of_the_tokens(tokenizer):
+    rows = in_other_order(tokenised(tokenizer, ROWS))
+    assert lengths_of(rows).tolist() == [len(ids) for ids in rows["input_ids"]]
 
 
 class TestCollate:
@@ -364,6 +253,14 @@ class TestCollate:
             "labels": [[-100, -100, 7, 1], [-100, 1, -100, -100]],
         }
 
+    @pytest.mark.parametrize(("multiple", "width"), [(1, 4), (2, 4), (3, 6), (4, 4), (64, 64)])
+    def test_width_is_rounded_up(self, multiple, width):
+        plain, wide = (collate(self.ROWS, pad_token_id=9, pad_to_multiple_of=multiple) for multiple in (1, multiple))
+        for name, fill in {"input_ids": 9, "attention_mask": 0, "labels": -100}.items():
+            assert wide[name].shape == (2, width)
+            assert torch.equal(wide[name][:, :4], plain[name])
+            assert (wide[name][:, 4:] == fill).all()
+
     def test_is_int64(self):
         assert {values.dtype for values in collate(self.ROWS, pad_token_id=0).values()} == {torch.int64}
 
@@ -371,7 +268,7 @@ class TestCollate:
         assert collate(self.ROWS, pad_token_id=1)["labels"].tolist() == [[-100, -100, 7, 1], [-100, 1, -100, -100]]
 
     def test_equals_the_collator_of_transformers(self, tokenizer):
-        rows = tokenised(tokenizer, ROWS)[0].to_list()
+        rows = tokenised(tokenizer, ROWS).to_list()
         features = [
             {
                 "input_ids": row["input_ids"],

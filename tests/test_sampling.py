@@ -1,0 +1,144 @@
+import math
+from collections import Counter
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+import references
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, DistributedSampler
+
+from srd_lightning.sampling import LengthGrouped, Shuffled, length_grouped_order
+
+sizes = {"number": st.integers(1, 300), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 5)}
+
+
+def skewed(number, seed=0):
+    """Lengths of which few are large, as those of instructions are."""
+    return np.random.default_rng(seed).lognormal(4, 1, number).clip(1, 1024).astype(np.int32)
+
+
+def samplers(number, batch_size, world_size, epoch=0, seed=0, start=0):
+    made = [
+        LengthGrouped(range(number), skewed(number), batch_size, world_size, rank, seed, start)
+        for rank in range(world_size)
+    ]
+    for sampler in made:
+        sampler.set_epoch(epoch)
+    return made
+
+
+class TestOrder:
+    @settings(deadline=None)
+    @given(
+        lengths=st.lists(st.integers(1, 50), max_size=300),
+        group=st.integers(1, 20),
+        window=st.integers(1, 6),
+        seed=st.integers(-2, 2**40),
+    )
+    def test_is_windows_of_sorted_groups(self, lengths, group, window, seed):
+        """Groups can be put back together to windows in which no length of one lies within another."""
+        lengths = np.array(lengths, dtype=np.int32)
+        order = length_grouped_order(lengths, group, seed, epoch=3, window=window)
+        assert sorted(order.tolist()) == list(range(len(lengths)))
+        groups = [lengths[order[first : first + group]] for first in range(0, len(order), group)]
+        assert all((np.diff(rows) >= 0).all() for rows in groups)
+        if len(groups) <= window:
+            whole = sorted((rows for rows in groups if len(rows) == group), key=lambda rows: (rows[0], rows[-1]))
+            assert all(shorter[-1] <= longer[0] for shorter, longer in pairwise(whole))
+
+    @pytest.mark.parametrize(("number", "group"), [(40, 4), (43, 4), (3, 4)])
+    def test_every_row_may_stand_in_any_group(self, number, group):
+        """Also in the short one, and whatever its length is."""
+        places = np.zeros((number, math.ceil(number / group)), dtype=int)
+        for epoch in range(2000):
+            order = length_grouped_order(np.arange(number), group, seed=0, epoch=epoch, window=3)
+            places[order, np.arange(number) // group] += 1
+        assert (places > 0).all()
+
+    def test_lengths_do_not_drift_within_an_epoch(self):
+        lengths = skewed(20_000)
+        quarters = lengths[length_grouped_order(lengths, 8, seed=0, epoch=0)].reshape(4, -1).mean(axis=1)
+        assert quarters == pytest.approx([lengths.mean()] * 4, rel=0.1)
+
+    def test_other_rows_meet_in_another_epoch(self):
+        pairs = []
+        for epoch in (0, 1):
+            order = length_grouped_order(skewed(4000), 8, seed=0, epoch=epoch)
+            pairs.append({frozenset((a, b)) for rows in order.reshape(-1, 8).tolist() for a in rows for b in rows})
+        assert len(pairs[0] & pairs[1]) < 4000 + 0.05 * len(pairs[0])  # of a row with itself, and by chance
+
+    def test_rows_of_one_length_are_as_well_shuffled_as_without(self):
+        order = length_grouped_order(np.ones(1000, dtype=np.int32), 4, seed=0, epoch=0)
+        assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+
+
+class TestLengthGrouped:
+    @settings(deadline=None)
+    @given(**sizes)
+    def test_rows_are_dealt(self, number, batch_size, world_size):
+        order = length_grouped_order(skewed(number), batch_size * world_size, seed=0, epoch=0)
+        found = [
+            list(DataLoader(range(number), batch_size, sampler=sampler, collate_fn=list))
+            for sampler in samplers(number, batch_size, world_size)
+        ]
+        assert found == references.deal(order.tolist(), batch_size, world_size)
+
+    @settings(deadline=None)
+    @given(**sizes)
+    def test_rows_and_batches_are_those_of_a_plain_shuffle(self, number, batch_size, world_size):
+        plain = [DistributedSampler(range(number), world_size, rank) for rank in range(world_size)]
+        grouped = samplers(number, batch_size, world_size)
+        assert [len(list(sampler)) for sampler in grouped] == [len(list(sampler)) for sampler in plain]
+        assert [len(sampler) for sampler in grouped] == [len(sampler) for sampler in plain]
+        seen, plainly_seen = (Counter(chain(*some)) for some in (grouped, plain))
+        assert set(seen) == set(plainly_seen) == set(range(number))
+        assert sorted(seen.values()) == sorted(plainly_seen.values())
+
+    @settings(deadline=None)
+    @given(**sizes, share=st.floats(0, 1))
+    def test_goes_on_within_an_epoch(self, number, batch_size, world_size, share):
+        for whole in samplers(number, batch_size, world_size):
+            start = int(share * len(whole))
+            rest = LengthGrouped(range(number), skewed(number), batch_size, world_size, whole.rank, start=start)
+            assert list(rest) == list(whole)[start:]
+            assert len(rest) == len(whole)
+
+    @pytest.mark.parametrize("world_size", [1, 4])
+    def test_pads_less(self, world_size):
+        lengths, padding = skewed(5000), []
+        for kind in (samplers(5000, 8, world_size), [Shuffled(range(5000), world_size, r) for r in range(world_size)]):
+            batches = [lengths[rows].tolist() for s in kind for rows in DataLoader(range(5000), 8, sampler=s)]
+            padding.append(references.share_of_padding(batches))
+        grouped, plain = padding
+        assert grouped < 0.15 < 0.5 < plain
+
+    def test_all_processes_have_rows_of_like_length_at_a_time(self):
+        longest = np.array([skewed(4096)[list(sampler)].reshape(-1, 8).max(axis=1) for sampler in samplers(4096, 8, 4)])
+        assert np.median(longest.max(axis=0) / longest.min(axis=0)) < 1.05
+
+    def test_depends_on_seed_and_epoch_only(self):
+        (first,), (again,), (other_epoch,), (other_seed,) = (
+            samplers(100, 4, 1, epoch, seed) for epoch, seed in ((1, 0), (1, 0), (2, 0), (1, 5))
+        )
+        np.random.seed(1)  # must not matter
+        assert list(first) == list(again) == list(first)
+        assert list(other_epoch) != list(first) != list(other_seed)
+
+
+class TestShuffled:
+    @settings(deadline=None)
+    @given(number=sizes["number"], world_size=sizes["world_size"], epoch=st.integers(0, 5), seed=st.integers(-2, 9))
+    def test_is_the_sampler_of_torch(self, number, world_size, epoch, seed):
+        for rank in range(world_size):
+            ours = Shuffled(range(number), world_size, rank, seed)
+            theirs = DistributedSampler(range(number), world_size, rank, seed=seed)
+            for sampler in (ours, theirs):
+                sampler.set_epoch(epoch)
+            assert list(ours) == list(theirs)
+
+    def test_more_rows_than_a_piece(self, monkeypatch):
+        monkeypatch.setattr("srd_lightning.sampling.PIECE", 7)
+        assert list(Shuffled(range(40), 3, 1)) == list(DistributedSampler(range(40), 3, 1))
+        assert list(Shuffled(range(40), 3, 1, start=9)) == list(DistributedSampler(range(40), 3, 1))[9:]
