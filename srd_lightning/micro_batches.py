@@ -59,6 +59,8 @@ def in_parts(objectives: Sequence[Callable[[], Objective]], model: nn.Module) ->
     Returns:
         The sums; the gradient of the loss is complete already.
     """
+    if not torch.is_grad_enabled():
+        return Objective(*(torch.stack(values).sum() for values in zip(*(part() for part in objectives), strict=True)))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Objective(*cast(Any, _InParts).apply(objectives, *parameters))
 

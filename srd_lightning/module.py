@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,7 +10,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
@@ -20,10 +18,9 @@ from srd_lightning.caching import cache_teacher, teacher_digest
 from srd_lightning.fingerprint import digest
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, ForwardKL, response_mask
-from srd_lightning.micro_batches import in_parts, micro_batches
 from srd_lightning.models import Pretrained, check_same_tokenizer, shared_vocabulary, vocabulary_size
-from srd_lightning.objective import CHUNK, Objective
-from srd_lightning.planning import stage_steps
+from srd_lightning.objective import CHUNK
+from srd_lightning.planning import stage_steps, staged_schedule
 from srd_lightning.rouge import rouge_l
 from srd_lightning.step import Step
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
@@ -213,7 +210,7 @@ class KDLightningModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
-        objective = self._objective(batch, self.loss, self.kd_weight)
+        objective = self._steps().objective(batch, self.loss, self.kd_weight)
         if self.kd_weight < 1:
             self.log("train_ce", objective.ce)
         if self.kd_weight > 0:
@@ -221,24 +218,14 @@ class KDLightningModule(LightningModule):
         self.log("train_loss", objective.loss, prog_bar=True)
         return objective.loss
 
-    def _objective(self, batch: Batch, loss: DistillationLoss, kd_weight: float) -> Objective:
-        """Return the objective of a batch, taken in parts where it is large."""
-        step = self._steps()
-        if self.micro_batch_tokens is None:
-            return step.objective(batch, loss, kd_weight)
-        num_tokens = response_mask(batch["labels"]).sum()
-        parts = [
-            functools.partial(step.objective, part, loss, kd_weight, num_tokens)
-            for part in micro_batches(batch, self.micro_batch_tokens)
-        ]
-        return parts[0]() if len(parts) == 1 else in_parts(parts, step.student)
-
     def _steps(self) -> Step:
         student = cast(nn.Module, self.student)
         teacher = self._cached if self._cached is not None else self.teacher
         if self._step is None or self._step.student is not student or self._step.source is not teacher:
             vocabulary = None if teacher is None else self._shared_vocabulary(teacher)
-            self._step = Step(student, teacher, vocabulary, self.chunk, self.packing, self.compile_step)
+            self._step = Step(
+                student, teacher, vocabulary, self.chunk, self.packing, self.compile_step, self.micro_batch_tokens
+            )
         return self._step
 
     def _shared_vocabulary(self, teacher: nn.Module | CachedTeacher) -> int | None:
@@ -285,7 +272,7 @@ class KDLightningModule(LightningModule):
     def _log_likelihoods(self, stage: str, batch: Batch) -> None:
         tokens = response_mask(batch["labels"]).sum()
         with_teacher = self.teacher is not None or self._cached is not None
-        found = self._objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)
+        found = self._steps().objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)
         self._log_mean(f"{stage}_nll", found.ce, tokens)
         if with_teacher:
             self._log_mean(f"{stage}_kl", found.kd, tokens)
@@ -300,7 +287,7 @@ class KDLightningModule(LightningModule):
         optimizer = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = _schedule(self.lr_scheduler, optimizer, stage_steps(self.trainer), self.restart_lr_each_stage)
+        scheduler = staged_schedule(self.lr_scheduler, optimizer, stage_steps(self.trainer), self.restart_lr_each_stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -312,12 +299,3 @@ def _split_row(input_ids: list[int], attention_mask: list[int], labels: list[int
     first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     prompt = [token for token, real in zip(input_ids[:first], attention_mask[:first], strict=True) if real]
     return prompt, [label for label in labels if label != IGNORE_INDEX]
-
-
-def _schedule(
-    make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, steps: list[int], restart: bool
-) -> LRScheduler:
-    """Return one schedule over all steps, or one per stage, one after the other."""
-    if not restart or len(steps) == 1:
-        return make(optimizer, sum(steps))
-    return SequentialLR(optimizer, [make(optimizer, count) for count in steps], milestones=list(accumulate(steps))[:-1])

@@ -7,8 +7,12 @@ built on it is over long before a growing curriculum is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
 
 from lightning import Trainer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from srd_lightning.curriculum import Curriculum
 
@@ -71,3 +75,19 @@ def _batch_size(trainer: Trainer) -> int:
     if batch_size is None:
         raise ValueError("cannot plan the steps: the training loader has no batch_size; give the data module one")
     return int(batch_size)
+
+
+def staged_schedule(
+    make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, steps: list[int], restart: bool
+) -> LRScheduler:
+    """Return one schedule over all steps, or one per stage, one after the other.
+
+    Args:
+        make: Makes a schedule from the optimizer and a number of steps.
+        optimizer: Whose learning rate is scheduled.
+        steps: Of each stage.
+        restart: One per stage.
+    """
+    if not restart or len(steps) == 1:
+        return make(optimizer, sum(steps))
+    return SequentialLR(optimizer, [make(optimizer, count) for count in steps], milestones=list(accumulate(steps))[:-1])

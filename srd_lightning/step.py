@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, cross_entropy, response_mask
-from srd_lightning.objective import Objective, chunked_objective
+from srd_lightning.micro_batches import in_parts, micro_batches
+from srd_lightning.objective import CHUNK, Objective, chunked_objective
 from srd_lightning.split import NotSplit, SplitModel, split
 from srd_lightning.teacher import CachedTeacher, LiveTeacher, Teacher
 
@@ -27,16 +29,18 @@ class Step:
         chunk: Response tokens whose logits exist at a time; ``None`` makes all logits.
         packing: See `SplitModel`.
         compile: Compile bodies, and what turns logits into gradients.
+        micro_batch_tokens: See `micro_batches`; by default batches are taken whole.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: nn.Module | CachedTeacher | None,
-        vocabulary: int | None,
-        chunk: int | None,
-        packing: bool,
+        vocabulary: int | None = None,
+        chunk: int | None = CHUNK,
+        packing: bool = False,
         compile: bool = False,
+        micro_batch_tokens: int | None = None,
     ) -> None:
         self.student = student
         self.source = teacher
@@ -44,38 +48,39 @@ class Step:
         self.chunk = chunk
         self.packing = packing
         self.compile = compile
+        self.micro_batch_tokens = micro_batch_tokens
         self.parts: SplitModel | None = None
         self.teacher: Teacher | None = None
         self._looked = False
 
-    def objective(
-        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None = None
-    ) -> Objective:
-        """Return the objective of a batch, or of a part of one.
+    def objective(self, batch: Batch, loss: DistillationLoss, kd_weight: float) -> Objective:
+        """Return the objective of a batch, taken in parts where it is large.
 
         Args:
             batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
             loss: The distillation loss.
             kd_weight: Its share.
-            num_tokens: Response tokens of the whole batch, where this is a part.
         """
         if not self._looked:
             self._look(batch)
+        if self.micro_batch_tokens is None:
+            return self._part(batch, loss, kd_weight, None)
+        num_tokens = response_mask(batch["labels"]).sum()
+        parts = [
+            functools.partial(self._part, part, loss, kd_weight, num_tokens)
+            for part in micro_batches(batch, self.micro_batch_tokens)
+        ]
+        return parts[0]() if len(parts) == 1 else in_parts(parts, self.student)
+
+    def _part(self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None) -> Objective:
+        """Return the share of a part in the objective of a batch that has so many response tokens."""
         if self.parts is None or self.chunk is None or (kd_weight > 0 and _needs_all_logits(loss)):
             return self._from_all_logits(batch, loss, kd_weight, num_tokens)
         mask = response_mask(batch["labels"])
-        head = self.parts.head().narrow(self.vocabulary)
+        targets, head = batch["labels"][:, 1:][mask], self.parts.head().narrow(self.vocabulary)
         logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
-        return chunked_objective(
-            self.parts.hidden(batch),
-            head,
-            batch["labels"][:, 1:][mask],
-            loss,
-            logits,
-            kd_weight,
-            num_tokens,
-            self.chunk,
-        )
+        hidden = self.parts.hidden(batch)
+        return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, self.chunk, self.compile)
 
     def _look(self, batch: Batch) -> None:
         """See on the first batch which models can be taken apart, and say which cannot."""

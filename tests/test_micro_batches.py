@@ -6,8 +6,9 @@ from conftest import lively_model, make_rows, tiny_model, tokenised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_lightning.losses import ForwardKL, response_mask
+from srd_lightning.losses import ForwardKL
 from srd_lightning.micro_batches import in_parts, micro_batches
+from srd_lightning.objective import Objective
 from srd_lightning.rows import collate
 from srd_lightning.step import Step
 
@@ -34,19 +35,13 @@ def test_parts_hold_every_row_once_and_stay_below_the_bound(lengths, max_tokens,
 def test_parts_give_the_gradient_of_the_whole(chunk, tokenizer):
     batch = collate(tokenised(tokenizer, make_rows(7)).to_list(), pad_token_id=0)
     found = []
-    for max_tokens in (10**6, 40):
+    for max_tokens in (None, 40):
         student = lively_model(0).train()
-        step = Step(student, lively_model(1), None, chunk, packing=False)
-        tokens = response_mask(batch["labels"]).sum()
-
-        def part(rows, step=step, tokens=tokens):
-            return lambda: step.objective(rows, ForwardKL(1.5), 0.6, tokens)
-
-        parts = micro_batches(batch, max_tokens)
-        assert (len(parts) > 1) == (max_tokens == 40)
-        objective = in_parts([part(rows) for rows in parts], student)
+        step = Step(student, lively_model(1), chunk=chunk, micro_batch_tokens=max_tokens)
+        objective = step.objective(batch, ForwardKL(1.5), 0.6)
         (objective.loss * 2).backward()  # as accumulation or a scaler would have it
         found.append((objective, [parameter.grad for parameter in student.parameters()]))
+    assert len(micro_batches(batch, 40)) > 2
     (whole, expected), (split, gradients) = found
     torch.testing.assert_close(tuple(split), tuple(whole))
     for gradient, other in zip(gradients, expected, strict=True):
@@ -57,21 +52,25 @@ def test_tied_heads_get_both_gradients(tokenizer):
     batch = collate(tokenised(tokenizer, make_rows(4)).to_list(), pad_token_id=0)
     student = tiny_model(0, tie_word_embeddings=True).train()
     plain = copy.deepcopy(student)
-    step = Step(student, None, None, 8, packing=False)
-    tokens = response_mask(batch["labels"]).sum()
-    parts = micro_batches(batch, 40)
-    in_parts(
-        [lambda rows=rows: step.objective(rows, ForwardKL(), 0.0, tokens) for rows in parts], student
-    ).loss.backward()
+    Step(student, None, chunk=8, micro_batch_tokens=40).objective(batch, ForwardKL(), 0.0).loss.backward()
     plain(**batch).loss.backward()
     torch.testing.assert_close(student.lm_head.weight.grad, plain.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_without_gradients_parts_are_just_added(tokenizer):
+    batch = collate(tokenised(tokenizer, make_rows(7)).to_list(), pad_token_id=0)
+    models = lively_model(0).eval(), lively_model(1).eval()
+    whole = Step(*models).objective(batch, ForwardKL(), 0.5)
+    with torch.inference_mode():
+        found = Step(*models, micro_batch_tokens=40).objective(batch, ForwardKL(), 0.5)
+    assert not found.loss.requires_grad
+    torch.testing.assert_close(tuple(found), tuple(value.detach() for value in whole))
 
 
 def test_it_says_that_it_cannot_be_differentiated_twice():
     model = torch.nn.Linear(1, 1)
 
     def objective():
-        from srd_lightning.objective import Objective
 
         loss = model(torch.ones(1)).sum()
         return Objective(loss, loss, loss)

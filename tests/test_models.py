@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -212,3 +215,15 @@ class TestLora:
 
     def test_generates(self, lora, folder):
         assert say(lora) == say(Pretrained(folder, keep_layers=[0, 3]).model())
+
+
+def test_liger_changes_the_layers_and_not_the_losses(tmp_path, monkeypatch):
+    """Its kernels need a GPU; here a stand-in shows what is asked of it."""
+    seen = []
+    stand_in = types.ModuleType("liger_kernel.transformers")
+    stand_in._apply_liger_kernel_to_instance = lambda model, **options: seen.append((model, options))
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
+    tiny_model().save_pretrained(tmp_path)
+    model = Pretrained(str(tmp_path), liger=True).model()
+    assert seen == [(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})]

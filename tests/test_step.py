@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 
 import lightning as L
 import pytest
@@ -83,6 +84,12 @@ def test_bf16_stays_near(options, as_usual, tmp_path):
     losses, weights, _ = train(tmp_path, precision="bf16-mixed", **options)
     assert weights[0].dtype == torch.float32
     torch.testing.assert_close(losses, as_usual[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and not torch.cuda.is_available(), reason="torch.compile needs g++")
+def test_compiled_steps_are_the_same(as_usual, tmp_path):
+    losses, _, _ = train(tmp_path, compile=True)
+    torch.testing.assert_close(losses, as_usual[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_whose_cache_is_complete_is_not_loaded(as_usual, tmp_path, monkeypatch):
