@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import references
@@ -95,6 +96,22 @@ def test_two_processes_measure_as_one_does(tmp_path):
     one, *two = (record["metrics"] for record in records)
     assert set(one) == {"test_nll", "test_kl", "test_rouge_l"}
     assert two == [pytest.approx(one, rel=1e-6)] * 2
+
+
+@both
+def test_a_cached_teacher_trains_as_a_live_one_does(devices, tmp_path):
+    (tmp_path / "live").mkdir()
+    (tmp_path / "cached").mkdir()
+    live, cached = run("distil", devices, tmp_path / "live"), run("cached", devices, tmp_path / "cached")
+    for one, other in zip(live, cached, strict=True):
+        assert one["epochs"] == other["epochs"]
+        assert one["weights"] == pytest.approx(other["weights"], rel=1e-6)
+        assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-4)
+    (folder,) = (tmp_path / "cached" / "teacher").iterdir()
+    assert not list(folder.glob(".signs-*"))
+    shards = [pa.ipc.open_file(shard).read_all() for shard in folder.glob("part-*.arrow")]
+    assert len(shards) == devices
+    assert sum(len(shard) for shard in shards) == math.floor(0.75 * 41) + 5
 
 
 @both

@@ -27,7 +27,7 @@ def make_rows():
     return [{"id": n, "instruction": f"Say {n}.", "output": "ab" * (1 + n % 5) + str(n)} for n in range(41)]
 
 
-def parts(folder):
+def parts(folder, **options):
     """Return the module and its data."""
     L.seed_everything(0)
     module = KDLightningModule(
@@ -36,6 +36,7 @@ def parts(folder):
         tokenizer=ByT5Tokenizer(),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
+        **options,
     )
     data = SRDDataModule(
         {"train": make_rows(), "validation": make_rows()[:5], "test": make_rows()[:5]},
@@ -48,8 +49,8 @@ def parts(folder):
     return module, data
 
 
-def main(callbacks=(), **trainer_options):
-    module, data = parts(trainer_options["default_root_dir"])
+def main(callbacks=(), module_options=None, **trainer_options):
+    module, data = parts(trainer_options["default_root_dir"], **(module_options or {}))
     staged = HyperparameterScheduler({"kd_weight": {0: 0.5, 1: 1.0}})
     trainer = L.Trainer(max_epochs=5, callbacks=[*callbacks, staged], accumulate_grad_batches=2, **trainer_options)
     trainer.fit(module, datamodule=data)
