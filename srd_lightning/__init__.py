@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     )
     from srd_lightning.models import Pretrained
     from srd_lightning.module import KDLightningModule
+    from srd_lightning.objective import Head, chunked_objective
     from srd_lightning.ranking import reciprocal_rank_fusion
     from srd_lightning.runtime import RuntimeBenchmark
+    from srd_lightning.sampling import LengthGrouped
     from srd_lightning.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 
 _HOME = {
@@ -44,10 +46,12 @@ _HOME = {
     "DistillationLoss": "losses",
     "Example": "templates",
     "ForwardKL": "losses",
+    "Head": "objective",
     "HuggingFaceExport": "callbacks",
     "HyperparameterScheduler": "callbacks",
     "JensenShannon": "losses",
     "KDLightningModule": "module",
+    "LengthGrouped": "sampling",
     "Pretrained": "models",
     "PromptTemplate": "templates",
     "ReverseKL": "losses",
@@ -56,6 +60,7 @@ _HOME = {
     "SkewForwardKL": "losses",
     "SkewReverseKL": "losses",
     "TotalVariation": "losses",
+    "chunked_objective": "objective",
     "reciprocal_rank_fusion": "ranking",
 }
 
@@ -69,10 +74,12 @@ __all__ = [
     "DistillationLoss",
     "Example",
     "ForwardKL",
+    "Head",
     "HuggingFaceExport",
     "HyperparameterScheduler",
     "JensenShannon",
     "KDLightningModule",
+    "LengthGrouped",
     "Pretrained",
     "PromptTemplate",
     "ReverseKL",
@@ -81,6 +88,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "TotalVariation",
+    "chunked_objective",
     "reciprocal_rank_fusion",
 ]
 

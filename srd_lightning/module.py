@@ -78,7 +78,7 @@ class KDLightningModule(LightningModule):
         teacher: Pretrained | nn.Module | None = None,
         loss: DistillationLoss | None = None,
         kd_weight: float = 1.0,
-        optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01, fused=True),
+        optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         restart_lr_each_stage: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
