@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="rows to train on, evenly spaced; a multiple of --batch")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--max-length", type=int, default=512, help="longer rows are cut")
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="which to run")
     parser.add_argument("--json", type=Path, help="file to write; a plot is put beside it")
     options = parser.parse_args()

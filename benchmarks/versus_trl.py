@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512, help="longer rows are left out")
     parser.add_argument("--shuffled", action="store_true", help="let TRL put rows together itself")
     parser.add_argument("--checkpointing", action="store_true", help="let TRL recompute activations, its default")
-    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="of ours")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="which to run")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
