@@ -1,4 +1,4 @@
-"""How likely a model finds the truth, and how far it is from its teacher."""
+"""How likely a model finds the truth."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from srd_lightning import divergences
-from srd_lightning.losses import log_probabilities, response_mask, upcast
+from srd_lightning.losses import response_mask, upcast
 
 
 class TokenSums(NamedTuple):
@@ -58,28 +57,6 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> TokenSums:
     """
     mask = response_mask(labels)
     losses = nn.functional.cross_entropy(upcast(logits[:, :-1][mask]), labels[:, 1:][mask], reduction="none")
-    return _per_row(losses, mask)
-
-
-@torch.no_grad()
-def divergence_from_teacher(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> TokenSums:
-    """Sum KL(teacher ‖ student) at temperature 1 over every row's response.
-
-    Args:
-        student_logits: ``[B, T, V]``.
-        teacher_logits: ``[B, T, V]``.
-        labels: ``[B, T]``, unshifted, -100 where no token is scored.
-
-    Returns:
-        Sums in nats and numbers of tokens.
-    """
-    mask = response_mask(labels)
-    student_logp = log_probabilities(student_logits[:, :-1][mask], temperature=1.0)
-    teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], temperature=1.0)
-    return _per_row(divergences.forward_kl(teacher_logp, student_logp), mask)
-
-
-def _per_row(values: Tensor, mask: Tensor) -> TokenSums:
     rows = mask.nonzero()[:, 0]
-    sums = torch.zeros(len(mask), dtype=values.dtype, device=values.device).index_add_(0, rows, values)
+    sums = torch.zeros(len(mask), dtype=losses.dtype, device=losses.device).index_add_(0, rows, losses)
     return TokenSums(sums, mask.sum(dim=1))

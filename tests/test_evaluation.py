@@ -4,7 +4,7 @@ import torch
 from conftest import lively_model, make_rows, tokenised
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from srd_lightning.evaluation import divergence_from_teacher, negative_log_likelihood, response_logits
+from srd_lightning.evaluation import negative_log_likelihood, response_logits
 from srd_lightning.rows import collate
 
 
@@ -81,21 +81,3 @@ class TestNegativeLogLikelihood:
             for row in range(2)
         ]
         assert found.sums.tolist() == pytest.approx([float(value) for value in expected], rel=1e-5)
-
-
-class TestDivergenceFromTeacher:
-    def test_equals_a_plain_sum(self, model, tokenizer):
-        batch = batch_of_rows(tokenizer)
-        student, teacher = logits_of(model, batch), logits_of(lively_model(seed=1), batch)
-        expected = [0.0] * 5
-        for row, place in references.response_positions(batch["labels"]):
-            p, q = references.softmax(teacher[row, place]), references.softmax(student[row, place])
-            expected[row] += references.forward_kl(p, q).item()
-        found = divergence_from_teacher(student, teacher, batch["labels"])
-        assert found.sums.tolist() == pytest.approx(expected, rel=1e-4)
-        assert found.tokens.tolist() == [len(row["output"]) + 1 for row in make_rows(5)]
-
-    def test_of_a_model_from_itself_is_zero(self, model, tokenizer):
-        batch = batch_of_rows(tokenizer)
-        logits = logits_of(model, batch)
-        assert divergence_from_teacher(logits, logits, batch["labels"]).sums.tolist() == [0] * 5

@@ -27,6 +27,7 @@ import srd_lightning.arrangement
 import srd_lightning.curriculum
 import srd_lightning.divergences
 import srd_lightning.losses
+import srd_lightning.objective
 """
 
 
