@@ -44,8 +44,7 @@ class Pretrained:
 
     def __post_init__(self) -> None:
         """Check the type, so that a typing error shows before the weights are loaded."""
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch type such as float32 or bfloat16, but is {self.dtype!r}")
+        dtype_named(self.dtype)
 
     def model(self) -> nn.Module:
         """Load the model.
@@ -56,7 +55,7 @@ class Pretrained:
         Raises:
             ValueError: ``keep_layers`` does not fit the model.
         """
-        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"dtype": dtype_named(self.dtype), "trust_remote_code": self.trust_remote_code}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.gguf_file is not None:
@@ -84,6 +83,22 @@ class Pretrained:
         return AutoTokenizer.from_pretrained(
             self.name, revision=self.revision, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the torch type of a name.
+
+    Raises:
+        ValueError: There is none.
+
+    Example:
+        >>> dtype_named("bfloat16")
+        torch.bfloat16
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must name a torch type such as float32 or bfloat16, but is {name!r}")
+    return dtype
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from srd_lightning.caching import cache_teacher, teacher_digest
 from srd_lightning.fingerprint import digest
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, ForwardKL, response_mask
-from srd_lightning.models import Pretrained, check_same_tokenizer, shared_vocabulary, vocabulary_size
+from srd_lightning.models import Pretrained, check_same_tokenizer, dtype_named, shared_vocabulary, vocabulary_size
 from srd_lightning.objective import CHUNK
 from srd_lightning.planning import stage_steps, staged_schedule
 from srd_lightning.rouge import rouge_l
@@ -63,8 +63,8 @@ class KDLightningModule(LightningModule):
         compile: Compile the bodies of student and teacher, and what turns logits into gradients.
 
     Raises:
-        ValueError: ``kd_weight`` is outside [0, 1], there is no teacher for it, or the two models have different
-            tokenizers (checked where both are `Pretrained`).
+        ValueError: ``kd_weight`` is outside [0, 1], there is no teacher for it, a size is below 1, or the two models
+            have different tokenizers (checked where both are `Pretrained`).
 
     Example:
         >>> module = KDLightningModule(Pretrained("gpt2"), Pretrained("gpt2-xl", dtype="bfloat16"), kd_weight=0.8)
@@ -97,6 +97,11 @@ class KDLightningModule(LightningModule):
             raise ValueError(f"kd_weight must lie in [0, 1], but is {kd_weight}")
         if teacher is None and kd_weight > 0:
             raise ValueError(f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning")
+        if teacher is None and teacher_cache != "none":
+            raise ValueError(f"teacher_cache {teacher_cache} needs a teacher, but none is given")
+        sizes = {"top_k": top_k, "micro_batch_tokens": micro_batch_tokens, "chunk": chunk}
+        if wrong := [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]:
+            raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
         self._student_source = student if isinstance(student, Pretrained) else None
         self._teacher_source = teacher if isinstance(teacher, Pretrained) else None
         self.student: nn.Module | None = None
@@ -115,7 +120,7 @@ class KDLightningModule(LightningModule):
         self.decoding = decoding
         self.teacher_cache = teacher_cache
         self.teacher_cache_dir = teacher_cache_dir
-        self.teacher_cache_dtype: torch.dtype = getattr(torch, teacher_cache_dtype)
+        self.teacher_cache_dtype = dtype_named(teacher_cache_dtype)
         self.top_k = top_k
         self.micro_batch_tokens = micro_batch_tokens
         self.packing = packing

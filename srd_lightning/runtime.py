@@ -18,7 +18,7 @@ from srd_lightning.store import write_atomically
 
 
 class RuntimeBenchmark(Callback):
-    """Measures where the time of a run goes: curation, each stage, validation.
+    """Measures where the time of a run goes: curation, each stage, validation. Logs padding and waiting of each epoch.
 
     Args:
         path: JSON file to write at the end of training.
@@ -99,6 +99,8 @@ class RuntimeBenchmark(Callback):
         stage["padding"] = 1 - stage["tokens"] / stage["positions"] if stage["positions"] else 0.0
         stage["seconds"] += _now() - self._epoch_start - self._validation_in_epoch
         stage["waiting_seconds"] += self._waiting
+        padding = 1 - int(self._tokens) / self._positions if self._positions else 0.0
+        pl_module.log_dict({"runtime/padding": padding, "runtime/waiting_seconds": self._waiting})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the report and write it."""

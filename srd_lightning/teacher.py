@@ -112,7 +112,7 @@ class TopK:
         values, ids = [], []
         for some in torch.split(hidden, CHUNK):
             logp = upcast(head(some)).log_softmax(-1)
-            best = logp.topk(self.k)
+            best = logp.topk(min(self.k, logp.shape[1]))
             rest = logp.scatter(1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
             values.append(torch.cat([best.values, rest], dim=1).float())
             ids.append(best.indices.int())

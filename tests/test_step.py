@@ -120,6 +120,21 @@ def test_after_a_cached_run_the_module_evaluates_with_the_teacher_itself(tokeniz
     assert cached == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": None, "kd_weight": 0.0, "teacher_cache": "hidden"}, "teacher_cache hidden needs a teacher"),
+        ({"chunk": 0}, "sizes must be at least 1, but chunk=0"),
+        ({"micro_batch_tokens": -1, "top_k": 0}, "at least 1, but top_k=0, micro_batch_tokens=-1"),
+        ({"teacher_cache_dtype": "bf16"}, "must name a torch type such as float32 or bfloat16, but is 'bf16'"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        KDLightningModule(**{"student": tiny_model(0), "teacher": lively_model(1), **options})
+
+
 def test_a_cache_needs_a_data_module_that_brings_it_along(tokenizer, tmp_path):
     module = KDLightningModule(tiny_model(0), lively_model(1), teacher_cache="hidden")
     loader = torch.utils.data.DataLoader([0])
