@@ -6,6 +6,7 @@ held at a time belongs to one part. To autograd, Lightning and DDP it is one los
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from srd_lightning.objective import Objective
 
 Batch = Mapping[str, Tensor]
+COST_OF_PART = 256
+"""What a part costs besides its positions, in positions: each makes and adds up all gradients."""
 PADDED = ("input_ids", "attention_mask", "labels")
 
 
@@ -38,15 +41,28 @@ def micro_batches(batch: Batch, max_tokens: int) -> list[dict[str, Tensor]]:
     mask = batch["attention_mask"]
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
     rows = sorted(range(len(ends)), key=lambda row: -ends[row])
-    parts: list[list[int]] = []
-    for row in rows:
-        if not parts or (len(parts[-1]) + 1) * ends[parts[-1][0]] > max_tokens:
-            parts.append([])
-        parts[-1].append(row)
+    cuts = _cuts([ends[row] for row in rows], max_tokens)
+    parts = [rows[first:last] for first, last in itertools.pairwise(cuts)]
     return [
         {name: values[part, : ends[part[0]]] if name in PADDED else values[part] for name, values in batch.items()}
         for part in parts
     ]
+
+
+def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Return where to cut rows, longest first, so that positions and parts cost least; both ends included."""
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first so many rows: the least cost, and the last cut before
+    for last in range(1, len(lengths) + 1):
+        choices = [
+            (best[first][0] + (last - first) * lengths[first] + COST_OF_PART, first)
+            for first in range(last)
+            if (last - first) * lengths[first] <= max_tokens or last - first == 1
+        ]
+        best.append(min(choices))
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return cuts[::-1]
 
 
 def in_parts(objectives: Sequence[Callable[[], Objective]], model: nn.Module) -> Objective:

@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -78,7 +80,7 @@ class KDLightningModule(LightningModule):
         teacher: Pretrained | nn.Module | None = None,
         loss: DistillationLoss | None = None,
         kd_weight: float = 1.0,
-        optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01),
+        optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01, fused=True),
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         restart_lr_each_stage: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -286,6 +288,20 @@ class KDLightningModule(LightningModule):
         metric = cast(MeanMetric, self.metrics[name])
         metric.update(value, weight)
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == "val_nll")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, and in bf16 also for fused optimizers: no scaler has touched the gradients there."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the schedule over the planned steps of the whole curriculum."""

@@ -42,9 +42,11 @@ class SplitModel:
     def hidden(self, batch: Batch) -> Tensor:
         """Return the final hidden states at the positions that predict the response, ``[N, d]``, row after row."""
         mask = nn.functional.pad(response_mask(batch["labels"]), (0, 1), value=False)
+        real = batch["attention_mask"].bool()
+        if not self.packing and bool((real[:, 1:] <= real[:, :-1]).all()):
+            return self._states(batch["input_ids"])[mask]  # what pads on the right is not seen from the left: no mask
         if not self.packing:
             return self._states(batch["input_ids"], attention_mask=batch["attention_mask"])[mask]
-        real = batch["attention_mask"].bool()
         positions = (batch["attention_mask"].cumsum(1) - 1)[real]
         return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
 
