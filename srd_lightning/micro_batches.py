@@ -89,19 +89,17 @@ class _InParts(torch.autograd.Function):
         ctx: Any, objectives: Sequence[Callable[[], Objective]], *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         totals: list[Tensor | None] = [None] * len(parameters)
-        own: set[int] = set()
         sums: list[Objective] = []
         for objective in objectives:
             with torch.enable_grad():
                 part = objective()
             gradients = torch.autograd.grad(part.loss, parameters, allow_unused=True)
+            given: set[int] = set()
             for place, gradient in enumerate(gradients):
+                if gradient is None:
+                    continue
                 total = totals[place]
-                if total is None or gradient is None:
-                    totals[place] = gradient if total is None else total
-                else:  # not in place at first: autograd may give one tensor to two parameters
-                    totals[place] = total.add_(gradient) if place in own else total + gradient
-                    own.add(place)
+                totals[place] = _own(gradient, given) if total is None else total.add_(gradient)
             sums.append(Objective(*(value.detach() for value in part)))
         ctx.gradients = totals
         loss, ce, kd = (torch.stack(values).sum() for values in zip(*sums, strict=True))
@@ -119,3 +117,10 @@ class _InParts(torch.autograd.Function):
             gradient = gradients.pop()  # and free it
             scaled.append(None if gradient is None else gradient * grad_loss)
         return (None, *scaled)
+
+
+def _own(gradient: Tensor, given: set[int]) -> Tensor:
+    """Return a tensor to add to: autograd may give one to two parameters, or repeat one value without copying it."""
+    shared = gradient.data_ptr() in given or not gradient.is_contiguous()
+    given.add(gradient.data_ptr())
+    return gradient.clone() if shared else gradient

@@ -67,6 +67,25 @@ def test_without_gradients_parts_are_just_added(tokenizer):
     torch.testing.assert_close(tuple(found), tuple(value.detach() for value in whole))
 
 
+def test_gradients_that_autograd_shares_are_not_mixed_up():
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+
+    model = Sum()
+    values = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])]
+
+    def objective(value, only_second):
+        loss = ((0 if only_second else model.first) + model.second).sum() + 0 * value.sum()
+        loss = loss + (value * model.second).sum()
+        return Objective(loss, loss, loss)
+
+    in_parts([lambda: objective(values[0], False), lambda: objective(values[1], True)], model).loss.backward()
+    assert model.first.grad.tolist() == [1, 1, 1]
+    assert model.second.grad.tolist() == [1 + 1 + 11, 1 + 1 + 22, 1 + 1 + 33]
+
+
 def test_it_says_that_it_cannot_be_differentiated_twice():
     model = torch.nn.Linear(1, 1)
 
