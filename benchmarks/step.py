@@ -9,12 +9,12 @@
 - ``cached_fp32``, ``cached_bf16``: the same with the teacher's hidden states cached.
 
 The teacher is SmolLM2-135M-Instruct, the student 15 of its layers, unless others are named. Every variant runs in a
-process of its own. Two epochs over the rows warm up (the paper's: a step), the first fills the cache where there is one; the
-next one is timed, loading and optimizer included. Reported are rows per second, seconds of the first epoch, peak memory
-of the process (of the GPU where there is one), and the arithmetic that is done against what must be done: the
-student's body on real tokens forward and backward, the heads on response tokens, the live teacher's body on real
-tokens. Times are noisy: quote the ratio of one run, with the machine it was made on, and let nothing else run beside
-it.
+process of its own. Two epochs over the rows warm up (the paper's: a step), of which the first fills the cache where
+there is one; the next is timed, loading and optimizer included. Reported are rows per second, seconds of the first
+epoch, peak memory of the process (of the GPU where there is one), and the arithmetic that must be done against what the
+machine reaches in large products: the student's body on real tokens forward and backward, the heads on response tokens,
+the live teacher's body on real tokens. Times are noisy: quote the ratio of one run, with the machine it was made on,
+and let nothing else run beside it.
 """
 
 from __future__ import annotations

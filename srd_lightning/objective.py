@@ -66,6 +66,44 @@ class Head:
         return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
 
 
+class Likeliest(NamedTuple):
+    """What is known of a teacher by its k likeliest tokens; all others are one, whose mass is split as by the student.
+
+    Every divergence that is a sum of ``q f(p / q)``, as all six are, then has value and gradient of distributions over
+    these k + 1.
+
+    Args:
+        logp: Log-probabilities of the k, ``[n, k]``.
+        ids: Which they are, ``[n, k]``.
+        rest: Log of the sum of the others' probabilities to each of the powers `POWERS`, ``[n, G]``.
+    """
+
+    logp: Tensor
+    ids: Tensor
+    rest: Tensor
+
+    def at(self, temperature: float, student_logp: Tensor) -> Tensor:
+        """Return log-probabilities at a temperature, ``[n, V]``, given the student's."""
+        power = 1 / temperature
+        after = next((place for place, known in enumerate(POWERS[1:], 1) if known <= power), 0)
+        if power > POWERS[0] or after == 0:
+            raise ValueError(
+                f"likeliest tokens are kept for temperatures from {1 / POWERS[0]} to {1 / POWERS[-1]}, "
+                f"not {temperature}"
+            )
+        share = (POWERS[after - 1] - power) / (POWERS[after - 1] - POWERS[after])
+        rest = torch.lerp(self.rest[:, after - 1], self.rest[:, after], share)[:, None]
+        top = self.logp * power
+        total = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)
+        others = student_logp.scatter(1, self.ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=LOWEST)
+        return (student_logp + (rest - total - others)).scatter_(1, self.ids, top - total).clamp_(min=LOWEST)
+
+
+POWERS = (2.0, 1.0, 0.8, 2 / 3, 0.5, 1 / 3, 0.25)
+"""Inverse temperatures at which the mass of the unlikely tokens is kept; between two, its logarithm is interpolated."""
+LOWEST = torch.finfo(torch.float32).min / 8
+
+
 class Objective(NamedTuple):
     """The loss, which has the gradient, and its two parts as they are before weighting; scalars in fp32."""
 
@@ -79,7 +117,7 @@ def chunked_objective(
     head: Head,
     targets: Tensor,
     loss: DistillationLoss,
-    teacher_logits: Callable[[slice], Tensor] | None,
+    teacher_logits: Callable[[slice], Tensor | Likeliest] | None,
     kd_weight: float,
     num_tokens: Tensor | int | None = None,
     chunk: int = CHUNK,
@@ -92,7 +130,8 @@ def chunked_objective(
         head: The student's head. Autocast, where it is on, decides the type of its product; sums are at least fp32.
         targets: The tokens of the response, ``[N]``.
         loss: The distillation loss; one with `DistillationLoss.value_and_gradient` in closed form is faster.
-        teacher_logits: Gives the teacher's logits ``[n, V]`` of a slice of the N tokens; not asked where w is 0.
+        teacher_logits: Gives the teacher's logits ``[n, V]``, or its likeliest tokens, of a slice of the N tokens; not
+            asked where w is 0.
         kd_weight: w, in [0, 1]; a part that has no weight is not computed, and is 0.
         num_tokens: What the sums over tokens are divided by; N by default, and never less than 1.
         chunk: Tokens whose logits exist at a time.
@@ -125,7 +164,7 @@ class _Work:
     head: Head
     targets: Tensor
     loss: DistillationLoss
-    teacher_logits: Callable[[slice], Tensor] | None
+    teacher_logits: Callable[[slice], Tensor | Likeliest] | None
     kd_weight: float
     chunk: int
     compile: bool
@@ -139,12 +178,14 @@ class _Work:
         ce, kd = [], []
         for first in range(0, len(logits), piece):
             some = slice(first, first + piece)
-            values = to_gradient(self, logits[some], None if teacher is None else teacher[some], targets[some])
+            values = to_gradient(self, logits[some], _some(teacher, some), targets[some])
             ce.append(values[0])
             kd.append(values[1])
         return torch.stack(ce).sum(), torch.stack(kd).sum()
 
-    def piece_to_gradient(self, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def piece_to_gradient(
+        self, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Do so for a few tokens, all at once."""
         student, cap, weight = upcast(logits), self.head.soft_cap, self.kd_weight
         if cap is not None:
@@ -154,7 +195,11 @@ class _Work:
         if teacher is not None:
             loss = self.loss
             logp = _log_probabilities(student, loss.temperature)
-            values, gradient = loss.value_and_gradient(_log_probabilities(teacher, loss.temperature), logp)
+            if isinstance(teacher, Likeliest):
+                teacher_logp = teacher.at(loss.temperature, logp)
+            else:
+                teacher_logp = _log_probabilities(teacher, loss.temperature)
+            values, gradient = loss.value_and_gradient(teacher_logp, logp)
             kd = values.sum() * loss.scale
             gradient = gradient.mul_(weight * loss.scale / loss.temperature)
         if weight < 1:
@@ -168,6 +213,12 @@ class _Work:
             gradient = gradient * (1 - (student / cap) ** 2)
         logits.copy_(gradient if self.head.scale == 1 else gradient * self.head.scale)
         return ce, kd
+
+
+def _some(teacher: Tensor | Likeliest | None, tokens: slice) -> Tensor | Likeliest | None:
+    if isinstance(teacher, Likeliest):
+        return Likeliest(*(values[tokens] for values in teacher))
+    return None if teacher is None else teacher[tokens]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, cross_entropy, response_mask
 from srd_lightning.micro_batches import in_parts, micro_batches
-from srd_lightning.objective import CHUNK, Objective, chunked_objective
+from srd_lightning.objective import CHUNK, Likeliest, Objective, chunked_objective
 from srd_lightning.split import NotSplit, SplitModel, split
 from srd_lightning.teacher import CachedTeacher, LiveTeacher, Teacher
 
@@ -125,6 +125,8 @@ class Step:
         """Return ``[B, T, V]``, zero where no token of the response is predicted."""
         assert self.teacher is not None
         logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
+        if isinstance(logits, Likeliest):
+            raise ValueError("teacher_cache topk knows no logits, which this student or loss needs all of: use hidden")
         full = logits.new_zeros(*like.shape[:2], logits.shape[-1])
         full[:, :-1][response_mask(batch["labels"])] = logits
         return full

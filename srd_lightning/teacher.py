@@ -5,7 +5,6 @@ A teacher gives its logits a slice of the response tokens at a time, so that nob
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from srd_lightning.losses import response_mask, upcast
-from srd_lightning.objective import CHUNK, Head
+from srd_lightning.objective import CHUNK, LOWEST, POWERS, Head, Likeliest
 from srd_lightning.split import SplitModel
 
 Batch = Mapping[str, Tensor]
-Logits = Callable[[slice], Tensor]
-"""Gives the logits ``[n, V]`` of a slice of a batch's response tokens."""
+Logits = Callable[[slice], Tensor | Likeliest]
+"""Gives the logits ``[n, V]``, or the likeliest tokens, of a slice of a batch's response tokens."""
 
 
 class Teacher(Protocol):
@@ -90,7 +89,7 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keeps the likeliest tokens, and the mass of all others, which is taken to be spread evenly over them.
+    """Keeps the likeliest tokens, and the mass of all others at several temperatures; see `Likeliest`.
 
     Args:
         k: How many tokens.
@@ -100,34 +99,29 @@ class TopK:
 
     @property
     def fields(self) -> dict[str, torch.dtype]:
-        """See `HiddenStates.fields`; the last log-probability is that of the rest."""
-        return {"teacher_logp": torch.float32, "teacher_ids": torch.int32}
+        """See `HiddenStates.fields`."""
+        return {"teacher_logp": torch.float32, "teacher_ids": torch.int32, "teacher_rest": torch.float32}
 
     def bytes_per_token(self, width: int) -> int:
         """See `HiddenStates.bytes_per_token`."""
-        return 4 * (2 * self.k + 1)
+        return 4 * (2 * self.k + len(POWERS))
 
     def observe(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         """See `HiddenStates.observe`."""
-        values, ids = [], []
-        for some in torch.split(hidden, CHUNK):
-            logp = upcast(head(some)).log_softmax(-1)
-            best = logp.topk(min(self.k, logp.shape[1]))
-            rest = logp.scatter(1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
-            values.append(torch.cat([best.values, rest], dim=1).float())
-            ids.append(best.indices.int())
-        return {"teacher_logp": torch.cat(values), "teacher_ids": torch.cat(ids)}
+        found = [self._observe(head(some)) for some in torch.split(hidden, CHUNK)]
+        return {name: torch.cat(values) for name, values in zip(self.fields, zip(*found, strict=True), strict=True)}
+
+    def _observe(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logp = upcast(logits).log_softmax(-1)
+        best = logp.topk(min(self.k, logp.shape[1]))
+        others = logp.scatter(1, best.indices, -torch.inf)
+        rest = torch.stack([(others * power).logsumexp(-1) for power in POWERS], dim=1)
+        return best.values.float(), best.indices.int(), rest.clamp(min=LOWEST).float()
 
     def logits(self, kept: Batch, head: Head) -> Logits:
-        """See `HiddenStates.logits`; of the head only the size is used."""
-        vocabulary = len(head.weight)
-
-        def spread(tokens: slice) -> Tensor:
-            logp, ids = kept["teacher_logp"][tokens], kept["teacher_ids"][tokens].long()
-            others = logp[:, -1:] - math.log(max(vocabulary - self.k, 1))
-            return others.expand(-1, vocabulary).scatter(1, ids, logp[:, :-1])
-
-        return spread
+        """See `HiddenStates.logits`; the head is not needed."""
+        logp, ids, rest = kept["teacher_logp"], kept["teacher_ids"].long(), kept["teacher_rest"]
+        return lambda tokens: Likeliest(logp[tokens], ids[tokens], rest[tokens])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,15 @@ from conftest import in_other_order, lively_model, make_rows, tokenised
 
 from srd_lightning import caching, teacher_cache
 from srd_lightning.caching import cache_teacher, of_like_length, teacher_digest
-from srd_lightning.losses import response_mask
+from srd_lightning.losses import (
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+    response_mask,
+)
 from srd_lightning.models import Pretrained
 from srd_lightning.rows import collate
 from srd_lightning.teacher import HiddenStates, LiveTeacher, TopK
@@ -69,25 +77,67 @@ def test_bf16_is_the_rounded_state(data, load, tmp_path):
     assert torch.equal(found, exact.batch(rows)["teacher_hidden"].bfloat16())
 
 
-def test_the_likeliest_tokens_and_the_mass_of_the_rest(data, load, tmp_path):
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5, 2.0, 4.0])
+def test_the_likeliest_tokens_and_the_mass_of_the_rest(temperature, data, load, tmp_path):
     cache, teacher = fill(data, tmp_path, load, TopK(5))
     rows = data.to_list()[:4]
     batch = cached_batch(cache, rows)
-    logp = logits(LiveTeacher(load.model, None), batch).log_softmax(-1)
-    found = logits(teacher, batch).log_softmax(-1)
-    for token, values in zip(logp, found, strict=True):
-        best = token.topk(5).indices.tolist()
-        assert values[best].tolist() == pytest.approx(token[best].tolist(), abs=1e-4)
-        others = [place for place in range(384) if place not in best]
-        mean = token[others].exp().sum().item() / len(others)
-        assert values[others].exp().tolist() == pytest.approx([mean] * len(others), rel=1e-3)
+    expected = (logits(LiveTeacher(load.model, None), batch) / temperature).log_softmax(-1)
+    student = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    found = logits(teacher, batch).at(temperature, student)
+    torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(found)))
+    for p, q, values in zip(expected, student, found, strict=True):
+        best = p.topk(5).indices
+        assert values[best].tolist() == pytest.approx(p[best].tolist(), rel=1e-4, abs=1e-4)
+        others = torch.ones(384, dtype=torch.bool)
+        others[best] = False
+        assert values[others].exp().sum().item() == pytest.approx(p[others].exp().sum().item(), rel=1e-3)
+        assert torch.allclose(
+            values[others] - values[others].logsumexp(-1), q[others] - q[others].logsumexp(-1), atol=1e-4
+        )
+
+
+def test_between_two_temperatures_the_mass_of_the_rest_is_near(data, load, tmp_path):
+    cache, teacher = fill(data, tmp_path, load, TopK(5))
+    batch = cached_batch(cache, data.to_list()[:4])
+    exact = (logits(LiveTeacher(load.model, None), batch) / 1.75).log_softmax(-1)
+    found = logits(teacher, batch).at(1.75, torch.zeros_like(exact).log_softmax(-1))
+    best = exact.topk(5).indices
+    torch.testing.assert_close(found.gather(1, best).exp(), exact.gather(1, best).exp(), rtol=0.02, atol=0.0)
+    with pytest.raises(ValueError, match=r"temperatures from 0\.5 to 4\.0, not 5"):
+        logits(teacher, batch).at(5, exact)
+
+
+@pytest.mark.parametrize(
+    "loss", [ForwardKL(1.5), ReverseKL(1.5), JensenShannon(0.3, 1.5), TotalVariation(1.5), SkewForwardKL(0.2, 1.5),
+             SkewReverseKL(0.2, 1.5)], ids=repr)  # fmt: skip
+def test_all_others_are_one_token(loss, data, load, tmp_path):
+    """Value and gradient are those of distributions over the likeliest tokens and one more."""
+    cache, teacher = fill(data, tmp_path, load, TopK(5))
+    batch = cached_batch(cache, data.to_list()[:3])
+    exact = (logits(LiveTeacher(load.model, None), batch) / 1.5).log_softmax(-1)
+    student = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    best = exact.topk(5).indices
+
+    def binned(logp):
+        rest = logp.scatter(1, best, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logp.gather(1, best), rest], dim=1)
+
+    student_logp = (student / 1.5).log_softmax(-1)
+    expected = loss.divergence(binned(exact), binned(student_logp))
+    (gradient,) = torch.autograd.grad(expected.sum(), student)
+    logp = student_logp.detach()
+    values, found = loss.value_and_gradient(logits(teacher, batch).at(1.5, logp), logp)
+    torch.testing.assert_close(values, expected.detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found / 1.5, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_all_tokens_kept_are_the_teacher_itself(data, load, tmp_path):
     cache, teacher = fill(data, tmp_path, load, TopK(384))
     batch = cached_batch(cache, data.to_list()[:4])
     expected = logits(LiveTeacher(load.model, None), batch).log_softmax(-1)
-    torch.testing.assert_close(logits(teacher, batch).log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
+    found = logits(teacher, batch).at(1.0, torch.zeros_like(expected).log_softmax(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_complete_cache_needs_no_teacher_whatever_the_order_of_rows(data, load, tmp_path):
@@ -193,7 +243,7 @@ def test_the_estimate_is_what_it_takes(data, load, tmp_path):
     table = pa.ipc.open_file(next(tmp_path.glob("part-*"))).read_all()
     stored = sum(len(value.as_py()) for value in table["teacher_hidden"])
     assert EXACT.bytes_per_token(32) * tokens == stored == 4 * 32 * tokens
-    assert TopK(5).bytes_per_token(32) == 4 * (5 + 1) + 4 * 5
+    assert TopK(5).bytes_per_token(32) == 4 * (5 + 7) + 4 * 5
 
 
 def test_a_row_that_is_not_there_is_named(data, load, tmp_path):

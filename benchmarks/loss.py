@@ -1,0 +1,297 @@
+"""The objective alone, forward and backward: every loss, all logits at once against chunk by chunk.
+
+    python benchmarks/loss.py --tokens 512 2048 --losses ForwardKL JensenShannon --json loss.json
+
+- ``naive``: all logits of student and teacher by a matrix product, log-softmax, divergence and cross-entropy, autograd.
+- ``chunked``: this library's `chunked_objective`, with each of ``--chunks`` as the tokens whose logits exist at a time.
+- ``compiled``: the same with ``compile=True`` and the default chunk; only with ``--compile``.
+- ``liger``: `LigerFusedLinearJSDLoss` as it comes, on a GPU where liger-kernel is installed, for JensenShannon.
+- ``products``: the four matrix products that none can do without; their time is the floor.
+
+The student's hidden states [N, d] and head [V, d] get gradients, the teacher's do not; temperature 1.5, share of
+distillation 0.8. All inputs are of the type that is named. Every arm, at every size, runs in a process of its own.
+After a call that warms up, one is measured for memory and some for time. Reported are the median seconds; the peak
+memory above what the inputs take, gradients included; both over ``naive``; and how far the gradients are from ``naive`` in
+float64: the largest difference over the largest entry, on the first 64 tokens, in chunks of 16. Times are noisy, the
+more so those of many small operations while something else runs on the same cores: quote the ratio of one run, with the
+machine it was made on, and let nothing else run beside it. All of it takes about 20 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import in_own_process
+from record import record
+from torch import Tensor
+
+LOSSES = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KD_WEIGHT, TEMPERATURE = 0.8, 1.5
+COMPARED, COMPARED_CHUNK = 64, 16
+RESET_PEAK = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to compute the objective, or, without a loss, the bare products."""
+
+    name: str
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        """Name it."""
+        return self.name if self.chunk is None else f"{self.name} {self.chunk}"
+
+
+@dataclass
+class Inputs:
+    """What goes in: of the student with gradients, of the teacher without."""
+
+    hidden: Tensor
+    head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    targets: Tensor
+
+    def first(self, tokens: int, dtype: torch.dtype | None = None) -> Inputs:
+        """Return the first tokens of it, perhaps in another type."""
+        parts = [self.hidden[:tokens], self.head, self.teacher_hidden[:tokens], self.teacher_head]
+        parts = [part.detach().to(dtype or part.dtype) for part in parts]
+        return Inputs(*(part.requires_grad_(place < 2) for place, part in enumerate(parts)), self.targets[:tokens])
+
+
+def make_inputs(tokens: int, vocabulary: int, width: int, dtype: torch.dtype) -> Inputs:
+    """Return random ones whose logits have a standard deviation of 2."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    parts = [torch.randn(size, width, device=device) for size in (tokens, vocabulary) * 2]
+    targets = torch.randint(vocabulary, (tokens,), device=device)
+    scaled = (part * (2 / width**0.5 if place % 2 else 1) for place, part in enumerate(parts))
+    return Inputs(*scaled, targets).first(tokens, dtype)
+
+
+def naive(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
+    """Compute the objective from all logits."""
+    from srd_lightning.losses import log_probabilities, upcast
+
+    logits = inputs.hidden @ inputs.head.T
+    teacher_logp = log_probabilities(inputs.teacher_hidden @ inputs.teacher_head.T, loss.temperature)
+    kd = loss.divergence(teacher_logp, log_probabilities(logits, loss.temperature)).mean() * loss.scale
+    ce = torch.nn.functional.cross_entropy(upcast(logits), inputs.targets)
+    return (1 - KD_WEIGHT) * ce + KD_WEIGHT * kd
+
+
+def chunked(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
+    """Compute it with this library."""
+    from srd_lightning.objective import Head, chunked_objective
+    from srd_lightning.teacher import by_head
+
+    teacher, head = by_head(Head(inputs.teacher_head), inputs.teacher_hidden), Head(inputs.head)
+    how = {"chunk": arm.chunk, "compile": arm.name == "compiled"}
+    return chunked_objective(inputs.hidden, head, inputs.targets, loss, teacher, KD_WEIGHT, **how).loss
+
+
+def liger(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
+    """Compute it with Liger, which does not scale by the temperature squared by itself."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    objective = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1 - KD_WEIGHT,
+        weight_soft_loss=KD_WEIGHT * loss.scale,
+        beta=loss.beta,
+        temperature=loss.temperature,
+        compiled=True,
+        chunk_size=arm.chunk,
+    )
+    return objective(inputs.hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head, inputs.targets)
+
+
+def gradients(arm: Arm, inputs: Inputs, loss: Any) -> tuple[Tensor, ...]:
+    """Run forward and backward; return the gradients of the hidden states and of the head."""
+    if arm.name == "products":
+        with torch.no_grad():
+            _, logits = inputs.teacher_hidden @ inputs.teacher_head.T, inputs.hidden @ inputs.head.T
+            return logits @ inputs.head, logits.T @ inputs.hidden
+    compute = {"naive": naive, "chunked": chunked, "compiled": chunked, "liger": liger}[arm.name]
+    return torch.autograd.grad(compute(inputs, loss, arm), (inputs.hidden, inputs.head))
+
+
+def difference(arm: Arm, inputs: Inputs, loss: Any) -> float:
+    """Return how far the gradients on the first tokens are from those of `naive` in float64."""
+    expected = gradients(Arm("naive"), inputs.first(COMPARED, torch.float64), loss)
+    found = gradients(Arm(arm.name, arm.chunk and COMPARED_CHUNK), inputs.first(COMPARED), loss)
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+def process_peak() -> int:
+    """Return the peak memory of this process since it was last reset."""
+    if RESET_PEAK.exists():
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def extra_peak(work: Callable[[], Any]) -> int:
+    """Return the most memory that work takes above what is held before: of the GPU if there is one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    if RESET_PEAK.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would be used again unseen
+        RESET_PEAK.write_text("5")
+    before = process_peak()
+    work()
+    return process_peak() - before
+
+
+def measure(work: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Warm up, then return median seconds and peak memory."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else int
+    work()
+    peak, seconds = extra_peak(work), []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "peak_memory_bytes": peak}
+
+
+def run(arm: Arm, loss: str | None, dtype: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one arm in this process."""
+    from srd_lightning import losses
+
+    inputs = make_inputs(tokens, options.vocabulary, options.width, DTYPES[dtype])
+    objective = loss and getattr(losses, loss)(temperature=TEMPERATURE)
+    result = {**asdict(arm), "loss": loss, "dtype": dtype, "tokens": tokens}
+    result.update(measure(lambda: gradients(arm, inputs, objective), options.repeats))
+    if objective:
+        result["gradient_difference"] = difference(arm, inputs, objective)
+    place = f"{loss or '':14} {dtype} {tokens:6} tokens"
+    memory = result["peak_memory_bytes"] / 1e6
+    print(f"{place}  {arm!s:13} {result['seconds']:8.3f} s {memory:8.0f} MB", file=sys.stderr)
+    return result
+
+
+def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every arm, and compare what belongs together."""
+    results = []
+    for dtype, tokens in itertools.product(options.dtypes, options.tokens):
+        floor = in_own_process(run, Arm("products"), None, dtype, tokens, options)
+        results.append(floor)
+        for loss in options.losses:
+            arms = [Arm("naive"), *(Arm("chunked", chunk) for chunk in options.chunks)]
+            arms += [Arm("compiled", 256)] * options.compile
+            arms += [Arm("liger", 1024)] * (options.liger and loss == "JensenShannon")
+            found = [in_own_process(run, arm, loss, dtype, tokens, options) for arm in arms]
+            for result in found:
+                result["seconds_over_naive"] = result["seconds"] / found[0]["seconds"]
+                result["memory_over_naive"] = result["peak_memory_bytes"] / found[0]["peak_memory_bytes"]
+                result["seconds_over_products"] = result["seconds"] / floor["seconds"]
+            results += found
+    return results
+
+
+def main() -> None:
+    """Run the arms, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="response tokens")
+    parser.add_argument("--vocabulary", type=int, default=49152, help="of student and teacher")
+    parser.add_argument("--width", type=int, default=576, help="of the hidden states of both")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 256, 1024], help="of this library")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="which to run")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all inputs")
+    parser.add_argument("--compile", action="store_true", help="also compile what turns logits into gradients")
+    parser.add_argument("--repeats", type=int, default=3, help="calls that are timed")
+    parser.add_argument("--json", type=Path, help="file to write; a plot is put beside it")
+    options = parser.parse_args()
+    options.liger = torch.cuda.is_available() and find_spec("liger_kernel") is not None
+    if not options.liger:
+        print("liger was left out: it needs a GPU and liger-kernel", file=sys.stderr)
+    load = os.getloadavg()[0]
+    results = run_all(options)
+    settings = {name: str(value) for name, value in vars(options).items()}
+    result = {"results": results, "options": settings, "threads": torch.get_num_threads(), "load_before": load}
+    print(record(result, options.json))
+    if options.json:
+        plot(results, options.json.with_suffix(".png"))
+
+
+def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw time and memory of the first loss against tokens, and the time of all losses at the largest size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dtypes = list(dict.fromkeys(result["dtype"] for result in results))
+    size = 12, 3.4 * len(dtypes)
+    figure, axes = pyplot.subplots(len(dtypes), 3, figsize=size, layout="constrained", squeeze=False)
+    for row, dtype in zip(axes, dtypes, strict=True):
+        some = [result for result in results if result["dtype"] == dtype]
+        loss = next(result["loss"] for result in some if result["loss"])
+        draw_sizes(row, [result for result in some if result["loss"] in (loss, None)], f"{loss}, {dtype}")
+        draw_losses(row[2], [result for result in some if result["loss"]], dtype)
+        for axis in row:
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def by_arm(results: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Return the results of each arm with how to draw it: ours blue, the darker the larger the chunk."""
+    from matplotlib import colormaps
+
+    found: dict[Arm, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: result["tokens"]):
+        found.setdefault(Arm(result["name"], result["chunk"]), []).append(result)
+    others = {"naive": "#c0504d", "products": "#b0b0b0", "compiled": "#e08a1e", "liger": "#4a9a5b"}
+    chunks = sorted(arm.chunk or 0 for arm in found if arm.name == "chunked")
+    blues = {chunk: colormaps["Blues"]((place + 2) / (len(chunks) + 1)) for place, chunk in enumerate(chunks)}
+    return [({"color": others.get(arm.name) or blues[arm.chunk], "label": str(arm)}, found[arm]) for arm in found]
+
+
+def draw_sizes(axes: Any, results: Sequence[dict[str, Any]], title: str) -> None:
+    for style, line in by_arm(results):
+        tokens, floor = [result["tokens"] for result in line], line[0]["loss"] is None
+        axes[0].plot(tokens, [result["seconds"] for result in line], "--" if floor else "o-", **style)
+        if not floor:
+            axes[1].plot(tokens, [result["peak_memory_bytes"] / 1e9 for result in line], "o-", **style)
+    for axis, label in zip(axes, ("seconds", "peak memory above the inputs, GB"), strict=False):
+        axis.set(xlabel="tokens", ylabel=label, title=title, xlim=0, ylim=0)
+    axes[0].legend(frameon=False, fontsize=8)
+
+
+def draw_losses(axis: Any, results: Sequence[dict[str, Any]], dtype: str) -> None:
+    largest, losses = max(result["tokens"] for result in results), list(dict.fromkeys(r["loss"] for r in results))
+    arms = by_arm([result for result in results if result["tokens"] == largest and result["name"] != "naive"])
+    height = 0.8 / len(arms)
+    for place, (style, found) in enumerate(arms):
+        where = [losses.index(result["loss"]) + (place - (len(arms) - 1) / 2) * height for result in found]
+        axis.barh(where, [result["seconds_over_naive"] for result in found], height, **style)
+    axis.axvline(1, color="#c0504d")
+    axis.set_yticks(range(len(losses)), losses)
+    axis.invert_yaxis()
+    axis.set(xlabel="seconds over naive", title=f"{largest} tokens, {dtype}")
+
+
+if __name__ == "__main__":
+    main()
