@@ -11,10 +11,11 @@
 The student's hidden states [N, d] and head [V, d] get gradients, the teacher's do not; temperature 1.5, share of
 distillation 0.8. All inputs are of the type that is named. Every arm, at every size, runs in a process of its own.
 After a call that warms up, one is measured for memory and some for time. Reported are the median seconds; the peak
-memory above what the inputs take, gradients included; both over ``naive``; and how far the gradients are from ``naive`` in
-float64: the largest difference over the largest entry, on the first 64 tokens, in chunks of 16. Times are noisy, the
-more so those of many small operations while something else runs on the same cores: quote the ratio of one run, with the
-machine it was made on, and let nothing else run beside it. All of it takes about 20 minutes on two cores.
+memory above what the inputs take, gradients included; both over ``naive``; and how far the gradients are from
+``naive`` in float64: the largest difference over the largest entry, on the first 64 tokens, in chunks of 16. Times
+are noisy: quote the ratio of one run, with the machine it was made on. Let nothing else run beside it: ``chunked``
+has many small operations, and on a CPU it loses most where cores are shared. All of it takes about 20 minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -23,43 +24,35 @@ import argparse
 import ctypes
 import gc
 import itertools
+import json
 import os
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from arms import in_own_process
+from arms import in_own_process, peak_bytes
 from record import record
 from torch import Tensor
 
 LOSSES = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KD_WEIGHT, TEMPERATURE = 0.8, 1.5
-COMPARED, COMPARED_CHUNK = 64, 16
 RESET_PEAK = Path("/proc/self/clear_refs")
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """A way to compute the objective, or, without a loss, the bare products."""
 
     name: str
     chunk: int | None = None
 
-    def __str__(self) -> str:
-        """Name it."""
-        return self.name if self.chunk is None else f"{self.name} {self.chunk}"
 
-
-@dataclass
-class Inputs:
+class Inputs(NamedTuple):
     """What goes in: of the student with gradients, of the teacher without."""
 
     hidden: Tensor
@@ -77,12 +70,12 @@ class Inputs:
 
 def make_inputs(tokens: int, vocabulary: int, width: int, dtype: torch.dtype) -> Inputs:
     """Return random ones whose logits have a standard deviation of 2."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    parts = [torch.randn(size, width, device=device) for size in (tokens, vocabulary) * 2]
-    targets = torch.randint(vocabulary, (tokens,), device=device)
-    scaled = (part * (2 / width**0.5 if place % 2 else 1) for place, part in enumerate(parts))
-    return Inputs(*scaled, targets).first(tokens, dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        hidden, teacher_hidden = torch.randn(2, tokens, width)
+        head, teacher_head = torch.randn(2, vocabulary, width) * 2 / width**0.5
+        targets = torch.randint(vocabulary, (tokens,))
+    return Inputs(hidden, head, teacher_hidden, teacher_head, targets).first(tokens, dtype)
 
 
 def naive(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
@@ -101,24 +94,19 @@ def chunked(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
     from srd_lightning.objective import Head, chunked_objective
     from srd_lightning.teacher import by_head
 
-    teacher, head = by_head(Head(inputs.teacher_head), inputs.teacher_hidden), Head(inputs.head)
-    how = {"chunk": arm.chunk, "compile": arm.name == "compiled"}
-    return chunked_objective(inputs.hidden, head, inputs.targets, loss, teacher, KD_WEIGHT, **how).loss
+    teacher = by_head(Head(inputs.teacher_head), inputs.teacher_hidden)
+    how = {"kd_weight": KD_WEIGHT, "chunk": arm.chunk, "compile": arm.name == "compiled"}
+    return chunked_objective(inputs.hidden, Head(inputs.head), inputs.targets, loss, teacher, **how).loss
 
 
 def liger(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
     """Compute it with Liger, which does not scale by the temperature squared by itself."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    objective = LigerFusedLinearJSDLoss(
-        weight_hard_loss=1 - KD_WEIGHT,
-        weight_soft_loss=KD_WEIGHT * loss.scale,
-        beta=loss.beta,
-        temperature=loss.temperature,
-        compiled=True,
-        chunk_size=arm.chunk,
-    )
-    return objective(inputs.hidden, inputs.head, inputs.teacher_hidden, inputs.teacher_head, inputs.targets)
+    shares = {"weight_hard_loss": 1 - KD_WEIGHT, "weight_soft_loss": KD_WEIGHT * loss.scale}
+    how = {"beta": loss.beta, "temperature": loss.temperature, "chunk_size": arm.chunk}
+    student, teacher = (inputs.hidden, inputs.head), (inputs.teacher_hidden, inputs.teacher_head)
+    return LigerFusedLinearJSDLoss(**shares, **how)(*student, *teacher, inputs.targets)
 
 
 def gradients(arm: Arm, inputs: Inputs, loss: Any) -> tuple[Tensor, ...]:
@@ -133,17 +121,9 @@ def gradients(arm: Arm, inputs: Inputs, loss: Any) -> tuple[Tensor, ...]:
 
 def difference(arm: Arm, inputs: Inputs, loss: Any) -> float:
     """Return how far the gradients on the first tokens are from those of `naive` in float64."""
-    expected = gradients(Arm("naive"), inputs.first(COMPARED, torch.float64), loss)
-    found = gradients(Arm(arm.name, arm.chunk and COMPARED_CHUNK), inputs.first(COMPARED), loss)
+    expected = gradients(Arm("naive"), inputs.first(64, torch.float64), loss)
+    found = gradients(Arm(arm.name, arm.chunk and 16), inputs.first(64), loss)
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-
-
-def process_peak() -> int:
-    """Return the peak memory of this process since it was last reset."""
-    if RESET_PEAK.exists():
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def extra_peak(work: Callable[[], Any]) -> int:
@@ -151,15 +131,19 @@ def extra_peak(work: Callable[[], Any]) -> int:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    if RESET_PEAK.exists():
+    elif RESET_PEAK.exists():
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would be used again unseen
         RESET_PEAK.write_text("5")
-    before = process_peak()
+    before = high_water_mark()
     work()
-    return process_peak() - before
+    return high_water_mark() - before
+
+
+def high_water_mark() -> int:
+    """Return the peak memory since it was last reset, of this process or the GPU; off Linux, since it began."""
+    if torch.cuda.is_available() or not RESET_PEAK.exists():
+        return peak_bytes()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def measure(work: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -182,13 +166,11 @@ def run(arm: Arm, loss: str | None, dtype: str, tokens: int, options: argparse.N
 
     inputs = make_inputs(tokens, options.vocabulary, options.width, DTYPES[dtype])
     objective = loss and getattr(losses, loss)(temperature=TEMPERATURE)
-    result = {**asdict(arm), "loss": loss, "dtype": dtype, "tokens": tokens}
+    result = {**arm._asdict(), "loss": loss, "dtype": dtype, "tokens": tokens}
     result.update(measure(lambda: gradients(arm, inputs, objective), options.repeats))
     if objective:
         result["gradient_difference"] = difference(arm, inputs, objective)
-    place = f"{loss or '':14} {dtype} {tokens:6} tokens"
-    memory = result["peak_memory_bytes"] / 1e6
-    print(f"{place}  {arm!s:13} {result['seconds']:8.3f} s {memory:8.0f} MB", file=sys.stderr)
+    print(json.dumps(result), file=sys.stderr)
     return result
 
 
@@ -227,11 +209,10 @@ def main() -> None:
     options.liger = torch.cuda.is_available() and find_spec("liger_kernel") is not None
     if not options.liger:
         print("liger was left out: it needs a GPU and liger-kernel", file=sys.stderr)
-    load = os.getloadavg()[0]
+    options.load_before = os.getloadavg()[0]
     results = run_all(options)
     settings = {name: str(value) for name, value in vars(options).items()}
-    result = {"results": results, "options": settings, "threads": torch.get_num_threads(), "load_before": load}
-    print(record(result, options.json))
+    print(record({"results": results, "options": settings, "threads": torch.get_num_threads()}, options.json))
     if options.json:
         plot(results, options.json.with_suffix(".png"))
 
@@ -263,10 +244,13 @@ def by_arm(results: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list
     found: dict[Arm, list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["tokens"]):
         found.setdefault(Arm(result["name"], result["chunk"]), []).append(result)
-    others = {"naive": "#c0504d", "products": "#b0b0b0", "compiled": "#e08a1e", "liger": "#4a9a5b"}
-    chunks = sorted(arm.chunk or 0 for arm in found if arm.name == "chunked")
-    blues = {chunk: colormaps["Blues"]((place + 2) / (len(chunks) + 1)) for place, chunk in enumerate(chunks)}
-    return [({"color": others.get(arm.name) or blues[arm.chunk], "label": str(arm)}, found[arm]) for arm in found]
+    colours = {"naive": "#c0504d", "products": "#b0b0b0", "compiled": "#e08a1e", "liger": "#4a9a5b"}
+    chunks = sorted(arm.chunk for arm in found if arm.name == "chunked" and arm.chunk)
+    styles = []
+    for name, chunk in found:
+        blue = colormaps["Blues"]((chunks.index(chunk) + 2) / (len(chunks) + 1)) if name == "chunked" else None
+        styles.append({"color": colours.get(name, blue), "label": f"{name} {chunk or ''}"})
+    return list(zip(styles, found.values(), strict=True))
 
 
 def draw_sizes(axes: Any, results: Sequence[dict[str, Any]], title: str) -> None:
@@ -288,9 +272,8 @@ def draw_losses(axis: Any, results: Sequence[dict[str, Any]], dtype: str) -> Non
         where = [losses.index(result["loss"]) + (place - (len(arms) - 1) / 2) * height for result in found]
         axis.barh(where, [result["seconds_over_naive"] for result in found], height, **style)
     axis.axvline(1, color="#c0504d")
+    axis.set(xlabel="seconds over naive", title=f"{largest} tokens, {dtype}", ylim=(len(losses) - 0.5, -0.5))
     axis.set_yticks(range(len(losses)), losses)
-    axis.invert_yaxis()
-    axis.set(xlabel="seconds over naive", title=f"{largest} tokens, {dtype}")
 
 
 if __name__ == "__main__":
