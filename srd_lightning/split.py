@@ -95,6 +95,8 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         raise NotSplit(f"{type(model).__name__} has no output head that get_output_embeddings() returns")
     if any(isinstance(part, nn.Dropout) and part.p > 0 for part in cast(Any, model).get_output_embeddings().modules()):
         raise NotSplit("there is dropout in the output head")
+    if getattr(cast(Any, model).get_output_embeddings(), "lora_variant", None):  # untrained, it looks like plain LoRA
+        raise NotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
         try:  # before the whole: a model that was sharded as one (FSDP2) works in parts only after it

@@ -60,7 +60,14 @@ class Step:
             batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
             loss: The distillation loss.
             kd_weight: Its share.
+
+        Raises:
+            ValueError: It has a share, and there is no teacher.
         """
+        if kd_weight > 0 and self.source is None:
+            raise ValueError(
+                f"kd_weight is {kd_weight}, but there is no teacher to learn from; give one, or keep it at 0"
+            )
         if not self._looked:
             self._look(batch)
         if self.micro_batch_tokens is None:

@@ -143,9 +143,19 @@ def with_dropout():
     return lora(lively_model(), target_modules=["q_proj", "lm_head"], lora_dropout=0.1)
 
 
+def with_dora():
+    model = lively_model()
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], use_dora=True))
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
-    [(Unusual, "give other logits"), (headless, "no output head"), (with_dropout, "dropout in the output head")],
+    [
+        (with_dora, "variant of LoRA"),
+        (Unusual, "give other logits"),
+        (headless, "no output head"),
+        (with_dropout, "dropout in the output head"),
+    ],
 )
 def test_a_model_that_cannot_be_taken_apart_says_why(make, reason, batch):
     with pytest.raises(NotSplit, match=reason):

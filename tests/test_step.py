@@ -193,6 +193,14 @@ def test_other_differences_of_vocabulary_are_refused(tmp_path):
         module.training_step(batch_of(), 0)
 
 
+def test_a_weight_without_a_teacher_is_refused_when_it_rises():
+    module = KDLightningModule(tiny_model(0), kd_weight=0.0)
+    objective(module, batch_of())
+    module.kd_weight = 0.5
+    with pytest.raises(ValueError, match=r"kd_weight is 0\.5, but there is no teacher"):
+        module.training_step(batch_of(), 0)
+
+
 class WholeBatch(DistillationLoss):
     """Needs more than the divergence of each token."""
 
