@@ -14,8 +14,7 @@ After a call that warms up, one is measured for memory and some for time. Report
 memory above what the inputs take, gradients included; both over ``naive``; and how far the gradients are from
 ``naive`` in float64: the largest difference over the largest entry, on the first 64 tokens, in chunks of 16. Times
 are noisy: quote the ratio of one run, with the machine it was made on. Let nothing else run beside it: ``chunked``
-has many small operations, and on a CPU it loses most where cores are shared. All of it takes about 20 minutes on two
-cores.
+has many small operations, and on a CPU it loses most where cores are shared.
 """
 
 from __future__ import annotations
@@ -238,18 +237,14 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def by_arm(results: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Return the results of each arm with how to draw it: ours blue, the darker the larger the chunk."""
-    from matplotlib import colormaps
-
+    """Return the results of each arm with how to draw it: ours blue, the darker the later it comes."""
     found: dict[Arm, list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["tokens"]):
         found.setdefault(Arm(result["name"], result["chunk"]), []).append(result)
     colours = {"naive": "#c0504d", "products": "#b0b0b0", "compiled": "#e08a1e", "liger": "#4a9a5b"}
-    chunks = sorted(arm.chunk for arm in found if arm.name == "chunked" and arm.chunk)
-    styles = []
-    for name, chunk in found:
-        blue = colormaps["Blues"]((chunks.index(chunk) + 2) / (len(chunks) + 1)) if name == "chunked" else None
-        styles.append({"color": colours.get(name, blue), "label": f"{name} {chunk or ''}"})
+    blues = itertools.cycle(["#9ecae1", "#4292c6", "#08306b"])
+    labels = [(name, f"{name} {chunk}" if name == "chunked" else name) for name, chunk in found]
+    styles = [{"color": colours.get(name) or next(blues), "label": label} for name, label in labels]
     return list(zip(styles, found.values(), strict=True))
 
 
@@ -259,7 +254,7 @@ def draw_sizes(axes: Any, results: Sequence[dict[str, Any]], title: str) -> None
         axes[0].plot(tokens, [result["seconds"] for result in line], "--" if floor else "o-", **style)
         if not floor:
             axes[1].plot(tokens, [result["peak_memory_bytes"] / 1e9 for result in line], "o-", **style)
-    for axis, label in zip(axes, ("seconds", "peak memory above the inputs, GB"), strict=False):
+    for axis, label in zip(axes, ("seconds", "peak memory, GB"), strict=False):
         axis.set(xlabel="tokens", ylabel=label, title=title, xlim=0, ylim=0)
     axes[0].legend(frameon=False, fontsize=8)
 
