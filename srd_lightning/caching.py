@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from srd_lightning.fingerprint import weights_digest
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import Head
-from srd_lightning.rows import collate
+from srd_lightning.rows import collate, lengths_of
+from srd_lightning.sampling import of_like_length
 from srd_lightning.split import NotSplit, SplitModel, split
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 from srd_lightning.teacher_cache import TeacherCache
@@ -65,7 +66,7 @@ def cache_teacher(
         head = parts.head().narrow(vocabulary(model))
         width = head.weight.shape[1]
         team.from_first(lambda: cache.check_room(rows.select(missing), width))
-        batches = list(of_like_length(np.array(chosen["length"]), TOKENS_AT_ONCE)) if len(missing) else []
+        batches = list(of_like_length(lengths_of(chosen), TOKENS_AT_ONCE)) if len(missing) else []
         with team.sharing(folder) as check:
             _fill(cache, chosen, parts, head, batches[team.rank :: team.size], check, show=team.rank == 0)
         team.from_first(functools.partial(cache.save_head, head))
@@ -83,9 +84,8 @@ def _open(
 
 
 def _take_apart(model: nn.Module, rows: Dataset) -> SplitModel:
-    batch = {name: values.to(_device(model)) for name, values in collate([rows[0]], pad_token_id=0).items()}
     try:
-        return split(model, batch)
+        return split(model, _batch([rows[0]], model))
     except NotSplit as error:
         raise ValueError(f"this teacher cannot be cached, set teacher_cache to none: {error}") from error
 
@@ -104,33 +104,17 @@ def _fill(
         for batch in batches:
             check()
             some = rows.select(batch).to_list()
-            tensors = {name: values.to(_device(parts.model)) for name, values in collate(some, pad_token_id=0).items()}
             with torch.no_grad():
-                cache.append(some, cache.kind.observe(parts.hidden(tensors), head))
+                cache.append(some, cache.kind.observe(parts.hidden(_batch(some, parts.model)), head))
             progress.update(len(batch))
     finally:
         progress.close()
         cache.flush()
 
 
-def of_like_length(lengths: NDArray[np.int64], tokens: int) -> Iterator[NDArray[np.int64]]:
-    """Yield row numbers, short rows first, as many as make so many tokens with their padding.
-
-    Example:
-        >>> [batch.tolist() for batch in of_like_length(np.array([5, 1, 2, 1]), tokens=4)]
-        [[1, 3], [2], [0]]
-    """
-    order = np.argsort(lengths, kind="stable")
-    first = 0
-    for position, row in enumerate(order):
-        if position > first and (position + 1 - first) * lengths[row] > tokens:
-            yield order[first:position]
-            first = position
-    yield order[first:]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _batch(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}
 
 
 def teacher_digest(source: Pretrained | nn.Module) -> str:

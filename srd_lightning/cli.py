@@ -24,17 +24,19 @@ class SRDTrainer(Trainer):
 
     def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
         """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
-            self.predict(_Bystander(model), datamodule=_CurationOnly(datamodule))
+        self._only_set_up(_Bystander(model), datamodule)
         if self.is_global_zero:
             datamodule.report(Console())
 
     def cache_teacher(self, model: KDLightningModule, datamodule: SRDDataModule) -> None:
         """Curate, and let the teacher see every row that is kept, so that ``fit`` need not load it."""
+        self._only_set_up(_Cacher(model), datamodule)
+
+    def _only_set_up(self, bystander: _Bystander, datamodule: SRDDataModule) -> None:
+        """Curate, and do what the bystander does in its own set-up, on every process."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
-            self.predict(_Cacher(model), datamodule=_CurationOnly(datamodule))
+            self.predict(bystander, datamodule=_CurationOnly(datamodule))
 
 
 setattr(SRDTrainer, "cache-teacher", SRDTrainer.cache_teacher)  # LightningCLI looks for the name of the subcommand

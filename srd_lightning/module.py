@@ -26,6 +26,7 @@ from srd_lightning.planning import stage_steps, staged_schedule
 from srd_lightning.rouge import rouge_l
 from srd_lightning.step import Step
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
+from srd_lightning.team import Team
 
 Batch = Mapping[str, Tensor]
 
@@ -175,7 +176,8 @@ class KDLightningModule(LightningModule):
         if not hasattr(data, "rows_of_teacher"):
             raise ValueError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
         kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
-        made_of = {"teacher": teacher_digest(self._teacher_source or cast(nn.Module, self.teacher)), "kind": repr(kind)}
+        source = self._teacher_source or cast(nn.Module, self.teacher)
+        made_of = Team().from_first(lambda: {"teacher": teacher_digest(source), "kind": repr(kind)})
         folder = self.teacher_cache_dir or Path(self.trainer.default_root_dir) / "teacher" / digest(made_of)
         loaded_here = self.teacher is None
         data.teacher_cache, cached = cache_teacher(

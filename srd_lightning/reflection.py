@@ -22,6 +22,7 @@ from srd_lightning.evaluation import response_logits
 from srd_lightning.generation import Decoding, eval_mode, generate
 from srd_lightning.losses import IGNORE_INDEX, upcast
 from srd_lightning.rows import collate, ids_of
+from srd_lightning.sampling import of_like_length
 from srd_lightning.store import ScoreStore
 
 SCORING_VERSION = "2"
@@ -108,7 +109,7 @@ class Reflected:
         """
         rows = self.rows if rows is None else rows
         parts: dict[int, Tensor] = {}
-        for chosen in _of_like_length([len(row["input_ids"]) for row in rows]):
+        for chosen in of_like_length(np.array([len(row["input_ids"]) for row in rows]), SCORED_AT_ONCE):
             some = [rows[row] for row in chosen]
             batch = {name: values.to(self.device) for name, values in collate(some, pad_token_id=0).items()}
             tokens = batch["labels"][batch["labels"] != IGNORE_INDEX]
@@ -126,17 +127,6 @@ class Reflected:
         """Return the mean of each row's tokens, ``[B]``, from ``[N]`` values."""
         lengths = [len(row["input_ids"]) - row["prompt_length"] for row in self.rows]
         return [float(part.mean()) for part in torch.split(values.cpu(), lengths)]
-
-
-def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield row numbers, short rows first, as many as make `SCORED_AT_ONCE` tokens with their padding."""
-    chosen: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if chosen and (len(chosen) + 1) * lengths[row] > SCORED_AT_ONCE:
-            yield chosen
-            chosen = []
-        chosen.append(row)
-    yield chosen
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

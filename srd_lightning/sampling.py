@@ -56,6 +56,22 @@ def length_grouped_order(lengths: Lengths, group: int, seed: int, epoch: int, wi
     return order
 
 
+def of_like_length(lengths: Lengths, tokens: int) -> Iterator[Ints]:
+    """Yield row numbers, short rows first, as many as make so many tokens with their padding.
+
+    Example:
+        >>> [batch.tolist() for batch in of_like_length(np.array([5, 1, 2, 1]), tokens=4)]
+        [[1, 3], [2], [0]]
+    """
+    order = np.argsort(lengths, kind="stable")
+    first = 0
+    for position, row in enumerate(order):
+        if position > first and (position + 1 - first) * lengths[row] > tokens:
+            yield order[first:position]
+            first = position
+    yield order[first:]
+
+
 class Shuffled(DistributedSampler[Any]):
     """A plain shuffle, row for row as `DistributedSampler` makes it, without a list of all rows.
 

@@ -18,8 +18,8 @@ from srd_lightning.losses import response_mask
 from srd_lightning.objective import Head
 
 Batch = Mapping[str, Tensor]
-SAMPLE = (2, 32)
-"""Rows and tokens that the parts are tried on."""
+SAMPLE = 32
+"""Most tokens in each of the two rows that the parts are tried on."""
 
 
 class NotSplit(ValueError):
@@ -43,12 +43,12 @@ class SplitModel:
         """Return the final hidden states at the positions that predict the response, ``[N, d]``, row after row."""
         mask = nn.functional.pad(response_mask(batch["labels"]), (0, 1), value=False)
         real = batch["attention_mask"].bool()
-        if not self.packing and bool((real[:, 1:] <= real[:, :-1]).all()):
-            return self._states(batch["input_ids"])[mask]  # what pads on the right is not seen from the left: no mask
-        if not self.packing:
-            return self._states(batch["input_ids"], attention_mask=batch["attention_mask"])[mask]
-        positions = (batch["attention_mask"].cumsum(1) - 1)[real]
-        return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
+        if self.packing:
+            positions = (batch["attention_mask"].cumsum(1) - 1)[real]
+            return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
+        if (real[:, 1:] <= real[:, :-1]).all():  # what pads on the right is not seen from the left: no mask
+            return self._states(batch["input_ids"])[mask]
+        return self._states(batch["input_ids"], attention_mask=batch["attention_mask"])[mask]
 
     def _states(self, input_ids: Tensor, **arguments: Tensor) -> Tensor:
         output = self.body(input_ids=input_ids, use_cache=False, **arguments)
@@ -80,7 +80,7 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
 
     Args:
         model: A causal language model.
-        batch: Its first rows lend their tokens.
+        batch: Its first row lends its tokens.
         packing: As in `SplitModel`.
 
     Returns:
@@ -91,11 +91,12 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         ValueError: Packed rows do not get the states that they get alone.
     """
     parts = SplitModel(model)
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
         raise NotSplit(f"{type(model).__name__} has no output head that get_output_embeddings() returns")
-    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in cast(Any, model).get_output_embeddings().modules()):
+    if any(isinstance(part, nn.Dropout) and part.p > 0 for part in head.modules()):
         raise NotSplit("there is dropout in the output head")
-    if getattr(cast(Any, model).get_output_embeddings(), "lora_variant", None):  # untrained, it looks like plain LoRA
+    if getattr(head, "lora_variant", None):  # untrained, it looks like plain LoRA
         raise NotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
@@ -114,9 +115,8 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
 
 def _sample(batch: Batch) -> dict[str, Tensor]:
     """Return a few tokens, all to be predicted, of rows of unlike length."""
-    rows, length = SAMPLE
-    input_ids = batch["input_ids"][:1, :length]
-    input_ids = torch.cat([input_ids, input_ids.flip(1)])[:rows]
+    input_ids = batch["input_ids"][:1, :SAMPLE]
+    input_ids = torch.cat([input_ids, input_ids.flip(1)])
     mask = torch.ones_like(input_ids)
     mask[-1, 1 + input_ids.shape[1] // 2 :] = 0
     return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
@@ -125,14 +125,11 @@ def _sample(batch: Batch) -> dict[str, Tensor]:
 def _check_packing(alone: SplitModel, packed: SplitModel, sample: Batch) -> None:
     expected = alone.hidden(sample)
     if _difference(packed.hidden(sample), expected) > _tolerance(expected):
+        attention = getattr(cast(Any, alone.model).config, "_attn_implementation", "unknown")
         raise ValueError(
-            f"{type(alone.model).__name__} mixes rows that are packed (attention {_attention(alone.model)}); turn "
+            f"{type(alone.model).__name__} mixes rows that are packed (attention {attention}); turn "
             "packing off, or choose another attn_implementation"
         )
-
-
-def _attention(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", "unknown"))
 
 
 def _difference(values: Tensor, expected: Tensor) -> float:

@@ -7,15 +7,47 @@ CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has tokenised
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
 
+from functools import partial
+
 import pytest
+import references
 import torch
 from datasets import Dataset
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
+from srd_lightning.losses import (
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 from srd_lightning.templates import PromptTemplate
 from srd_lightning.tokenised import tokenize
 
 torch.set_num_threads(1)  # tiny models only lose by more
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a trainer that only trains."""
+
+
+LOSSES = {
+    "forward_kl": (ForwardKL, references.forward_kl),
+    "reverse_kl": (ReverseKL, references.reverse_kl),
+    "jensen_shannon": (partial(JensenShannon, beta=0.3), partial(references.jensen_shannon, beta=0.3)),
+    "total_variation": (TotalVariation, references.total_variation),
+    "skew_forward_kl": (partial(SkewForwardKL, alpha=0.2), partial(references.skew_forward_kl, alpha=0.2)),
+    "skew_reverse_kl": (partial(SkewReverseKL, alpha=0.2), partial(references.skew_reverse_kl, alpha=0.2)),
+}
+"""Each loss with the reference of its divergence."""
 
 
 def tiny_model(seed=0, **options):

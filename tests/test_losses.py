@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import references
 import torch
+from conftest import LOSSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -21,14 +22,6 @@ from srd_lightning.losses import (
     response_mask,
 )
 
-LOSSES = {
-    "forward_kl": (ForwardKL, references.forward_kl),
-    "reverse_kl": (ReverseKL, references.reverse_kl),
-    "jensen_shannon": (partial(JensenShannon, beta=0.3), partial(references.jensen_shannon, beta=0.3)),
-    "total_variation": (TotalVariation, references.total_variation),
-    "skew_forward_kl": (partial(SkewForwardKL, alpha=0.2), partial(references.skew_forward_kl, alpha=0.2)),
-    "skew_reverse_kl": (partial(SkewReverseKL, alpha=0.2), partial(references.skew_reverse_kl, alpha=0.2)),
-}
 DIVERGENCES = {
     "forward_kl": divergences.forward_kl,
     "reverse_kl": divergences.reverse_kl,

@@ -4,7 +4,7 @@ import math
 import lightning as L
 import pytest
 import torch
-from conftest import make_rows, tiny_model
+from conftest import QUIET, make_rows, tiny_model
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -19,14 +19,6 @@ from srd_lightning import (
 )
 from srd_lightning.generation import generate
 from srd_lightning.rouge import rouge_l
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def sgd(params):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from srd_lightning.sampling import LengthGrouped, Shuffled, length_grouped_order
+from srd_lightning.sampling import LengthGrouped, Shuffled, length_grouped_order, of_like_length
 
 sizes = {"number": st.integers(1, 300), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 5)}
 
@@ -142,3 +142,10 @@ class TestShuffled:
         monkeypatch.setattr("srd_lightning.sampling.PIECE", 7)
         assert list(Shuffled(range(40), 3, 1)) == list(DistributedSampler(range(40), 3, 1))
         assert list(Shuffled(range(40), 3, 1, start=9)) == list(DistributedSampler(range(40), 3, 1))[9:]
+
+
+def test_batches_are_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 50, 200)
+    batches = list(of_like_length(lengths, 120))
+    assert sorted(np.concatenate(batches)) == list(range(200))
+    assert all(len(batch) * lengths[batch].max() <= 120 for batch in batches)

@@ -7,7 +7,7 @@ import shutil
 import lightning as L
 import pytest
 import torch
-from conftest import lively_model, make_rows, tiny_model, tokenised
+from conftest import QUIET, lively_model, make_rows, tiny_model, tokenised
 from torch.optim import SGD
 from transformers import ByT5Tokenizer
 
@@ -15,13 +15,6 @@ from srd_lightning import DistillationLoss, ForwardKL, KDLightningModule, Pretra
 from srd_lightning.rows import collate
 
 ROWS = make_rows(24)
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Losses(L.Callback):

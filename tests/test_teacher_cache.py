@@ -2,14 +2,13 @@ import errno
 import json
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from conftest import in_other_order, lively_model, make_rows, tokenised
 
 from srd_lightning import caching, teacher_cache
-from srd_lightning.caching import cache_teacher, of_like_length, teacher_digest
+from srd_lightning.caching import cache_teacher, teacher_digest
 from srd_lightning.losses import (
     ForwardKL,
     JensenShannon,
@@ -270,13 +269,6 @@ def test_the_head_comes_back_as_it_was(scale, tmp_path):
     assert torch.equal(found.weight, head.weight)
     assert torch.equal(found.bias, head.bias)
     assert (found.scale, found.soft_cap) == (scale, 30.0)
-
-
-def test_batches_are_of_like_length():
-    lengths = np.random.default_rng(0).integers(1, 50, 200)
-    batches = list(of_like_length(lengths, 120))
-    assert sorted(np.concatenate(batches)) == list(range(200))
-    assert all(len(batch) * lengths[batch].max() <= 120 for batch in batches)
 
 
 def test_digests_tell_teachers_apart_without_loading_them(tmp_path, monkeypatch):
