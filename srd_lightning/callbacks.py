@@ -144,9 +144,12 @@ class HuggingFaceExport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write to a folder beside it, then rename."""
-        if not trainer.is_global_zero:
-            return
-        student: Any = pl_module.student
+        module: Any = pl_module
+        student = module.whole_student(only_first=True) if hasattr(module, "whole_student") else module.student
+        if trainer.is_global_zero:
+            self._save(student, trainer, pl_module)
+
+    def _save(self, student: Any, trainer: Trainer, pl_module: LightningModule) -> None:
         if hasattr(student, "merge_and_unload"):
             student = copy.deepcopy(student).merge_and_unload()
         temporary = self.dirpath.with_name(f".{self.dirpath.name}.partial")

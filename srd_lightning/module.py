@@ -7,26 +7,39 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.answers import answers
 from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.clipping import clip
+from srd_lightning.failures import Hints, check_finite
 from srd_lightning.fingerprint import digest
-from srd_lightning.generation import Decoding, generate
-from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, ForwardKL, response_mask
+from srd_lightning.generation import Decoding
+from srd_lightning.losses import DistillationLoss, ForwardKL, response_mask
 from srd_lightning.models import Pretrained, check_same_tokenizer, dtype_named, shared_vocabulary, vocabulary_size
 from srd_lightning.objective import CHUNK
+from srd_lightning.placement import (
+    TeacherPlacement,
+    compute_dtype,
+    data_parallel_mesh,
+    place_student,
+    place_teacher,
+    shards_student,
+    whole_weights,
+)
 from srd_lightning.planning import stage_steps, staged_schedule
+from srd_lightning.resume import RunSeed, repair_progress
 from srd_lightning.rouge import rouge_l
+from srd_lightning.sharding import with_weights, without_weights
 from srd_lightning.step import Step
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 from srd_lightning.team import Team
+from srd_lightning.token_mean import TokenMean
 
 Batch = Mapping[str, Tensor]
 
@@ -64,6 +77,11 @@ class KDLightningModule(LightningModule):
         chunk: Response tokens whose logits exist at a time; ``None`` makes all logits, as losses that define `forward`
             for themselves need.
         compile: Compile the bodies of student and teacher, and what turns logits into gradients.
+        activation_checkpointing: Keep one activation per block of the student and make the others again in the backward
+            pass: less memory, about a third more time.
+        teacher_placement: Where a teacher that is not cached is: whole on each device (``replicate``), spread over the
+            devices (``shard``), or over the memories of their hosts (``offload``), from where each block comes when it
+            is used. The last two need a strategy of processes.
 
     Raises:
         ValueError: ``kd_weight`` is outside [0, 1], there is no teacher for it, a size is below 1, or the two models
@@ -94,6 +112,8 @@ class KDLightningModule(LightningModule):
         packing: bool = False,
         chunk: int | None = CHUNK,
         compile: bool = False,
+        activation_checkpointing: bool = False,
+        teacher_placement: TeacherPlacement = "replicate",
     ) -> None:
         super().__init__()
         if not 0 <= kd_weight <= 1:
@@ -109,7 +129,10 @@ class KDLightningModule(LightningModule):
         self._teacher_source = teacher if isinstance(teacher, Pretrained) else None
         self.student: nn.Module | None = None
         self.teacher: nn.Module | None
-        self._keep_teacher(None)
+        self._skeleton: nn.Module | None
+        self._speaker: nn.Module | None
+        for name in ("teacher", "_skeleton", "_speaker"):
+            self._keep(name, None)
         if isinstance(student, nn.Module):
             self.student = student
         if isinstance(teacher, nn.Module):
@@ -129,15 +152,22 @@ class KDLightningModule(LightningModule):
         self.packing = packing
         self.chunk = chunk
         self.compile_step = compile
+        self.activation_checkpointing = activation_checkpointing
+        self.teacher_placement = teacher_placement
         self._cached: CachedTeacher | None = None
         self._step: Step | None = None
+        self._run_seed = RunSeed()
+        self._token_mean = TokenMean()
         self.metrics = nn.ModuleDict(
             {f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
         )
 
-    def _keep_teacher(self, teacher: nn.Module | None) -> None:
-        """Hold the teacher without registering it: no parameter of this module, in no state dict."""
-        object.__setattr__(self, "teacher", teacher and teacher.requires_grad_(False).eval())
+    def _keep(self, name: str, model: nn.Module | None) -> None:
+        """Hold a model without registering it: no parameter of this module, in no state dict."""
+        object.__setattr__(self, name, model)
+
+    def _keep_teacher(self, teacher: nn.Module) -> None:
+        self._keep("teacher", teacher.requires_grad_(False).eval())
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -184,7 +214,7 @@ class KDLightningModule(LightningModule):
             data.rows_of_teacher(), Path(folder), kind, made_of, self._teacher_on_device, self._shared_vocabulary
         )
         if loaded_here:
-            self._keep_teacher(None)
+            self._keep("teacher", None)
         return cached
 
     def _teacher_on_device(self) -> nn.Module:
@@ -196,21 +226,66 @@ class KDLightningModule(LightningModule):
         """Load what is not there yet. Called by Lightning, possibly more than once."""
         if self._student_source is not None and self._teacher_source is not None and self.teacher is None:
             check_same_tokenizer(cast(Any, self.tokenizer), self._teacher_source.tokenizer())
-        self.build_student().train()  # transformers load in eval mode, without dropout
+        student = self.build_student().train()  # transformers load in eval mode, without dropout
+        if self.activation_checkpointing:
+            cast(Any, student).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._trainer and shards_student(self._trainer):
+            self._prepare_to_shard(student)
+            place_student(student, self)
         if self._teacher_source is not None and self.teacher is None and self._cached is None:
             self._keep_teacher(self._teacher_source.model())
 
+    def _prepare_to_shard(self, student: nn.Module) -> None:
+        if self.micro_batch_tokens is not None:
+            raise ValueError(
+                "micro_batch_tokens needs a student whose weights are whole, but this strategy shards them; take a "
+                "smaller batch_size, and accumulate_grad_batches of the trainer"
+            )
+        if self._skeleton is None:
+            self._keep("_skeleton", without_weights(student))
+
     def on_fit_start(self) -> None:
-        """Move the teacher, which Lightning does not know, to the device."""
+        """Place the teacher, which Lightning does not know, and learn who counts tokens together."""
+        self._place_teacher()
+        group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
+        self._token_mean = TokenMean(group)
+
+    def _place_teacher(self) -> None:
         if self._cached is not None:
             self._cached = self._cached.to(self.device)
-            with self.trainer.precision_plugin.forward_context():
-                if torch.is_autocast_enabled(self.device.type):  # once, not at every step
-                    self._cached = self._cached.to(torch.get_autocast_dtype(self.device.type))
+            if (dtype := compute_dtype(self.trainer)) is not None:  # once, not at every step
+                self._cached = self._cached.to(dtype)
         elif self.teacher is not None:
-            self.teacher.to(self.device)
+            place_teacher(self.teacher, self, self.teacher_placement)
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    on_validation_start = _place_teacher
+
+    def on_test_start(self) -> None:
+        """Have a student that can answer by itself: processes would wait for each other at every token."""
+        self._place_teacher()
+        self._keep("_speaker", self.whole_student())
+
+    on_predict_start = on_test_start
+
+    def on_test_end(self) -> None:
+        """Let go of it."""
+        self._keep("_speaker", None)
+
+    on_predict_end = on_test_end
+
+    def whole_student(self, only_first: bool = False) -> nn.Module | None:
+        """Return the student with all of its weights: itself, or a copy where the strategy has sharded it.
+
+        Args:
+            only_first: The copy is on the CPU of the first process, and nothing on others. All of them must ask.
+        """
+        if self._skeleton is None:
+            return self.student
+        weights = whole_weights(self, "student", only_first)
+        if only_first and not self.trainer.is_global_zero:
+            return None
+        copy = with_weights(self._skeleton, weights, torch.device("cpu") if only_first else self.device)
+        return copy.train(cast(nn.Module, self.student).training)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the student's logits, ``[B, T, V]``."""
@@ -219,13 +294,21 @@ class KDLightningModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
-        objective = self._steps().objective(batch, self.loss, self.kd_weight)
+        accumulated = self.trainer.accumulate_grad_batches if self._trainer else 1
+        num_tokens = self._token_mean.divisor(response_mask(batch["labels"]).sum(), accumulated)
+        objective = self._steps().objective(batch, self.loss, self.kd_weight, num_tokens)
+        loss, ce, kd = self._token_mean.of_batch(torch.stack(objective).detach())
+        check_finite(loss, "loss", self, batch_idx, own=objective.loss)
         if self.kd_weight < 1:
-            self.log("train_ce", objective.ce)
+            self.log("train_ce", ce)
         if self.kd_weight > 0:
-            self.log("train_kd", objective.kd)
-        self.log("train_loss", objective.loss, prog_bar=True)
+            self.log("train_kd", kd)
+        self.log("train_loss", loss, prog_bar=True)
         return objective.loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Weigh all response tokens of the step alike."""
+        self._token_mean.correct(self.parameters())
 
     def _steps(self) -> Step:
         student = cast(nn.Module, self.student)
@@ -256,21 +339,8 @@ class KDLightningModule(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """Return prompt, true response and generated answer of every row that has a response."""
-        tokenizer = self._need_tokenizer()
-        rows = [_split_row(*row) for row in zip(*(batch[name].tolist() for name in BATCH_FIELDS), strict=True)]
-        rows = [(prompt, response) for prompt, response in rows if response]
-        if not rows:
-            return []
-        prompts, limits = [prompt for prompt, _ in rows], self.decoding.limits([len(truth) for _, truth in rows])
-        answers = generate(cast(nn.Module, self.student), tokenizer, prompts, self.decoding, limits=limits)
-        return [
-            {
-                "prompt": tokenizer.decode(prompt),
-                "response": tokenizer.decode(response, skip_special_tokens=True).strip(),
-                "answer": answer,
-            }
-            for (prompt, response), answer in zip(rows, answers, strict=True)
-        ]
+        student = cast(nn.Module, self.student if self._speaker is None else self._speaker)
+        return answers(student, self._need_tokenizer(), batch, self.decoding)
 
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
@@ -297,13 +367,36 @@ class KDLightningModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as Lightning does, and in bf16 also for fused optimizers: no scaler has touched the gradients there."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip as Lightning does, also where it refuses to: by the norm under FSDP1, and fused optimizers in bf16.
+
+        Raises:
+            FloatingPointError: The norm is no number.
+        """
+        norm = clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if norm is not None:
+            check_finite(norm, "norm of the gradient", self, self.trainer.fit_loop.batch_idx)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring along what explains failures."""
+        return [Hints()]
+
+    def on_train_start(self) -> None:
+        """Take the seed of the run: that of the run that is resumed, else of the first process."""
+        self._run_seed.begin()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed what is random in a batch by its number, so that a resumed run draws the same."""
+        self._run_seed.seed_batch(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the run."""
+        self._run_seed.save(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the seed of the run that is resumed, and repair what Lightning counted."""
+        self._run_seed.load(checkpoint)
+        if self._trainer is not None:
+            repair_progress(checkpoint, self._trainer)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the schedule over the planned steps of the whole curriculum."""
@@ -312,13 +405,3 @@ class KDLightningModule(LightningModule):
             return optimizer
         scheduler = staged_schedule(self.lr_scheduler, optimizer, stage_steps(self.trainer), self.restart_lr_each_stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-BATCH_FIELDS = ("input_ids", "attention_mask", "labels")
-
-
-def _split_row(input_ids: list[int], attention_mask: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """Return prompt and response: what stands before the first label, and the labels."""
-    first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    prompt = [token for token, real in zip(input_ids[:first], attention_mask[:first], strict=True) if real]
-    return prompt, [label for label in labels if label != IGNORE_INDEX]

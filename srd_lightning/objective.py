@@ -133,7 +133,7 @@ def chunked_objective(
         teacher_logits: Gives the teacher's logits ``[n, V]``, or its likeliest tokens, of a slice of the N tokens; not
             asked where w is 0.
         kd_weight: w, in [0, 1]; a part that has no weight is not computed, and is 0.
-        num_tokens: What the sums over tokens are divided by; N by default, and never less than 1.
+        num_tokens: What the sums over tokens are divided by; by default N, or 1 where there is none.
         chunk: Tokens whose logits exist at a time.
         compile: Compile what turns logits into gradients.
 
@@ -150,7 +150,7 @@ def chunked_objective(
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    total = torch.as_tensor(len(targets) if num_tokens is None else num_tokens, device=hidden.device).clamp(min=1)
+    total = torch.as_tensor(max(len(targets), 1) if num_tokens is None else num_tokens, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         work = _Work(head, targets, loss, teacher_logits, kd_weight, chunk, compile)
         sums = cast(Any, _Chunked).apply(hidden.to(dtype), head.weight, head.bias, work)

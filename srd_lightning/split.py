@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from srd_lightning.generation import eval_mode
 from srd_lightning.losses import response_mask
 from srd_lightning.objective import Head
+from srd_lightning.sharding import inside
 
 Batch = Mapping[str, Tensor]
 SAMPLE = 32
@@ -100,8 +101,8 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         raise NotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
-        try:  # before the whole: a model that was sharded as one (FSDP2) works in parts only after it
-            found = parts.head()(parts.hidden(sample))
+        try:
+            found = inside(model, lambda: parts.head()(parts.hidden(sample)))
         except (AttributeError, TypeError, RuntimeError) as error:
             raise NotSplit(f"{type(model).__name__} cannot be used in parts: {error}") from error
         logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"]).logits

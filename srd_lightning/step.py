@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, cross_entropy, response_mask
 from srd_lightning.micro_batches import in_parts, micro_batches
 from srd_lightning.objective import CHUNK, Likeliest, Objective, chunked_objective
+from srd_lightning.sharding import inside, release
 from srd_lightning.split import NotSplit, SplitModel, split
 from srd_lightning.teacher import CachedTeacher, LiveTeacher, Teacher
 
@@ -53,13 +54,16 @@ class Step:
         self.teacher: Teacher | None = None
         self._looked = False
 
-    def objective(self, batch: Batch, loss: DistillationLoss, kd_weight: float) -> Objective:
+    def objective(
+        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None = None
+    ) -> Objective:
         """Return the objective of a batch, taken in parts where it is large.
 
         Args:
             batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
             loss: The distillation loss.
             kd_weight: Its share.
+            num_tokens: What sums over tokens are divided by, a scalar; by default their number.
 
         Raises:
             ValueError: It has a share, and there is no teacher.
@@ -71,8 +75,9 @@ class Step:
         if not self._looked:
             self._look(batch)
         if self.micro_batch_tokens is None:
-            return self._part(batch, loss, kd_weight, None)
-        num_tokens = response_mask(batch["labels"]).sum()
+            return self._part(batch, loss, kd_weight, num_tokens)
+        if num_tokens is None:
+            num_tokens = response_mask(batch["labels"]).sum().clamp(min=1)
         parts = [
             functools.partial(self._part, part, loss, kd_weight, num_tokens)
             for part in micro_batches(batch, self.micro_batch_tokens)
@@ -83,11 +88,17 @@ class Step:
         """Return the share of a part in the objective of a batch that has so many response tokens."""
         if self.parts is None or self.chunk is None or (kd_weight > 0 and _needs_all_logits(loss)):
             return self._from_all_logits(batch, loss, kd_weight, num_tokens)
-        mask = response_mask(batch["labels"])
-        targets, head = batch["labels"][:, 1:][mask], self.parts.head().narrow(self.vocabulary)
+        targets = batch["labels"][:, 1:][response_mask(batch["labels"])]
         logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
-        hidden = self.parts.hidden(batch)
-        return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, self.chunk, self.compile)
+
+        def work(parts: SplitModel = self.parts, chunk: int = self.chunk) -> Objective:
+            head, hidden = parts.head().narrow(self.vocabulary), parts.hidden(batch)
+            return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile)
+
+        objective = inside(self.student, work)
+        if isinstance(self.source, nn.Module):
+            release(self.source)
+        return objective
 
     def _look(self, batch: Batch) -> None:
         """See on the first batch which models can be taken apart, and say which cannot."""
@@ -124,7 +135,7 @@ class Step:
             kd = loss(logits, self._all_teacher_logits(batch, logits), labels)
             total = total + kd_weight * kd
         if num_tokens is not None:
-            share = response_mask(labels).sum() / num_tokens.clamp(min=1)
+            share = response_mask(labels).sum() / num_tokens
             total, ce, kd = total * share, ce * share, kd * share
         return Objective(total, ce.detach(), kd.detach())
 

@@ -63,6 +63,8 @@ def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Mo
     Raises:
         ValueError: There is none that is trained.
     """
+    if hasattr(module, "whole_student"):
+        return cast(nn.Module, module.whole_student())
     student = getattr(module, "student", source)
     if not isinstance(student, nn.Module):
         raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")

@@ -5,6 +5,7 @@ A teacher gives its logits a slice of the response tokens at a time, so that nob
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from srd_lightning.losses import response_mask, upcast
 from srd_lightning.objective import CHUNK, LOWEST, POWERS, Head, Likeliest
+from srd_lightning.sharding import inside
 from srd_lightning.split import SplitModel
 
 Batch = Mapping[str, Tensor]
@@ -47,7 +49,8 @@ class LiveTeacher:
             output = cast(Any, self.model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             logits = output.logits[:, :-1, :vocabulary][response_mask(batch["labels"])]
             return lambda tokens: logits[tokens]
-        return by_head(self.parts.head().narrow(vocabulary), self.parts.hidden(batch))
+        hidden = inside(self.model, functools.partial(self.parts.hidden, batch))
+        return by_head(self.parts.head().narrow(vocabulary), hidden)  # a sharded model keeps its head at hand
 
 
 def by_head(head: Head, hidden: Tensor) -> Logits:

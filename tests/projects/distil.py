@@ -9,7 +9,7 @@ from srd_lightning import Decoding, HyperparameterScheduler, KDLightningModule, 
 SCHEDULE = {0: 0.25, 1: 0.5, 3: 0.75}
 
 
-def tiny(seed):
+def tiny(seed, **options):
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -19,6 +19,7 @@ def tiny(seed):
             num_hidden_layers=2,
             num_attention_heads=2,
             eos_token_id=1,
+            **options,
         )
     )
 

@@ -1,0 +1,63 @@
+"""What stops a run, said so that the user knows what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from srd_lightning.team import Team
+
+MEMORY_HINT = """
+This may help, the first ones at no cost in what is computed:
+- micro_batch_tokens (not where the student is sharded), or a smaller batch_size with accumulate_grad_batches
+- teacher_cache: hidden, or teacher_placement: shard or offload
+- activation_checkpointing: true
+- a smaller chunk, and a loss that does not need all logits
+- precision: bf16-mixed, or strategy FSDP2 on several devices
+- max_length of the data"""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: int, own: Tensor | None = None) -> None:
+    """Stop a run before it makes a step with what is no number.
+
+    Args:
+        value: The same on all processes.
+        name: What it is.
+        module: Which is trained.
+        batch_idx: Of the batch within the epoch.
+        own: The share of this process, by which the rows are found; by default those of all processes are named.
+
+    Raises:
+        FloatingPointError: It is infinite or not a number; names the rows of the batch.
+    """
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    if bool(value.isfinite().all()):
+        return
+    ids = getattr(module.trainer.train_dataloader, "ids", None)
+    guilty = own is None or not bool(own.isfinite().all())
+    mine = ids(batch_idx) if ids is not None and guilty else []
+    rows = [row for found in Team().from_all(lambda: mine) for row in found]
+    raise FloatingPointError(
+        f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.trainer.current_epoch}; its rows: "
+        f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: look at these rows, or "
+        "resume from the last checkpoint with a lower learning rate, gradient_clip_val or another precision"
+    )
+
+
+class Hints(Callback):
+    """Says what helps when memory is out."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Add the hint to the message."""
+        message = str(exception)
+        lacking = isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(exception, RuntimeError) and any(words in message.lower() for words in OUT_OF_MEMORY)
+        )
+        if lacking and MEMORY_HINT not in message:
+            arguments: Any = (message + MEMORY_HINT,)
+            exception.args = arguments

@@ -1,0 +1,85 @@
+"""Where the weights of student and teacher are, under each strategy of Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from srd_lightning.sharding import blocks, is_sharded, shard
+
+TeacherPlacement = Literal["replicate", "shard", "offload"]
+
+
+def shards_student(trainer: Trainer) -> bool:
+    """Return whether the strategy spreads the weights of the student over processes."""
+    return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def data_parallel_mesh(module: LightningModule) -> DeviceMesh:
+    """Return the processes that see different rows."""
+    if module.device_mesh is not None:
+        return module.device_mesh["data_parallel"]
+    strategy = module.trainer.strategy
+    return init_device_mesh(strategy.root_device.type, (module.trainer.world_size,))
+
+
+def compute_dtype(trainer: Trainer) -> torch.dtype | None:
+    """Return the type in which matrix products are made, where it is not that of the weights."""
+    device = trainer.strategy.root_device.type
+    with trainer.precision_plugin.forward_context():
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def place_student(student: nn.Module, module: LightningModule) -> None:
+    """Shard the student where the strategy leaves that to the module (FSDP2), or say where its blocks are (FSDP1)."""
+    strategy = module.trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(block) for block in blocks(student)}))
+    elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(student):
+        shard(student, data_parallel_mesh(module), compute_dtype(module.trainer))
+
+
+def place_teacher(teacher: nn.Module, module: LightningModule, placement: TeacherPlacement) -> None:
+    """Put the teacher on the device, or spread it over the processes.
+
+    Args:
+        teacher: Frozen.
+        module: Which holds it.
+        placement: ``replicate``: whole on each device. ``shard``: spread over the devices. ``offload``: spread over the
+            memories of their hosts.
+
+    Raises:
+        ValueError: There are no processes to spread it over.
+    """
+    trainer = module.trainer
+    if placement == "replicate":
+        teacher.to(trainer.strategy.root_device)
+    elif not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            f"teacher_placement {placement} needs a strategy of several processes, such as ddp (on one device too), "
+            f"but this is {type(trainer.strategy).__name__}; choose one, or replicate"
+        )
+    elif not is_sharded(teacher):
+        shard(teacher, data_parallel_mesh(module), compute_dtype(trainer), offload=placement == "offload")
+
+
+def whole_weights(module: LightningModule, part: str, only_first: bool = False) -> Mapping[str, Tensor]:
+    """Return the state dict of a part of a module, gathered from all processes; all of them must ask.
+
+    Args:
+        module: Under any strategy.
+        part: Its name.
+        only_first: On the CPU of the first process; empty on others.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=only_first)
+    weights: Mapping[str, Any] = get_model_state_dict(cast(nn.Module, module.trainer.strategy.model), options=options)
+    prefix = f"{part}."
+    return {name[len(prefix) :]: weight for name, weight in weights.items() if name.startswith(prefix)}

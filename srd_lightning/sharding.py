@@ -1,0 +1,126 @@
+"""Models whose weights are spread over the processes (FSDP2), block by block, and whole copies of them."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that a model repeats: the members of its outermost lists.
+
+    Example:
+        >>> layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(3))
+        >>> len(blocks(nn.ModuleDict({"embed": nn.Linear(2, 2), "layers": layers})))
+        3
+    """
+    if isinstance(model, nn.ModuleList):
+        return list(model)
+    return [block for child in model.children() for block in blocks(child)]
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, offload: bool = False) -> None:
+    """Spread the weights of a model over processes, in place; all begin with those of the first process.
+
+    Args:
+        model: Its blocks become units that are gathered one after the other; the rest, with the head, is one more.
+        mesh: The processes, one-dimensional.
+        dtype: In which weights are gathered and used; masters keep theirs, and gradients are summed in fp32.
+        offload: Keep the shards in the memory of the host.
+
+    Raises:
+        RuntimeError: A weight was left whole, or weights that were tied no longer are.
+    """
+    _send_from_first(model, mesh)
+    tied = _tied(model)
+    policies: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+    }
+    if offload:
+        policies["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    for part in (*blocks(model), model):
+        fully_shard(part, **policies)
+    cast(Any, model).inside = types.MethodType(lambda _, work: work(), model)
+    register_forward(model, "inside")
+    if whole := [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]:
+        raise RuntimeError(f"these weights were not sharded: {', '.join(whole)}")
+    if _tied(model) != tied:
+        raise RuntimeError(f"sharding has untied weights of {type(model).__name__}: {tied} became {_tied(model)}")
+
+
+def is_sharded(model: nn.Module | None) -> bool:
+    """Return whether `shard`, or a module of one's own, has sharded a model as one."""
+    return isinstance(model, FSDPModule)
+
+
+def inside(model: nn.Module, work: Callable[[], T]) -> T:
+    """Do something with the parts of a model: where it is sharded, as its forward pass, in which they can be used."""
+    return cast(T, cast(Any, model).inside(work)) if hasattr(model, "inside") else work()
+
+
+def release(model: nn.Module) -> None:
+    """Let go of weights that a forward pass has gathered, where no backward pass will."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that has no weights yet; see `with_weights`."""
+    return _copy(model, torch.device("meta"))
+
+
+def with_weights(skeleton: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """Return a model of the structure of another, tied weights included.
+
+    Args:
+        skeleton: The structure.
+        weights: A state dict of it, whole.
+        device: Where it shall be.
+
+    Example:
+        >>> linear = nn.Linear(1, 1)
+        >>> copied = with_weights(without_weights(linear), linear.state_dict(), torch.device("cpu"))
+        >>> torch.equal(copied.weight, linear.weight), copied.weight is linear.weight
+        (True, False)
+    """
+    model = _copy(skeleton, device)
+    model.load_state_dict(weights)
+    return model.to(device)
+
+
+def _copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """Copy all but the values of weights: for `deepcopy` it has copied them already."""
+    weights = {
+        id(weight): nn.Parameter(torch.empty_like(weight, device=device), weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, cast(Any, weights))
+
+
+@torch.no_grad()
+def _send_from_first(model: nn.Module, mesh: DeviceMesh) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = tensor.to(mesh.device_type).contiguous()
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Return the names of weights that are one."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    return [found for found in names.values() if len(found) > 1]

@@ -1,0 +1,77 @@
+"""One optimizer step is the mean over the response tokens of all its batches and all processes, whoever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class TokenMean:
+    """What sums over tokens are divided by.
+
+    Strategies average gradients over processes, and Lightning divides the loss by the number of accumulated batches;
+    both would give tokens in batches with few of them a larger weight.
+
+    Args:
+        group: Processes that see different rows; by default all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.processes = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        self._step: _Step | None = None
+
+    def divisor(self, tokens: Tensor, accumulated: int = 1) -> Tensor:
+        """Return what to divide the sum of a batch by: mean tokens per process, of the first batch of the step.
+
+        Args:
+            tokens: Response tokens of this process's batch.
+            accumulated: Batches of a step, by which Lightning divides the loss.
+        """
+        total = self._over_processes(tokens)
+        if self._step is None or accumulated == 1:
+            self._step = _Step(accumulated, first=total.clamp(min=1), last=total, all=torch.zeros_like(total))
+        self._step.last = total
+        self._step.all = self._step.all + total
+        return self._step.first / self.processes
+
+    def of_batch(self, values: Tensor) -> Tensor:
+        """Return the means over the tokens of the last batch, of all processes, from this process's values."""
+        assert self._step is not None, "divisor() comes first"
+        factor = self._step.first / self._step.last.clamp(min=1)
+        return self._over_processes(values) / self.processes * factor
+
+    def correct(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Turn gradients, of which each batch has added its share, into those of the mean over all tokens of the step.
+
+        Args:
+            parameters: Whose gradients are complete.
+        """
+        step, self._step = self._step, None
+        if step is None or step.accumulated == 1:
+            return
+        factor = step.accumulated * step.first / step.all.clamp(min=1)
+        for gradient in (parameter.grad for parameter in parameters):
+            if gradient is not None:
+                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        total = values.to(torch.float32, copy=True)
+        if self.processes > 1:
+            dist.all_reduce(total, group=self.group)
+        return total
+
+
+@dataclass
+class _Step:
+    """Response tokens of all processes: in the first batch of a step, in the last so far, and in all."""
+
+    accumulated: int
+    first: Tensor
+    last: Tensor
+    all: Tensor
