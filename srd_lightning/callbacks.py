@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from srd_lightning.curriculum import Curriculum, check_schedule, value_at
 from srd_lightning.planning import find_curriculum
+from srd_lightning.resume import repair_progress
 from srd_lightning.store import write_atomically
 
 
@@ -84,6 +85,10 @@ class CurriculumCallback(Callback):
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if find_curriculum(trainer) is None:
             raise ValueError("CurriculumCallback needs a curriculum: give it one, or use SRDDataModule")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Repair what Lightning counted, for modules that do not do so themselves."""
+        repair_progress(checkpoint, trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check and log the pool of the epoch."""

@@ -29,6 +29,7 @@ from srd_lightning.hygiene import inspect
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
 from srd_lightning.refresh import Refresher, rearrange
+from srd_lightning.resume import check_same_rows, order_digest
 from srd_lightning.rows import ids_of, lengths_of, load_splits
 from srd_lightning.students import find_tokenizer, fresh_student, trained_student
 from srd_lightning.teacher_cache import TeacherCache
@@ -150,6 +151,7 @@ class SRDDataModule(LightningDataModule):
         self.curation: Curated | None = None
         self.found: Scores | None = None
         self.refresh_seconds = 0.0
+        self._order_digest: str | None = None
         self.teacher_cache: TeacherCache | None = None
         """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
 
@@ -282,12 +284,32 @@ class SRDDataModule(LightningDataModule):
         return self.trainer and self.trainer.lightning_module
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the scores of the refreshments are, for checkpoints."""
-        return {"generations": self.refresher.generations}
+        """Return what decides which rows come when, for checkpoints."""
+        return {"generations": self.refresher.generations, "rows": self._rows_to_come()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the refreshments of the run that is resumed."""
+        """Go on with the refreshments of the run that is resumed.
+
+        Raises:
+            ValueError: Its rows, or their order, are not those of this run.
+        """
         self.refresher.generations = state_dict["generations"]
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
+
+    def _rows_to_come(self) -> dict[str, Any]:
+        if self.curation is None:
+            return {}
+        if self._order_digest is None:
+            rows, first = self.rows["train"], self.curation.curriculum  # before the student reflects again
+            self._order_digest = order_digest(ids_of(rows), lengths_of(rows), first.order)
+        return {
+            "order": self._order_digest,
+            "schedule": self.schedule,
+            "seed": self.seed,
+            "group_by_length": self.group_by_length,
+            "global_batch": self.batch_size * self._place()["num_replicas"],
+        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the rows of the current epoch, shuffled by seed and epoch."""
@@ -314,13 +336,16 @@ class SRDDataModule(LightningDataModule):
         return self._loaders().evaluation(self.rows[split], self.eval_batch_size) if split in self.rows else []
 
     def _loaders(self) -> Loaders:
-        kwargs = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}
+        place = self._place()
         return Loaders(
             self.tokenizer,
             self.num_workers,
             self.seed,
-            kwargs["rank"],
-            kwargs["num_replicas"],
+            place["rank"],
+            place["num_replicas"],
             self.teacher_cache,
             self.pad_to_multiple_of,
         )
+
+    def _place(self) -> dict[str, int]:
+        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}

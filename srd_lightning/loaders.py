@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.resume import ResumableLoader
 from srd_lightning.rows import collate
 from srd_lightning.sampling import LengthGrouped, Lengths, Shuffled
 from srd_lightning.teacher_cache import TeacherCache
@@ -39,7 +40,7 @@ class Loaders:
     teacher_cache: TeacherCache | None = None
     pad_to_multiple_of: int = 1
 
-    def train(self, pool: Any, epoch: int, batch_size: int, lengths: Lengths | None = None) -> DataLoader[Any]:
+    def train(self, pool: Any, epoch: int, batch_size: int, lengths: Lengths | None = None) -> ResumableLoader:
         """Return rows shuffled by seed and epoch; the last processes may see a row again to even out.
 
         Args:
@@ -54,30 +55,29 @@ class Loaders:
         place = (self.world_size, self.rank, self.seed)
         sampler = Shuffled(pool, *place) if lengths is None else LengthGrouped(pool, lengths, batch_size, *place)
         sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
-        return self._loader(pool, sampler, batch_size)
+        return ResumableLoader(pool, **self._settings(sampler, batch_size))
 
     def evaluation(self, rows: Any, batch_size: int) -> DataLoader[Any]:
         """Return rows in their order. Every process gets as many; those that fill up have no response to count."""
         blanks: Any = [{**rows[0], "prompt_length": len(rows[0]["input_ids"])}] * (-len(rows) % self.world_size)
         full: ConcatDataset[Any] = ConcatDataset([rows, blanks])
         sampler: DistributedSampler[Any] = DistributedSampler(full, self.world_size, self.rank, shuffle=False)
-        return self._loader(full, sampler, batch_size)
+        return DataLoader(full, **self._settings(sampler, batch_size))
 
-    def _loader(self, rows: Any, sampler: DistributedSampler[Any], batch_size: int) -> DataLoader[Any]:
+    def _settings(self, sampler: DistributedSampler[Any], batch_size: int) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(
+        return {
+            "batch_size": batch_size,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "collate_fn": functools.partial(
                 _collate,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
                 teacher_cache=self.teacher_cache,
                 pad_to_multiple_of=self.pad_to_multiple_of,
             ),
-            pin_memory=torch.cuda.is_available(),
-        )
+            "pin_memory": torch.cuda.is_available(),
+        }
 
 
 def _collate(

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 from lightning import Trainer
@@ -50,7 +49,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": self._shuffled.epoch, "delivered": self.delivered}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Leave out what was delivered, if it was of this epoch: at its end, the next one begins with its first batch."""
+        """Leave out what was delivered, if it was of this epoch: another one begins with its first batch."""
         same_epoch = state_dict["epoch"] == self._shuffled.epoch
         self._start = self.delivered = state_dict["delivered"] if same_epoch else 0
 
@@ -75,7 +74,7 @@ def batch_seed(run_seed: int, batch: int, rank: int) -> int:
 
     Example:
         >>> batch_seed(0, batch=3, rank=1)
-        0
+        12016646869668231906
     """
     return int.from_bytes(hashlib.sha256(f"{run_seed} {batch} {rank}".encode()).digest()[:8], "big")
 
@@ -117,14 +116,53 @@ def order_digest(ids: pa.Array, lengths: Lengths, order: Tensor) -> str:
         order: Row numbers, ``[N]``.
 
     Example:
+        >>> import numpy as np
         >>> order_digest(pa.array(["a", "b"]), np.array([3, 4], np.int32), torch.tensor([1, 0]))
-        0
+        '53d0407fa6ccb945'
     """
     digest = hashlib.sha256()
-    for piece in order.split(PIECE):
-        digest.update(repr(ids.take(pa.array(piece.numpy())).to_pylist()).encode())
-        digest.update(lengths[piece.numpy()].tobytes())
+    for first in range(0, len(order), PIECE):
+        piece = order[first : first + PIECE].numpy()
+        digest.update(repr(ids.take(pa.array(piece)).to_pylist()).encode())
+        digest.update(lengths[piece].tobytes())
     return digest.hexdigest()[:16]
+
+
+ADVICE = {
+    "order": "the rows, what is made of them, or their scores are others: use the same data, template, tokenizer, "
+    "lengths, criteria and `scores`",
+    "schedule": "set `schedule` as it was",
+    "seed": "set `seed` as it was",
+    "group_by_length": "set `group_by_length` as it was",
+    "global_batch": "rows of a batch, of all processes: set `batch_size` so that it is as it was",
+}
+"""What decides which rows come when, and what to do where it differs."""
+
+
+def check_same_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on where the rows still to come would be others than in the run that was interrupted.
+
+    Args:
+        saved: Parts by name, from the checkpoint; one that older checkpoints lack is not looked at.
+        now: The same of this run.
+
+    Raises:
+        ValueError: Some parts differ; names each with both values and what to do.
+
+    Example:
+        >>> check_same_rows({"seed": 0, "global_batch": 16}, {"seed": 1, "global_batch": 16})
+        Traceback (most recent call last):
+        ValueError: this run would not see the rows that were still to come in the checkpoint's run, because parts differ:
+        - seed was 0 and is 1 (set `seed` as it was)
+        To train on other rows from the same weights, begin a new run with them, without ckpt_path
+    """
+    different = [part for part in now if part in saved and saved[part] != now[part]]
+    if different:
+        parts = "\n".join(f"- {part} was {saved[part]!r} and is {now[part]!r} ({ADVICE[part]})" for part in different)
+        raise ValueError(
+            "this run would not see the rows that were still to come in the checkpoint's run, because parts differ:\n"
+            f"{parts}\nTo train on other rows from the same weights, begin a new run with them, without ckpt_path"
+        )
 
 
 def repair_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
