@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         HuggingFaceExport,
         HyperparameterScheduler,
     )
+    from srd_lightning.checkpoint import ResumeCheckpoint
     from srd_lightning.curriculum import Curriculum
     from srd_lightning.data import SRDDataModule
     from srd_lightning.generation import Decoding
@@ -54,6 +55,7 @@ _HOME = {
     "LengthGrouped": "sampling",
     "Pretrained": "models",
     "PromptTemplate": "templates",
+    "ResumeCheckpoint": "checkpoint",
     "ReverseKL": "losses",
     "RuntimeBenchmark": "runtime",
     "SRDDataModule": "data",
@@ -82,6 +84,7 @@ __all__ = [
     "LengthGrouped",
     "Pretrained",
     "PromptTemplate",
+    "ResumeCheckpoint",
     "ReverseKL",
     "RuntimeBenchmark",
     "SRDDataModule",

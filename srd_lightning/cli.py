@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import srd_lightning.arrangement
 import srd_lightning.callbacks
+import srd_lightning.checkpoint
 import srd_lightning.criteria
 import srd_lightning.runtime  # noqa: F401 (short names on the command line)
 from srd_lightning.data import SRDDataModule

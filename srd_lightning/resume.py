@@ -152,7 +152,7 @@ def check_same_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Example:
         >>> check_same_rows({"seed": 0, "global_batch": 16}, {"seed": 1, "global_batch": 16})
         Traceback (most recent call last):
-        ValueError: this run would not see the rows that were still to come in the checkpoint's run, because parts differ:
+        ValueError: this run would not see the rows that the one in the checkpoint still had to see:
         - seed was 0 and is 1 (set `seed` as it was)
         To train on other rows from the same weights, begin a new run with them, without ckpt_path
     """
@@ -160,7 +160,7 @@ def check_same_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if different:
         parts = "\n".join(f"- {part} was {saved[part]!r} and is {now[part]!r} ({ADVICE[part]})" for part in different)
         raise ValueError(
-            "this run would not see the rows that were still to come in the checkpoint's run, because parts differ:\n"
+            "this run would not see the rows that the one in the checkpoint still had to see:\n"
             f"{parts}\nTo train on other rows from the same weights, begin a new run with them, without ckpt_path"
         )
 

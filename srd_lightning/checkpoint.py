@@ -1,0 +1,237 @@
+"""`ResumeCheckpoint`: checkpoints that a run can be resumed from, whenever and however it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import weakref
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from srd_lightning.resume import repair_progress
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a process that SIGTERM has ended: the run is not over."""
+
+
+class ResumeCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that a run can be resumed from at any moment, by ``ckpt_path="last"``.
+
+    - A checkpoint has its name only when it is complete, and the older one goes after that: a run that is killed while
+      it writes leaves one that can be read.
+    - ``ckpt_path="last"`` is the newest complete one in the folder, whatever its name; where there is none, the run
+      begins anew. It goes when the next one is there, if this callback has written it.
+    - Nothing is saved while gradients are accumulated, which no checkpoint holds.
+    - After SIGTERM to any process, all end the optimizer step, or the validation, that they are in, save, and exit
+      without what follows on training. The exit code is 143: whoever started the run knows that it is not over.
+
+    Args:
+        dirpath: The folder; by default ``checkpoints`` in the trainer's ``default_root_dir``, whatever the logger.
+        filename: As for `ModelCheckpoint`.
+        **kwargs: As for `ModelCheckpoint`, such as ``every_n_train_steps``, ``train_time_interval`` or
+            ``every_n_epochs`` (1 by default). By default the newest checkpoint is kept.
+
+    Raises:
+        ValueError: ``save_weights_only`` or ``save_on_exception``, which no run can be resumed from exactly, or a
+            folder that is no folder of a file system.
+
+    Example:
+        >>> ResumeCheckpoint("runs/1/checkpoints", every_n_train_steps=500).filename
+        '{epoch}-{step}'
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, filename: str = "{epoch}-{step}", **kwargs: Any) -> None:
+        if wrong := [name for name in ("save_weights_only", "save_on_exception") if kwargs.get(name)]:
+            raise ValueError(
+                f"no run can be resumed exactly from what {' and '.join(wrong)} saves; leave that to another "
+                "ModelCheckpoint, in another folder"
+            )
+        if "://" in str(dirpath):
+            raise ValueError(
+                f"ResumeCheckpoint renames what is complete, which {dirpath} cannot do; give it a folder of a file "
+                "system, or use ModelCheckpoint"
+            )
+        super().__init__(dirpath, filename, **kwargs)
+        self._steps_before = 0
+        self._stepped = True
+        self._terminated = False
+        self._former_handler: Any = None
+        self._resumed_from: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle the folder, and refuse what writes behind the back of this callback."""
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # has no plug-in for files
+        if not sharded and isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                "ResumeCheckpoint must know when a checkpoint is complete, but AsyncCheckpointIO does not tell; leave "
+                "that plug-in out"
+            )
+        self.dirpath = str(self._folder(trainer))
+        self._stepped, self._terminated = True, False
+        super().setup(trainer, pl_module, stage)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath or Path(trainer.default_root_dir, "checkpoints")).expanduser().resolve()
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Return the newest complete checkpoint; Lightning asks for it where ``ckpt_path`` is ``last``."""
+        found = [path for path in self._folder(trainer).glob(f"*{self.FILE_EXTENSION}") if is_complete(path)]
+        newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        self._resumed_from = str(newest) if newest else None
+        return {str(newest)} if newest else set()
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Remove also what ``last`` has found, which Lightning keeps: a run often resumed would fill the disk."""
+        removed = super()._should_remove_checkpoint(trainer, previous, current)
+        return removed or previous == self._resumed_from != current
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Repair what Lightning counted, for modules that do not do so themselves."""
+        repair_progress(checkpoint, trainer)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Write beside the place where the checkpoint belongs, and put it there when all processes have written."""
+        path = Path(filepath)
+        temporary = path.with_name(f".{path.name}.partial")
+        if trainer.is_global_zero:
+            for left in path.parent.glob(".*.partial"):  # by a run that was killed
+                _remove(left)
+        trainer.strategy.barrier("no partial checkpoints")
+        trainer.save_checkpoint(temporary, self.save_weights_only)
+        if trainer.is_global_zero:
+            put_in_place(temporary, path)
+        trainer.strategy.barrier("checkpoint in place")
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(weakref.proxy(self))
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of SIGTERM from now on: Lightning would speak to the other processes at once, and may hang."""
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._note:
+            self._former_handler = signal.signal(signal.SIGTERM, self._note)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take note of SIGTERM also where nothing is checked before."""
+        super().on_train_start(trainer, pl_module)
+        self.on_sanity_check_start(trainer, pl_module)
+
+    def _note(self, *_: Any) -> None:
+        self._terminated = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the step, to see whether there is another after the batch."""
+        self._steps_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if that is due, or if the run is to end, but not between optimizer steps."""
+        self._stepped = trainer.global_step > self._steps_before
+        if self._stepped:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._end_if_terminated(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if that is due, or if the run is to end, but not between optimizer steps."""
+        if self._stepped and not trainer.sanity_checking:
+            super().on_validation_end(trainer, pl_module)
+            self._end_if_terminated(trainer)
+
+    def _end_if_terminated(self, trainer: Trainer) -> None:
+        """Ask all processes, so that all save and end at the same step, whoever was told."""
+        if not trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
+            return
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor is None and self.save_top_k != 0:
+                self._save_topk_checkpoint(trainer, candidates)
+            else:
+                self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+        rank_zero_info(
+            f"SIGTERM: saved after step {trainer.global_step} as {self._last_checkpoint_saved}; the run goes on with "
+            'ckpt_path="last"'
+        )
+        # A child that ends with an error is a failure to Lightning's launcher, which then kills the first process.
+        raise SIGTERMException(TERMINATED if trainer.local_rank == 0 else 0)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give SIGTERM back."""
+        super().on_train_end(trainer, pl_module)
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give SIGTERM back."""
+        super().on_exception(trainer, pl_module, exception)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._former_handler is not None:
+            signal.signal(signal.SIGTERM, self._former_handler)
+            self._former_handler = None
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a run can be resumed from a checkpoint: a file, or a folder of shards.
+
+    Args:
+        path: That may be there.
+    """
+    if path.is_dir():
+        return (path / ".metadata").is_file() and zipfile.is_zipfile(path / "meta.pt")
+    if not zipfile.is_zipfile(path):  # what is cut off lacks the list of contents at its end
+        return False
+    with zipfile.ZipFile(path) as file:
+        outline = next((name for name in file.namelist() if name.endswith("/data.pkl")), None)
+        return outline is not None and b"optimizer_states" in file.read(outline)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a complete file or folder its name, on disk and for good; what had it is there until then.
+
+    Args:
+        temporary: In the same folder.
+        path: Its name from now on.
+    """
+    for file in _files(temporary):
+        _to_disk(file)
+    if path.is_dir():
+        # A folder replaces none. The older one keeps a name by which it is found until the newer one has its own.
+        older = path.with_name(f"{path.stem}-older{path.suffix}")
+        _remove(older)
+        path.rename(older)
+        temporary.rename(path)
+        _remove(older)
+    else:
+        temporary.replace(path)
+    _to_disk(path.parent)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    yield from (inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
