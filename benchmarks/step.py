@@ -119,13 +119,14 @@ def needed_flops(tokens: Sequence[dict[str, Any]], options: argparse.Namespace) 
 def matmul_flops_per_second(dtype: torch.dtype) -> float:
     """Return what this machine reaches in a large product of matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):
         start = time.perf_counter()
         (a @ b)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return float(2 * 2048**3 / np.median(seconds[2:]))
+    return float(2 * size**3 / np.median(seconds[2:]))
 
 
 def main() -> None:

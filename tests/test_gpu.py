@@ -1,0 +1,248 @@
+"""What a GPU may do otherwise: the same training on a CPU, on one GPU, and on all of them under every strategy.
+
+``SRD_TEST_DEVICE=cpu`` runs these tests on CPUs, with two processes for all GPUs, to try the tests themselves.
+"""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import PLAIN, QUIET, lively_model, make_rows, tiny_model
+from safetensors.torch import load_file
+from test_objective import Case, each_loss, relative
+from test_step import Losses
+from torch.optim import SGD, AdamW
+from transformers import ByT5Tokenizer
+from transformers.utils import is_flash_attn_2_available
+
+from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule
+from srd_lightning.criteria import NegativeLogLikelihood, RougeL
+from srd_lightning.curation import Reflector, rank
+from srd_lightning.generation import Decoding
+from srd_lightning.rows import ids_of
+
+DEVICE = torch.device(os.environ.get("SRD_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+ACCELERATOR = "gpu" if ON_GPU else "cpu"
+WORLD = max((size for size in (1, 2, 4) if size <= torch.cuda.device_count()), default=1) if ON_GPU else 2
+"""Processes, which share a batch of 4 rows."""
+SAME, SAME_ON_OTHER_DEVICE, NEAR = 1e-4, 1e-3, 2e-2
+"""How far losses, and weights, may differ in fp32 on one kind of device, on two kinds, and in bf16-mixed."""
+PROJECTS = Path(__file__).parent / "projects"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        ON_GPU and not torch.cuda.is_available(),
+        reason="torch finds no GPU; SRD_TEST_DEVICE=cpu tries these tests on CPUs",
+    ),
+]
+
+
+def project(name, folder, *arguments):
+    """Run a project in a process of its own, without TF32."""
+    folder.mkdir()
+    command = [sys.executable, str(PROJECTS / name), str(folder), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+class TestStrategies:
+    """All GPUs against one, each a process of its own, with clipping, accumulation and growing stages."""
+
+    @staticmethod
+    def train(folder, devices, strategy, precision="32-true", **settings):
+        """Return what each process recorded, and the weights that were exported."""
+        trainer = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "precision": precision}
+        project("equal.py", folder, devices, strategy, json.dumps({"trainer": trainer, **settings}), ACCELERATOR)
+        records = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+        return records, load_file(next((folder / "student").glob("*.safetensors")))
+
+    @pytest.fixture(scope="class")
+    def alone(self, tmp_path_factory):
+        """Return what one device does under some settings: run once, kept."""
+        folder, known = tmp_path_factory.mktemp("alone"), {}
+
+        def of(**settings):
+            key = json.dumps(settings)
+            if key not in known:
+                known[key] = self.train(folder / str(len(known)), 1, "auto", **settings)
+            return known[key]
+
+        return of
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("strategy", "settings", "model"),
+        [
+            ("ddp", {"teacher_placement": "offload"}, {}),
+            ("fsdp1", {"teacher_placement": "replicate"}, {}),
+            ("fsdp1", {"teacher_placement": "shard", "activation_checkpointing": True}, {"tied": True}),
+            ("fsdp2", {"teacher_placement": "shard", "activation_checkpointing": True}, {"tied": True}),
+            ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}),
+            ("ddp", {"teacher_placement": "shard"}, {"precision": "bf16-mixed"}),
+            ("fsdp1", {"teacher_placement": "offload"}, {"precision": "bf16-mixed"}),
+            ("fsdp2", {"teacher_placement": "replicate"}, {"precision": "bf16-mixed"}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",
+    )
+    def test_all_devices_train_as_one_does(self, strategy, settings, model, alone, tmp_path):
+        tolerance = NEAR if "precision" in model else SAME
+        (one,), weights = alone(**model)
+        records, found = self.train(tmp_path / "all", WORLD, strategy, **settings, **model)
+        for record in records:
+            assert record["losses"] == pytest.approx(one["losses"], abs=tolerance)
+        assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=NEAR)
+        assert found.keys() == weights.keys()
+        for name, weight in weights.items():
+            assert (found[name] - weight).abs().max() <= tolerance, name
+
+
+@each_loss
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_the_chunked_objective_equals_the_float64_reference(make_loss, reference, dtype, bound, chunk):
+    case = Case(dtype, bias=dtype == torch.float32)
+    expected, _, _, gradients = case.expected(reference, 0.6, 1.5)
+    check_objective(here(case).chunked(make_loss(temperature=1.5), 0.6, chunk=chunk), expected, gradients, bound)
+
+
+def test_the_chunked_objective_under_autocast():
+    case = Case(bias=False)
+    exact, gradients = case.chunked(ForwardKL(1.5), 0.6)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = here(case).chunked(ForwardKL(1.5), 0.6, chunk=4)
+    assert [gradient.dtype for gradient in found[1]] == [torch.float32] * 2
+    check_objective(found, exact.loss.detach(), gradients, 3e-2)
+
+
+def here(case):
+    """Return a case on the device."""
+    moved = copy.copy(case)
+    for name, value in vars(case).items():
+        if isinstance(value, torch.Tensor):
+            setattr(moved, name, value.to(DEVICE))
+    return moved
+
+
+def check_objective(found, loss, gradients, bound):
+    objective, found_gradients = found
+    assert {gradient.device.type for gradient in found_gradients} == {DEVICE.type}
+    assert relative(objective.loss.detach().cpu(), loss) < bound
+    pairs = zip(found_gradients, gradients, strict=True)
+    assert max(relative(gradient.cpu(), expected) for gradient, expected in pairs) < bound
+
+
+def fit(folder, accelerator=ACCELERATOR, precision="32-true", callbacks=(), clip=None, **options):
+    """Train 21 steps in this process; return every loss."""
+    losses, rows = Losses(), make_rows(24)
+    options = {"student": tiny_model(0), "teacher": lively_model(1), "optimizer": lambda p: SGD(p, lr=0.05), **options}
+    trainer = L.Trainer(
+        max_epochs=4,
+        callbacks=[losses, *callbacks],
+        default_root_dir=folder,
+        precision=precision,
+        gradient_clip_val=clip,
+        **{**QUIET, "accelerator": accelerator, "devices": 1},
+    )
+    data = SRDDataModule(
+        {"train": rows, "validation": rows[:5]}, ByT5Tokenizer(), schedule={0: 0.5, 1: 1.0}, batch_size=4
+    )
+    trainer.fit(KDLightningModule(**{"kd_weight": 0.7, **options}), datamodule=data)
+    assert torch.isfinite(trainer.callback_metrics["val_kl"])
+    return torch.tensor(losses.losses)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("cpu"), accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chunk": None},
+        {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"},
+        {"teacher_cache": "topk", "top_k": 384},
+        {"micro_batch_tokens": 90},
+        {"packing": True},
+        {"activation_checkpointing": True},
+        pytest.param(
+            {"compile": True},
+            marks=pytest.mark.skipif(
+                not any(map(shutil.which, ("g++", "gcc", "cc"))), reason="torch.compile needs a compiler of C"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_the_device_trains_as_a_cpu_does(options, on_cpu, tmp_path):
+    losses = fit(tmp_path, **options)
+    assert len(losses) == 21
+    assert losses[-1] < 0.95 * losses[0]
+    torch.testing.assert_close(losses, on_cpu, rtol=0, atol=SAME_ON_OTHER_DEVICE)
+
+
+class Norms(L.Callback):
+    """Keeps the norms of the gradients with which steps were made."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+
+def test_a_fused_optimizer_clips_in_half_precision(tmp_path):
+    runs = []
+    for fused in (True, False):
+        norms = Norms()
+        optimizer = lambda params, fused=fused: AdamW(params, lr=1e-3, fused=fused)  # noqa: E731
+        folder = tmp_path / str(fused)
+        runs.append(fit(folder, precision="bf16-mixed", callbacks=[norms], clip=0.1, optimizer=optimizer))
+        assert norms.norms == pytest.approx([0.1] * len(runs[-1]), rel=1e-3)
+    torch.testing.assert_close(*runs, rtol=0, atol=NEAR)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "sdpa",
+        pytest.param(
+            "flash_attention_2",
+            marks=pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed, or no GPU"),
+        ),
+    ],
+)
+def test_packed_rows_do_not_see_each_other(attention, tmp_path):
+    runs = []
+    for packing in (True, False):
+        models = {
+            "student": tiny_model(0, attn_implementation=attention),
+            "teacher": lively_model(1, attn_implementation=attention),
+        }
+        runs.append(fit(tmp_path / str(packing), precision="bf16-mixed", packing=packing, **models))
+    torch.testing.assert_close(*runs, rtol=0, atol=NEAR)
+
+
+def test_curation_ranks_rows_as_on_a_cpu(model, tokenizer, data, tmp_path):
+    criteria = [RougeL(), NegativeLogLikelihood()]
+    reflector = Reflector(tokenizer, PLAIN, criteria, Decoding(max_new_tokens=6), tokens_per_batch=500, threads=1)
+    orders, columns = [], []
+    for number, device in enumerate((torch.device("cpu"), DEVICE)):
+        folder = tmp_path / str(number)
+        columns.append(reflector.scores(data, model, lambda made_of, folder=folder: folder, device).columns)
+        orders.append(rank(columns[-1], criteria, ids_of(data), "average").argsort().tolist())
+    assert columns[1]["nll"] == pytest.approx(columns[0]["nll"], abs=1e-4)
+    assert (columns[1]["rouge_l"] == columns[0]["rouge_l"]).mean() >= 0.9
+    moved = [abs(place - other) for place, other in zip(*orders, strict=True)]
+    assert max(moved) <= 2, "an answer that ends otherwise may move its row a little"
