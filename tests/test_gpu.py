@@ -50,59 +50,83 @@ def project(name, folder, *arguments):
     folder.mkdir()
     command = [sys.executable, str(PROJECTS / name), str(folder), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
+    environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-class TestStrategies:
-    """All GPUs against one, each a process of its own, with clipping, accumulation and growing stages."""
+def train(folder, devices, strategy, precision="32-true", **settings):
+    """Return what each process recorded, and the weights that were exported."""
+    trainer = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "precision": precision}
+    project("equal.py", folder, devices, strategy, json.dumps({"trainer": trainer, **settings}), ACCELERATOR)
+    records = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+    return records, load_file(next((folder / "student").glob("*.safetensors")))
 
-    @staticmethod
-    def train(folder, devices, strategy, precision="32-true", **settings):
-        """Return what each process recorded, and the weights that were exported."""
-        trainer = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "precision": precision}
-        project("equal.py", folder, devices, strategy, json.dumps({"trainer": trainer, **settings}), ACCELERATOR)
-        records = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
-        return records, load_file(next((folder / "student").glob("*.safetensors")))
 
-    @pytest.fixture(scope="class")
-    def alone(self, tmp_path_factory):
-        """Return what one device does under some settings: run once, kept."""
-        folder, known = tmp_path_factory.mktemp("alone"), {}
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return what one device does under some settings: run once, kept."""
+    folder, known = tmp_path_factory.mktemp("alone"), {}
 
-        def of(**settings):
-            key = json.dumps(settings)
-            if key not in known:
-                known[key] = self.train(folder / str(len(known)), 1, "auto", **settings)
-            return known[key]
+    def of(**settings):
+        key = json.dumps(settings)
+        if key not in known:
+            known[key] = train(folder / str(len(known)), 1, "auto", **settings)
+        return known[key]
 
-        return of
+    return of
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize(
-        ("strategy", "settings", "model"),
-        [
-            ("ddp", {"teacher_placement": "offload"}, {}),
-            ("fsdp1", {"teacher_placement": "replicate"}, {}),
-            ("fsdp1", {"teacher_placement": "shard", "activation_checkpointing": True}, {"tied": True}),
-            ("fsdp2", {"teacher_placement": "shard", "activation_checkpointing": True}, {"tied": True}),
-            ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}),
-            ("ddp", {"teacher_placement": "shard"}, {"precision": "bf16-mixed"}),
-            ("fsdp1", {"teacher_placement": "offload"}, {"precision": "bf16-mixed"}),
-            ("fsdp2", {"teacher_placement": "replicate"}, {"precision": "bf16-mixed"}),
-        ],
-        ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",
-    )
-    def test_all_devices_train_as_one_does(self, strategy, settings, model, alone, tmp_path):
-        tolerance = NEAR if "precision" in model else SAME
-        (one,), weights = alone(**model)
-        records, found = self.train(tmp_path / "all", WORLD, strategy, **settings, **model)
-        for record in records:
-            assert record["losses"] == pytest.approx(one["losses"], abs=tolerance)
-        assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=NEAR)
-        assert found.keys() == weights.keys()
-        for name, weight in weights.items():
-            assert (found[name] - weight).abs().max() <= tolerance, name
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "settings", "model"),
+    [
+        ("ddp", {"teacher_placement": "offload"}, {}),
+        ("fsdp1", {"teacher_placement": "replicate"}, {}),
+        ("fsdp1", {"teacher_placement": "shard", "activation_checkpointing": True}, {"tied": True}),
+        ("fsdp2", {"teacher_placement": "shard", "activation_checkpointing": True}, {"tied": True}),
+        ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}),
+        ("ddp", {"teacher_placement": "shard"}, {"precision": "bf16-mixed"}),
+        ("fsdp1", {"teacher_placement": "offload"}, {"precision": "bf16-mixed"}),
+        ("fsdp2", {"teacher_placement": "replicate"}, {"precision": "bf16-mixed"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",
+)
+def test_all_devices_train_as_one_does(strategy, settings, model, alone, tmp_path):
+    """Each a process of its own, with clipping, accumulation and growing stages."""
+    tolerance = NEAR if "precision" in model else SAME
+    (one,), weights = alone(**model)
+    records, found = train(tmp_path / "all", WORLD, strategy, **settings, **model)
+    for record in records:
+        assert record["losses"] == pytest.approx(one["losses"], abs=tolerance)
+    assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=NEAR)
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (found[name] - weight).abs().max() <= tolerance, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("fsdp2", WORLD)])
+def test_a_run_that_is_killed_goes_on(strategy, devices, tmp_path):
+    """Not bit by bit, as on CPUs: some sums on a GPU are made in no order."""
+    options = {"devices": devices, "strategy": strategy, "accelerator": ACCELERATOR, "deterministic": "warn"}
+    seen = {}
+    for name, runs in {"whole": [options], "killed": [{**options, "stop": {"at": {"step": 5}}}, options]}.items():
+        project("resume.py", tmp_path / name, json.dumps(runs))
+        ends = json.loads((tmp_path / name / "ends.json").read_text())
+        assert [-9 in processes for processes in ends] == [True, False][-len(runs) :]
+        lines = (tmp_path / name / "seen-0.jsonl").read_text().splitlines()
+        seen[name] = [json.loads(line) for line in lines]
+    whole, killed = seen["whole"], seen["killed"][1:]
+    resumed = killed[[line.get("run", False) for line in killed].index(True) :]
+    rows = {line["batch"]: line["ids"] for line in whole if "batch" in line}
+    last = {line["batch"]: line["ids"] for line in resumed if "batch" in line}
+    assert 0 < min(last) < max(last) == max(rows)
+    assert last == {batch: rows[batch] for batch in last}
+    validated = {line["validated"]: line["val_nll"] for line in whole if "validated" in line}
+    found = {line["validated"]: line["val_nll"] for line in resumed if "validated" in line}
+    assert found == pytest.approx({epoch: validated[epoch] for epoch in found}, abs=SAME)
+    assert resumed[-1]["size"] == pytest.approx(whole[-1]["size"], rel=SAME)
 
 
 @each_loss

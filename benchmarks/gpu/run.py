@@ -87,12 +87,16 @@ def run(piece: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]
     output, start = folder / f"{piece}.txt", time.perf_counter()
     code = run_together(words, options.limit, output, environment(options.device))
     result: dict[str, Any] = {"command": shlex.join(words), "seconds": round(time.perf_counter() - start, 1)}
-    result |= {"outcome": "stopped" if code is None else "failed" if code else "passed"}
     if code is None:
-        result["reason"] = f"it took longer than {options.limit:g} s"
+        result |= {"outcome": "stopped", "reason": f"it took longer than {options.limit:g} s"}
     elif code:
-        result["reason"] = f"exit code {code}"
-    result |= found_by(piece, folder)
+        result |= {"outcome": "failed", "reason": f"exit code {code}"}
+    else:
+        result |= {"outcome": "passed"}
+    found = {} if code is None else found_by(piece, folder)
+    if result["outcome"] == "passed" and not found:
+        found = {"outcome": "failed", "reason": "it has written no numbers"}
+    result |= found
     if result["outcome"] != "passed":
         result["last_lines"] = output.read_text(errors="replace").splitlines()[-LAST_LINES:]
     return result
@@ -102,7 +106,13 @@ def run_together(words: Sequence[str], limit: float, output: Path, variables: di
     """Run a command, then end what it has started and left; return its exit code, or nothing if it was stopped."""
     with output.open("w") as file:
         process = subprocess.Popen(
-            words, cwd=ROOT, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            words,
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             return process.wait(limit)

@@ -133,13 +133,15 @@ def parts(folder, devices=1, dropout=0.1, **data_options):
     return module, data
 
 
-def main(folder, devices=1, strategy="auto", stop=None, seed=0, dropout=0.1, ckpt_path="last", **options):
+def main(
+    folder, devices=1, strategy="auto", stop=None, seed=0, dropout=0.1, ckpt_path="last", accelerator="cpu", **options
+):
     data, saves = options.pop("data", {}), options.pop("saves", {})
     L.seed_everything(seed)
     module, rows = parts(folder, devices, dropout, **data)
     trainer = L.Trainer(
         max_epochs=4,
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy=FSDP2() if strategy == "fsdp2" else strategy,
         accumulate_grad_batches=2,
