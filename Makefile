@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check gpu clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
@@ -16,6 +16,9 @@ check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+gpu: $(VENV)/.dev $(VENV)/.liger  ## what needs a GPU: tests, and benchmarks; writes results-gpu.json
+	$(BIN)/python benchmarks/gpu/run.py
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -44,14 +44,14 @@ NEEDS = {"tests": ("pytest", "peft")}
 SIZES = {
     "cuda": {
         "tests": "",
-        "loss": "--tokens 1024 4096 --width 2048 --losses ForwardKL JensenShannon --chunks 256 1024 --compile",
+        "loss": "--dtypes bf16 --tokens 1024 4096 --width 2048 --losses ForwardKL JensenShannon --chunks 256 1024 --compile",
         "step": "--rows 128 --batch 16 --micro-batch-tokens 16384",
         "reflection": "--rows 256 --paper-rows 48",
     },
     "cpu": {
         "tests": "-k objective",
         "loss": "--tokens 16 --vocabulary 64 --width 8 --losses JensenShannon --dtypes fp32 --chunks 8 --repeats 1",
-        "step": "--rows 4 --batch 2 --keep-layers 0 --variants paper_dynamic live_fp32",
+        "step": "--rows 4 --batch 2 --keep-layers 0 --variants live_fp32",
         "reflection": "--rows 4 --paper-rows 2",
     },
 }
