@@ -44,7 +44,8 @@ NEEDS = {"tests": ("pytest", "peft")}
 SIZES = {
     "cuda": {
         "tests": "",
-        "loss": "--dtypes bf16 --tokens 1024 4096 --width 2048 --losses ForwardKL JensenShannon --chunks 256 1024 --compile",
+        "loss": "--compile --dtypes bf16 --tokens 1024 4096 --width 2048 --chunks 256 1024 --losses ForwardKL "
+        "JensenShannon",
         "step": "--rows 128 --batch 16 --micro-batch-tokens 16384",
         "reflection": "--rows 256 --paper-rows 48",
     },
