@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +25,9 @@ This may help, the first ones at no cost in what is computed:
 - precision: bf16-mixed, or strategy FSDP2 on several devices
 - max_length of the data"""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+ON_ALL_PROCESSES = (FloatingPointError, SIGTERMException, KeyboardInterrupt)
+"""Exceptions that come to all processes at the same place."""
+SECONDS_TO_SPEAK = 2
 
 
 def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: int, own: Tensor | None = None) -> None:
@@ -49,15 +57,25 @@ def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: i
     )
 
 
-class Hints(Callback):
-    """Says what helps when memory is out."""
+class Failures(Callback):
+    """Says what helps when memory is out, and lets no process wait for one that has failed."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add the hint to the message."""
+        """Add the hint to the message, and end the other processes where Lightning would not."""
         message = str(exception)
-        lacking = isinstance(exception, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(exception, RuntimeError) and any(words in message.lower() for words in OUT_OF_MEMORY)
-        )
-        if lacking and MEMORY_HINT not in message:
+        if _lacks_memory(exception) and MEMORY_HINT not in message:
             arguments: Any = (message + MEMORY_HINT,)
             exception.args = arguments
+        if trainer.world_size > 1 and not isinstance(exception, ON_ALL_PROCESSES):
+            for callback in trainer.checkpoint_callbacks:  # to save, this process would wait for the others
+                if isinstance(callback, ModelCheckpoint):
+                    callback.save_on_exception = False
+            if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+                time.sleep(SECONDS_TO_SPEAK)  # perhaps it was another process that failed, and has something to say
+                launcher.kill(signal.SIGKILL)
+
+
+def _lacks_memory(exception: BaseException) -> bool:
+    if isinstance(exception, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(exception, RuntimeError) and any(words in str(exception).lower() for words in OUT_OF_MEMORY)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from srd_lightning.answers import answers
 from srd_lightning.caching import cache_teacher, teacher_digest
 from srd_lightning.clipping import clip
-from srd_lightning.failures import Hints, check_finite
+from srd_lightning.failures import Failures, check_finite
 from srd_lightning.fingerprint import digest
 from srd_lightning.generation import Decoding
 from srd_lightning.losses import DistillationLoss, ForwardKL, response_mask
@@ -378,7 +378,8 @@ class KDLightningModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what explains failures."""
-        return [Hints()]
+        known = any(isinstance(callback, Failures) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if known else [Failures()]
 
     def on_train_start(self) -> None:
         """Take the seed of the run: that of the run that is resumed, else of the first process."""

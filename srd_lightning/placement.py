@@ -77,9 +77,12 @@ def whole_weights(module: LightningModule, part: str, only_first: bool = False) 
     Args:
         module: Under any strategy.
         part: Its name.
-        only_first: On the CPU of the first process; empty on others.
+        only_first: On the CPU of the first process; others need not get any.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=only_first)
-    weights: Mapping[str, Any] = get_model_state_dict(cast(nn.Module, module.trainer.strategy.model), options=options)
+    strategy = module.trainer.strategy
+    # from CPU to CPU, FSDP1 would not copy what it then frees
+    elsewhere = strategy.root_device.type != "cpu"
+    options = StateDictOptions(full_state_dict=True, cpu_offload=only_first and elsewhere)
+    weights: Mapping[str, Any] = get_model_state_dict(cast(nn.Module, strategy.model), options=options)
     prefix = f"{part}."
     return {name[len(prefix) :]: weight for name, weight in weights.items() if name.startswith(prefix)}

@@ -1,6 +1,6 @@
 """The same training under any strategy: ``equal.py FOLDER DEVICES STRATEGY [JSON]``.
 
-Writes the loss of every step (``losses.json``) and the trained student (``student.safetensors``).
+Each process writes its losses and last measures (``rank0.json``, …), the first one exports the student (``student``).
 """
 
 import json
@@ -11,10 +11,12 @@ import distil
 import drive
 import lightning as L
 import torch
-from safetensors.torch import save_file
+from fsdp1_on_cpu import FSDP1OnCPU
+from lightning.pytorch.strategies import FSDPStrategy
+from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
-from srd_lightning import Decoding, HyperparameterScheduler, KDLightningModule, SRDDataModule
+from srd_lightning import Decoding, HuggingFaceExport, HyperparameterScheduler, KDLightningModule, SRDDataModule
 from srd_lightning.strategy import FSDP2
 
 GLOBAL_BATCH = 4
@@ -38,36 +40,45 @@ def rows():
     ]
 
 
+def numbers(trainer):
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     settings = json.loads(settings)
     trainer_options, data_options = settings.pop("trainer", {}), settings.pop("data", {})
-    tied = settings.pop("tied", False)
+    tied, lora = settings.pop("tied", False), settings.pop("lora", False)
     L.seed_everything(0)
     losses = Losses()
+    student = distil.tiny(0, tie_word_embeddings=tied)
     module = KDLightningModule(
-        distil.tiny(0, tie_word_embeddings=tied),
+        get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])) if lora else student,
         distil.tiny(1, tie_word_embeddings=tied),
         tokenizer=ByT5Tokenizer(),
+        decoding=Decoding(max_new_tokens=4),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
         **settings,
     )
     processes = int(devices) if strategy != "fsdp2_and_tensors" else 1
     data = SRDDataModule(
-        {"train": rows(), "validation": rows()[:6]},
+        {"train": rows(), "validation": rows()[:6], "test": rows()[30:35]},
         schedule={0: 0.25, 1: 0.5, 2: 0.75},
-        batch_size=GLOBAL_BATCH // processes,
-        scores=str(Path(folder).parent / ("scores-tied" if tied else "scores")),
+        scores=str(Path(folder).parent / f"scores-{tied}-{lora}"),
         decoding=Decoding(max_new_tokens=2),
-        **data_options,
+        **{"batch_size": GLOBAL_BATCH // processes, **data_options},
     )
-    strategies = {"fsdp2": FSDP2, "fsdp2_and_tensors": lambda: FSDP2(tensor_parallel_size=2)}
+    strategies = {
+        "fsdp1": FSDP1OnCPU if accelerator == "cpu" else FSDPStrategy,
+        "fsdp2": FSDP2,
+        "fsdp2_and_tensors": lambda: FSDP2(tensor_parallel_size=2),
+    }
     trainer = L.Trainer(
         max_epochs=4,
         accelerator=accelerator,
         devices=int(devices),
         strategy=strategies[strategy]() if strategy in strategies else strategy,
-        callbacks=[losses, HyperparameterScheduler(STAGED)],
+        callbacks=[losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
@@ -76,13 +87,11 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         **trainer_options,
     )
     trainer.fit(module, datamodule=data)
-    student = module.whole_student(only_first=True)
-    if trainer.is_global_zero:
-        save_file(
-            {name: weight.detach().float().cpu().clone() for name, weight in student.named_parameters()},
-            f"{folder}/student.safetensors",
-        )
-    record = {"losses": losses.losses, "metrics": {name: float(v) for name, v in trainer.callback_metrics.items()}}
+    record = {"losses": losses.losses, "metrics": numbers(trainer), "in_parts": module._step.parts is not None}
+    if strategy != "fsdp1":  # Lightning cannot use a module again that FSDP1 has wrapped
+        trainer.test(module, datamodule=data, verbose=False)
+        record["metrics"] |= numbers(trainer)
+        record["answers"] = [row for batch in trainer.predict(module, datamodule=data) for row in batch]
     Path(folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(record))
 
 

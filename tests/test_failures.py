@@ -1,0 +1,85 @@
+"""What stops a run names its cause and what to do, ends all processes, and leaves what is saved sound."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import QUIET, make_rows, tiny_model
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import ByT5Tokenizer
+
+from srd_lightning import KDLightningModule, SRDDataModule
+
+PROJECTS = Path(__file__).parent / "projects"
+
+
+def run(folder, devices, strategy, what, rank):
+    """Return what all processes wrote; all have ended within the time, or this fails."""
+    command = [sys.executable, str(PROJECTS / "fail.py"), str(folder), str(devices), strategy, what, str(rank)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, error = process.communicate(timeout=90)  # open until the last process that writes to it has ended
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1
+    return error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("ddp", 1), ("fsdp2", 1)])
+def test_one_process_that_fails_ends_all_with_its_message(strategy, rank, tmp_path):
+    assert f"[rank{rank}]: LookupError: something went wrong here" in run(tmp_path, 2, strategy, "raise", rank)
+
+
+@pytest.mark.slow
+def test_what_helps_is_said_where_memory_is_out(tmp_path):
+    error = run(tmp_path, 2, "ddp", "memory", 1)
+    assert re.search(
+        r"OutOfMemoryError: CUDA out of memory.*\n(.*rank1.*: )?This may help(.*\n)*.*micro_batch_tokens", error
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "strategy", "rank"), [(1, "auto", 0), (2, "ddp", 1), (2, "fsdp2", 1)])
+def test_a_loss_that_is_no_number_names_its_rows_on_all_processes(devices, strategy, rank, tmp_path):
+    error = run(tmp_path, devices, strategy, "nan", rank)
+    guilty = re.findall(r"Say (\d+)\.", (tmp_path / f"rows{rank}.txt").read_text())
+    assert guilty
+    said = rf"FloatingPointError: the loss is nan in batch \d+ of epoch \d+; its rows: {', '.join(guilty)}\. No step"
+    assert len(re.findall(said, error)) == devices
+    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+
+
+class Spoil(L.Callback):
+    """Makes one gradient infinite, at a batch whose loss is a number."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 2:
+            self.before = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
+            pl_module.student.model.norm.weight.register_hook(lambda gradient: gradient + torch.inf)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_gradient_that_is_no_number_makes_no_step(precision, tmp_path):
+    spoil, keep = Spoil(), ModelCheckpoint(tmp_path, "kept", save_on_exception=True)
+    module = KDLightningModule(tiny_model(0), tiny_model(1))
+    data = SRDDataModule(make_rows(16), ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
+    options = {**QUIET, "enable_checkpointing": True, "gradient_clip_val": 1.0, "precision": precision}
+    trainer = L.Trainer(max_epochs=1, callbacks=[spoil, keep], default_root_dir=tmp_path, **options)
+    with pytest.raises(
+        FloatingPointError, match=r"the norm of the gradient is inf in batch 2 of epoch 0; its rows: \w+"
+    ):
+        trainer.fit(module, datamodule=data)
+    kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    assert kept["global_step"] == 2
+    assert kept["state_dict"].keys() == spoil.before.keys()
+    assert all(torch.equal(weight, spoil.before[name]) for name, weight in kept["state_dict"].items())
