@@ -42,7 +42,7 @@ def main(folder, devices, strategy, what, rank):
         max_epochs=5,
         accelerator="cpu",
         devices=int(devices),
-        strategy=FSDP2() if strategy == "fsdp2" else strategy,
+        strategy=FSDP2(save_distributed_checkpoint=False) if strategy == "fsdp2" else strategy,
         callbacks=[Accident(what, rank, folder), ModelCheckpoint(folder, "kept", save_on_exception=True)],
         default_root_dir=folder,
         logger=False,
