@@ -206,8 +206,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
     """
     for file in _files(temporary):
         _to_disk(file)
-    if path.is_dir():
-        # A folder replaces none. The older one keeps a name by which it is found until the newer one has its own.
+    if path.exists() and (path.is_dir() or temporary.is_dir()):
+        # Only files replace files. The older one keeps a name by which it is found until the newer one has its own.
         older = path.with_name(f"{path.stem}-older{path.suffix}")
         _remove(older)
         path.rename(older)

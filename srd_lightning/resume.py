@@ -170,8 +170,8 @@ def repair_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 
     Lightning (tested with 2.6.6) takes a checkpoint after the last batch for one within an epoch, and holds its
     counters against the next loader: where the rows grow, batches are left out in silence; where they do not, a
-    validation is. With ``max_steps``, it repeats an epoch that was saved at its very end. To repair twice changes
-    nothing.
+    validation is. An epoch that was saved at its very end it repeats if there are ``max_steps``, and what follows on
+    the last one, such as an export, never comes. To repair twice changes nothing.
 
     Args:
         checkpoint: As Lightning has read it; changed in place.
@@ -184,8 +184,11 @@ def repair_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     if epochs["started"] > epochs["processed"]:
         if batches["is_last_batch"] and batches["total"]["completed"] < batches["total"]["processed"]:
             _go_on_with_validation(loops, trainer)
-    elif epochs["completed"] < epochs["processed"] and trainer.max_steps != -1:
-        _go_on_with_next_epoch(loops, trainer)
+    elif epochs["completed"] < epochs["processed"]:
+        if epochs["processed"] == trainer.max_epochs:
+            _go_on_with_end_of_epoch(loops, trainer)
+        elif trainer.max_steps != -1:
+            _go_on_with_next_epoch(loops, trainer)
 
 
 def _go_on_with_validation(loops: dict[str, Any], trainer: Trainer) -> None:
@@ -199,6 +202,14 @@ def _go_on_with_validation(loops: dict[str, Any], trainer: Trainer) -> None:
         validation["current"] = dict.fromkeys(validation["current"], 0)
     else:
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+
+def _go_on_with_end_of_epoch(loops: dict[str, Any], trainer: Trainer) -> None:
+    """Say "all batches done, and validated"."""
+    for counters in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
+        counters["processed"] = counters["completed"]
+    if _validates(trainer, loops["epoch_progress"]["current"]["completed"]):
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning skips a validation, and counts that
 
 
 def _go_on_with_next_epoch(loops: dict[str, Any], trainer: Trainer) -> None:
