@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from srd_lightning.ranking import reciprocal_rank_fusion
     from srd_lightning.runtime import RuntimeBenchmark
     from srd_lightning.sampling import LengthGrouped
+    from srd_lightning.strategy import FSDP2
     from srd_lightning.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 
 _HOME = {
@@ -46,6 +47,7 @@ _HOME = {
     "Decoding": "generation",
     "DistillationLoss": "losses",
     "Example": "templates",
+    "FSDP2": "strategy",
     "ForwardKL": "losses",
     "Head": "objective",
     "HuggingFaceExport": "callbacks",
@@ -68,6 +70,7 @@ _HOME = {
 
 __all__ = [
     "ALPACA",
+    "FSDP2",
     "AnswerWriter",
     "ChatTemplate",
     "Curriculum",

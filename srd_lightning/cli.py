@@ -15,7 +15,8 @@ import srd_lightning.arrangement
 import srd_lightning.callbacks
 import srd_lightning.checkpoint
 import srd_lightning.criteria
-import srd_lightning.runtime  # noqa: F401 (short names on the command line)
+import srd_lightning.runtime
+import srd_lightning.strategy  # noqa: F401 (short names on the command line)
 from srd_lightning.data import SRDDataModule
 from srd_lightning.module import KDLightningModule
 

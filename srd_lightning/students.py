@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from srd_lightning.models import Pretrained
 
@@ -61,31 +59,16 @@ def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Mo
     """Return the student as trained so far, with all of its weights; arguments as for `fresh_student`.
 
     Raises:
-        ValueError: There is none that is trained.
+        ValueError: There is none that is trained, or its weights are sharded and the module cannot gather them.
     """
     if hasattr(module, "whole_student"):
         return cast(nn.Module, module.whole_student())
     student = getattr(module, "student", source)
     if not isinstance(student, nn.Module):
         raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
-    return whole(student)
-
-
-def whole(model: nn.Module) -> nn.Module:
-    """Return the model, or where its weights are sharded (FSDP2) a copy that has them all, on the same device.
-
-    Raises:
-        ValueError: The model is sharded and is none of transformers' own.
-    """
-    parameter = next(model.parameters())
-    if not isinstance(parameter, DTensor):
-        return model
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"refresh under FSDP2 needs a student of transformers, not {type(model).__name__}")
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    with torch.random.fork_rng(), parameter.device:
-        copy = type(model)(model.config)  # of the class before sharding
-    for weight in copy.parameters():
-        weight.data = weight.data.to(parameter.dtype)
-    copy.load_state_dict(weights)
-    return cast(nn.Module, copy)
+    if isinstance(next(student.parameters()), DTensor):
+        raise ValueError(
+            f"refresh needs the student whole, but its weights are sharded; give {type(module).__name__} a method "
+            "whole_student(), as KDLightningModule has"
+        )
+    return student

@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, KDLightningModule, SRDDataModule
@@ -21,7 +20,7 @@ DECODING = Decoding(max_new_tokens=5)
 
 
 class Module(KDLightningModule):
-    """Sharded where the strategy shards, and without a teacher."""
+    """Without a teacher."""
 
     def __init__(self):
         super().__init__(
@@ -31,13 +30,6 @@ class Module(KDLightningModule):
             chunk=None,  # the same sums in the same order, sharded or not
             optimizer=lambda params: torch.optim.SGD(params, lr=0.5),
         )
-
-    def configure_model(self):
-        super().configure_model()
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for layer in self.student.model.layers:
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.student, mesh=self.device_mesh["data_parallel"])
 
 
 class Recorder(L.Callback):

@@ -1,0 +1,98 @@
+"""What is put on top of a recipe, through the real command line, on two processes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from srd_lightning import cli
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()))
+SRD = str(Path(sys.executable).parent / "srd")
+ON_CPU = ["--trainer.accelerator=cpu", "--trainer.max_epochs=3", "--model.teacher_cache=none"]
+
+
+def arguments(*overlays):
+    """Return the arguments of a fit of the debug recipe with overlays."""
+    return ["fit", *(f"--config={CONFIGS / name}.yaml" for name in ("debug", *overlays))]
+
+
+def run(folder, *commands):
+    """Run commands at the same time; return what they wrote."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, cwd=folder, env=environment, **pipes) for command in commands]
+    said = [process.communicate(timeout=200)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(commands), said
+    return said
+
+
+def trained(folder):
+    """Return the exported weights, and the steps of each stage."""
+    report = json.loads((folder / "runs/debug/runtime.json").read_text())
+    weights = load_file(folder / "runs/debug/student/model.safetensors")
+    return weights, [stage["steps"] for stage in report["stages"]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process makes of the same rows per step."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder, [SRD, *arguments(), *ON_CPU, "--data.batch_size=4"])
+    return trained(folder)
+
+
+def check(folder, alone, tolerance):
+    weights, steps = trained(folder)
+    assert steps == alone[1] == [2, 1]
+    assert max((weight - alone[0][name]).abs().max() for name, weight in weights.items()) <= tolerance
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", ["debug", "quickstart", "gpt2_dolly"])
+def test_an_overlay_fits_each_recipe(recipe, overlay, capsys):
+    """Read, not run: FSDP1 needs GPUs, and several nodes a launcher."""
+    recipe = CONFIGS / f"{recipe}.yaml"
+    with pytest.raises(SystemExit, match="0"):
+        cli.run(["fit", f"--config={recipe}", f"--config={overlay}", "--print_config"])
+    merged = yaml.safe_load(capsys.readouterr().out)
+    assert holds(merged, yaml.safe_load(overlay.read_text()))
+    assert merged["trainer"]["max_epochs"] == yaml.safe_load(recipe.read_text())["trainer"]["max_epochs"]
+
+
+def holds(values, some):
+    """Return whether some values are among others."""
+    return all(holds(values[key], some[key]) for key in some) if isinstance(some, dict) else values == some
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overlays", "tolerance"),
+    [(["ddp"], 1e-5), (["fsdp2"], 1e-5), (["fsdp2", "bf16"], 5e-3)],
+    ids=["ddp", "fsdp2", "fsdp2-bf16"],
+)
+def test_an_overlay_trains_on_two_processes_as_one_does(overlays, tolerance, alone, tmp_path):
+    (said,) = run(tmp_path, [SRD, *arguments(*overlays), *ON_CPU, "--trainer.devices=2"])
+    assert "2 processes" in said
+    check(tmp_path, alone, tolerance)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_does(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    nodes = [[*torchrun, f"--node-rank={rank}", SRD, *arguments("ddp", "multinode"), *ON_CPU] for rank in (0, 1)]
+    said = run(tmp_path, *nodes)
+    assert re.search(r"MEMBER: 2/2", "".join(said))
+    check(tmp_path, alone, 1e-5)
