@@ -63,13 +63,10 @@ def versions() -> dict[str, str]:
 
 
 def source() -> dict[str, Any]:
-    """Return the commit of this library, and whether files differ from it; nothing is known outside a repository."""
-    here = str(Path(__file__).parent)
-    commit, changes = (
-        said_by("git", "-C", here, "rev-parse", "HEAD"),
-        said_by("git", "-C", here, "status", "--porcelain"),
-    )
-    return {"commit": commit, "clean": None if changes is None else not changes}
+    """Return the commit of this library, and whether its files are as they were; outside a repository neither."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    changes = said_by(*git, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": said_by(*git, "rev-parse", "HEAD"), "clean": None if changes is None else not changes}
 
 
 def said_by(*command: str) -> str | None:

@@ -34,8 +34,8 @@ ON_GPU = DEVICE.type == "cuda"
 ACCELERATOR = "gpu" if ON_GPU else "cpu"
 WORLD = max((size for size in (1, 2, 4) if size <= torch.cuda.device_count()), default=1) if ON_GPU else 2
 """Processes, which share a batch of 4 rows."""
-SAME, SAME_ON_OTHER_DEVICE, NEAR = 1e-4, 1e-3, 2e-2
-"""How far losses, and weights, may differ in fp32 on one kind of device, on two kinds, and in bf16-mixed."""
+SAME, SAME_ON_OTHER_DEVICE, NEAR = 1e-4, 1e-3, 1e-2
+"""How far losses, of about 3, may differ in fp32 on one kind of device, on two kinds, and in bf16-mixed."""
 PROJECTS = Path(__file__).parent / "projects"
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +51,8 @@ def project(name, folder, *arguments):
     folder.mkdir()
     command = [sys.executable, str(PROJECTS / name), str(folder), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
-    environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    # The same sums each time; and a parent that forks does not touch the GPU.
+    environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -100,10 +101,10 @@ def test_all_devices_train_as_one_does(strategy, settings, model, alone, tmp_pat
     records, found = train(tmp_path / "all", WORLD, strategy, **settings, **model)
     for record in records:
         assert record["losses"] == pytest.approx(one["losses"], abs=tolerance)
-    assert one["losses"][-1] != pytest.approx(one["losses"][0], abs=NEAR)
+    assert one["losses"][-1] < 0.5 * one["losses"][0]
     assert found.keys() == weights.keys()
-    for name, weight in weights.items():
-        assert (found[name] - weight).abs().max() <= tolerance, name
+    for name, weight in weights.items():  # which AdamW has moved by some 5e-3
+        assert (found[name] - weight).abs().mean() <= tolerance / 20, name
 
 
 def resume(folder, *runs):
@@ -172,8 +173,11 @@ def check_objective(found, loss, gradients, bound):
     assert max(relative(gradient.cpu(), expected) for gradient, expected in pairs) < bound
 
 
-def fit(folder, accelerator=ACCELERATOR, precision="32-true", callbacks=(), clip=None, **options):
-    """Train 21 steps in this process; return every loss."""
+GROWING, ALL = {0: 0.5, 1: 1.0}, {0: 1.0}
+
+
+def fit(folder, accelerator=ACCELERATOR, precision="32-true", callbacks=(), clip=None, schedule=GROWING, **options):
+    """Train in this process; return every loss."""
     losses, rows = Losses(), make_rows(24)
     options = {"student": tiny_model(0), "teacher": lively_model(1), "optimizer": lambda p: SGD(p, lr=0.05), **options}
     trainer = L.Trainer(
@@ -184,9 +188,7 @@ def fit(folder, accelerator=ACCELERATOR, precision="32-true", callbacks=(), clip
         gradient_clip_val=clip,
         **{**QUIET, "accelerator": accelerator, "devices": 1},
     )
-    data = SRDDataModule(
-        {"train": rows, "validation": rows[:5]}, ByT5Tokenizer(), schedule={0: 0.5, 1: 1.0}, batch_size=4
-    )
+    data = SRDDataModule({"train": rows, "validation": rows[:5]}, ByT5Tokenizer(), schedule=schedule, batch_size=4)
     trainer.fit(KDLightningModule(**{"kd_weight": 0.7, **options}), datamodule=data)
     assert torch.isfinite(trainer.callback_metrics["val_kl"])
     return torch.tensor(losses.losses)
@@ -262,7 +264,7 @@ def test_packed_rows_do_not_see_each_other(attention, tmp_path):
             "student": tiny_model(0, attn_implementation=attention),
             "teacher": lively_model(1, attn_implementation=attention),
         }
-        runs.append(fit(tmp_path / str(packing), precision="bf16-mixed", packing=packing, **models))
+        runs.append(fit(tmp_path / str(packing), precision="bf16-mixed", schedule=ALL, packing=packing, **models))
     torch.testing.assert_close(*runs, rtol=0, atol=NEAR)
 
 

@@ -203,4 +203,5 @@ def run_all(options: argparse.Namespace, folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a piece that runs is ended then too
     sys.exit(main())
