@@ -137,8 +137,8 @@ def main(
     folder, devices=1, strategy="auto", stop=None, seed=0, dropout=0.1, ckpt_path="last", accelerator="cpu", **options
 ):
     data, saves = options.pop("data", {}), options.pop("saves", {})
-    L.seed_everything(seed)
     module, rows = parts(folder, devices, dropout, **data)
+    L.seed_everything(seed)
     trainer = L.Trainer(
         max_epochs=4,
         accelerator=accelerator,
