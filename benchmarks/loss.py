@@ -127,15 +127,20 @@ def difference(arm: Arm, inputs: Inputs, loss: Any) -> float:
 
 def extra_peak(work: Callable[[], Any]) -> int:
     """Return the most memory that work takes above what is held before: of the GPU if there is one."""
+    reset_peak()
+    before = high_water_mark()
+    work()
+    return high_water_mark() - before
+
+
+def reset_peak() -> None:
+    """Let the high-water mark begin at what is held now."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif RESET_PEAK.exists():
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would be used again unseen
         RESET_PEAK.write_text("5")
-    before = high_water_mark()
-    work()
-    return high_water_mark() - before
 
 
 def high_water_mark() -> int:

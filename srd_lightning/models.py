@@ -62,7 +62,8 @@ class Pretrained:
             from transformers import GgufConfig  # transformers >= 5 only
 
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(self.name, revision=self.revision, **options)
+        with torch.device("cpu"):  # where Lightning says otherwise, every GPU would hold what is to be spread over all
+            model = AutoModelForCausalLM.from_pretrained(self.name, revision=self.revision, **options)
         if self.keep_layers is not None:
             keep_layers(model, self.keep_layers)
         if self.liger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -39,10 +40,15 @@ def compute_dtype(trainer: Trainer) -> torch.dtype | None:
 
 
 def place_student(student: nn.Module, module: LightningModule) -> None:
-    """Shard the student where the strategy leaves that to the module (FSDP2), or say where its blocks are (FSDP1)."""
+    """Shard the student where the strategy leaves that to the module (FSDP2), or say how it is to be done (FSDP1)."""
     strategy = module.trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(block) for block in blocks(student)}))
+        if strategy.mixed_precision is None and (config := strategy.mixed_precision_config) is not None:
+            # Lightning would sum gradients in half precision, and round what positions are computed from.
+            strategy.mixed_precision = replace(
+                config, reduce_dtype=torch.float32, buffer_dtype=None, cast_root_forward_inputs=False
+            )
     elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(student):
         shard(student, data_parallel_mesh(module), compute_dtype(module.trainer))
 

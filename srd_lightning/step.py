@@ -87,18 +87,30 @@ class Step:
     def _part(self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None) -> Objective:
         """Return the share of a part in the objective of a batch that has so many response tokens."""
         if self.parts is None or self.chunk is None or (kd_weight > 0 and _needs_all_logits(loss)):
-            return self._from_all_logits(batch, loss, kd_weight, num_tokens)
-        targets = batch["labels"][:, 1:][response_mask(batch["labels"])]
-        logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
-
-        def work(parts: SplitModel = self.parts, chunk: int = self.chunk) -> Objective:
-            head, hidden = parts.head().narrow(self.vocabulary), parts.hidden(batch)
-            return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile)
-
-        objective = inside(self.student, work)
+            objective = self._from_all_logits(batch, loss, kd_weight, num_tokens)
+        else:
+            objective = self._from_chunks(self.parts, self.chunk, batch, loss, kd_weight, num_tokens)
         if isinstance(self.source, nn.Module):
             release(self.source)
         return objective
+
+    def _from_chunks(
+        self,
+        parts: SplitModel,
+        chunk: int,
+        batch: Batch,
+        loss: DistillationLoss,
+        kd_weight: float,
+        num_tokens: Tensor | None,
+    ) -> Objective:
+        targets = batch["labels"][:, 1:][response_mask(batch["labels"])]
+        logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
+
+        def work() -> Objective:
+            head, hidden = parts.head().narrow(self.vocabulary), parts.hidden(batch)
+            return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile)
+
+        return inside(self.student, work)
 
     def _look(self, batch: Batch) -> None:
         """See on the first batch which models can be taken apart, and say which cannot."""

@@ -34,7 +34,7 @@ class TokenMean:
             accumulated: Batches of a step, by which Lightning divides the loss.
         """
         total = self._over_processes(tokens)
-        if self._step is None or accumulated == 1:
+        if self._step is None or 1 in (accumulated, self._step.accumulated):
             self._step = _Step(accumulated, first=total.clamp(min=1), last=total, all=torch.zeros_like(total))
         self._step.last = total
         self._step.all = self._step.all + total
