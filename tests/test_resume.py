@@ -74,7 +74,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp1", "fsdp2"])
 def test_a_run_that_is_killed_again_and_again(whole, strategy):
     root, expected = whole(strategy)
     devices = len(expected)
@@ -100,7 +100,7 @@ def test_a_run_that_is_killed_again_and_again(whole, strategy):
         assert [list(of_kind("validated", run)) for run in runs] == [[0, 1], [1], [], [2], [3]]
     (kept,) = (root / f"killed-{strategy}" / "checkpoints").iterdir()
     assert kept.name == "epoch=3-step=8.ckpt"
-    assert kept.is_dir() == (strategy == "fsdp2")
+    assert kept.is_dir() == strategy.startswith("fsdp")
 
 
 @pytest.mark.slow
@@ -165,3 +165,13 @@ def test_one_process_goes_on_from_a_sharded_checkpoint_that_was_made_one_file(tm
     (((*_, expected),), _), (((*batches_of_one, found),),) = seen_by(tmp_path / "whole", 2), seen_by(tmp_path / "one")
     assert list(of_kind("batch", batches_of_one)) == list(range(8, 15))
     assert found["size"] == pytest.approx(expected["size"], rel=1e-7)
+
+
+@pytest.mark.slow
+def test_sharded_processes_go_on_from_the_file_of_one(tmp_path):
+    run(tmp_path / "whole", [{"dropout": 0.0}])
+    sharded = {"devices": 2, "strategy": "fsdp2", "dropout": 0.0}
+    run(tmp_path / "both", [{"dropout": 0.0, "stop": {"at": {"step": 3}}}, sharded])
+    (((*_, expected),),), ((_, second), _) = seen_by(tmp_path / "whole"), seen_by(tmp_path / "both", 2)
+    assert batches([second]) == [(6, 14)]
+    assert second[-1]["size"] == pytest.approx(expected["size"], rel=1e-7)

@@ -17,6 +17,7 @@ import distil
 import drive
 import lightning as L
 import torch
+from fsdp1_on_cpu import FSDP1OnCPU
 from transformers import ByT5Tokenizer
 
 from srd_lightning import (
@@ -113,6 +114,9 @@ class Stop(L.Callback):
             self._stop(trainer)
 
 
+SHARDED = {"fsdp1": lambda: FSDP1OnCPU(state_dict_type="sharded"), "fsdp2": FSDP2}
+
+
 def parts(folder, devices=1, dropout=0.1, **data_options):
     """Return the module and its data."""
     module = KDLightningModule(
@@ -143,7 +147,7 @@ def main(
         max_epochs=4,
         accelerator=accelerator,
         devices=devices,
-        strategy=FSDP2() if strategy == "fsdp2" else strategy,
+        strategy=SHARDED[strategy]() if strategy in SHARDED else strategy,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         callbacks=[
