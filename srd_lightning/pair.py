@@ -1,0 +1,169 @@
+"""Student and teacher of a LightningModule: loaded when they are needed, and put where the strategy wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.fingerprint import digest
+from srd_lightning.models import Pretrained, check_same_tokenizer, dtype_named, shared_vocabulary, vocabulary_size
+from srd_lightning.placement import (
+    TeacherPlacement,
+    compute_dtype,
+    place_student,
+    place_teacher,
+    shards_student,
+    whole_weights,
+)
+from srd_lightning.sharding import with_weights, without_weights
+from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
+from srd_lightning.team import Team
+
+
+class StudentAndTeacher(LightningModule):
+    """Holds a student, and a frozen teacher that is no part of it for Lightning.
+
+    Arguments are those of `KDLightningModule`.
+    """
+
+    def __init__(
+        self,
+        student: Pretrained | nn.Module,
+        teacher: Pretrained | nn.Module | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        teacher_cache: Literal["none", "hidden", "topk"],
+        teacher_cache_dir: str | None,
+        teacher_cache_dtype: str,
+        top_k: int,
+        activation_checkpointing: bool,
+        teacher_placement: TeacherPlacement,
+    ) -> None:
+        super().__init__()
+        self._student_source = student if isinstance(student, Pretrained) else None
+        self._teacher_source = teacher if isinstance(teacher, Pretrained) else None
+        self.student: nn.Module | None = student if isinstance(student, nn.Module) else None
+        self.teacher: nn.Module | None
+        self._skeleton: nn.Module | None
+        for name in ("teacher", "_skeleton"):
+            self.keep(name, None)
+        if isinstance(teacher, nn.Module):
+            self._keep_teacher(teacher)
+        self._tokenizer = tokenizer
+        self.teacher_cache = teacher_cache
+        self.teacher_cache_dir = teacher_cache_dir
+        self.teacher_cache_dtype = dtype_named(teacher_cache_dtype)
+        self.top_k = top_k
+        self.activation_checkpointing = activation_checkpointing
+        self.teacher_placement = teacher_placement
+        self._cached: CachedTeacher | None = None
+
+    def keep(self, name: str, model: nn.Module | None) -> None:
+        """Hold a model without registering it: no parameter of this module, in no state dict."""
+        object.__setattr__(self, name, model)
+
+    def _keep_teacher(self, teacher: nn.Module) -> None:
+        self.keep("teacher", teacher.requires_grad_(False).eval())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer given, else the student's, else the data module's, else nothing."""
+        if self._tokenizer is None and self._student_source is not None:
+            self._tokenizer = self._student_source.tokenizer()
+        return self._tokenizer
+
+    def build_student(self) -> nn.Module:
+        """Load the student if it is not there yet, and return it."""
+        if self.student is None:
+            assert self._student_source is not None
+            self.student = self._student_source.model()
+        return self.student
+
+    def setup(self, stage: str) -> None:
+        """Before training: let the teacher be cached, where that is asked for. Data modules are set up by now."""
+        self._cached = None
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "teacher_cache"):
+            data.teacher_cache = None
+        if stage == "fit" and self.teacher_cache != "none":
+            self._cached = self.cache(data)
+
+    def cache(self, data: Any) -> CachedTeacher:
+        """Let the teacher see all rows of an `SRDDataModule` that its cache lacks; batches then bring along the rest.
+
+        Args:
+            data: Set up for ``fit``.
+
+        Returns:
+            The teacher as it lives on in the cache.
+        """
+        if self.teacher_cache == "none":
+            raise ValueError("nothing is to be cached: set teacher_cache to hidden or topk")
+        if not hasattr(data, "rows_of_teacher"):
+            raise ValueError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
+        kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
+        source = self._teacher_source or cast(nn.Module, self.teacher)
+        made_of = Team().from_first(lambda: {"teacher": teacher_digest(source), "kind": repr(kind)})
+        folder = self.teacher_cache_dir or Path(self.trainer.default_root_dir) / "teacher" / digest(made_of)
+        loaded_here = self.teacher is None
+        data.teacher_cache, cached = cache_teacher(
+            data.rows_of_teacher(), Path(folder), kind, made_of, self._teacher_on_device, self.shared_vocabulary
+        )
+        if loaded_here:
+            self.keep("teacher", None)
+        return cached
+
+    def _teacher_on_device(self) -> nn.Module:
+        if self.teacher is None:
+            self._keep_teacher(cast(Pretrained, self._teacher_source).model())
+        return cast(nn.Module, self.teacher).to(self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Load what is not there yet. Called by Lightning, possibly more than once."""
+        if self._student_source is not None and self._teacher_source is not None and self.teacher is None:
+            check_same_tokenizer(cast(Any, self.tokenizer), self._teacher_source.tokenizer())
+        student = self.build_student().train()  # transformers load in eval mode, without dropout
+        if self.activation_checkpointing:
+            cast(Any, student).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._trainer and shards_student(self._trainer):
+            if self._skeleton is None:
+                self.keep("_skeleton", without_weights(student))
+            place_student(student, self)
+        if self._teacher_source is not None and self.teacher is None and self._cached is None:
+            self._keep_teacher(self._teacher_source.model())
+
+    def place_teacher(self) -> None:
+        """Put the teacher, which Lightning does not know, where it is to be."""
+        if self._cached is not None:
+            self._cached = self._cached.to(self.device)
+            if (dtype := compute_dtype(self.trainer)) is not None:  # once, not at every step
+                self._cached = self._cached.to(dtype)
+        elif self.teacher is not None:
+            place_teacher(self.teacher, self, self.teacher_placement)
+
+    def whole_student(self, only_first: bool = False) -> nn.Module | None:
+        """Return the student with all of its weights: itself, or a copy where the strategy has sharded it.
+
+        Args:
+            only_first: The copy is on the CPU of the first process, and nothing on others. All of them must ask.
+        """
+        if self._skeleton is None:
+            return self.student
+        weights = whole_weights(self, "student", only_first)
+        if only_first and not self.trainer.is_global_zero:
+            return None
+        copy = with_weights(self._skeleton, weights, torch.device("cpu") if only_first else self.device)
+        return copy.train(cast(nn.Module, self.student).training)
+
+    def shared_vocabulary(self, teacher: nn.Module | CachedTeacher) -> int | None:
+        """Return how many tokens the student shares with a teacher, or nothing where all are."""
+        if isinstance(teacher, CachedTeacher):
+            return len(teacher.head.weight)
+        both_known = self._student_source is not None and self._teacher_source is not None
+        sizes = vocabulary_size(self.build_student()), vocabulary_size(teacher)
+        return shared_vocabulary(*sizes, self.tokenizer if both_known else None)

@@ -1,0 +1,60 @@
+"""What `KDLightningModule` needs done around its steps, whichever of its hooks a subclass makes its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, Trainer
+from torch.optim import Optimizer
+
+from srd_lightning.placement import data_parallel_mesh
+from srd_lightning.resume import repair_progress
+from srd_lightning.token_mean import TokenMean
+
+
+class Upkeep(Callback):
+    """Places the teacher, weighs tokens, seeds batches, lets a run go on; comes with the module, and has no state."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Place the teacher, and learn who counts tokens together."""
+        pl_module.place_teacher()
+        group = None if pl_module.device_mesh is None else data_parallel_mesh(pl_module).get_group()
+        pl_module.token_mean = TokenMean(group)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Place the teacher."""
+        pl_module.place_teacher()
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Have a student that can answer by itself: processes would wait for each other at every token."""
+        pl_module.place_teacher()
+        pl_module.keep("speaker", pl_module.whole_student())
+
+    on_predict_start = on_test_start
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let go of it."""
+        pl_module.keep("speaker", None)
+
+    on_predict_end = on_test_end
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        """Weigh all response tokens of the step alike."""
+        pl_module.token_mean.correct(pl_module.parameters())
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the seed of the run: that of the run that is resumed, else of the first process."""
+        pl_module.run_seed.begin()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Seed what is random in a batch by its number, so that a resumed run draws the same."""
+        pl_module.run_seed.seed_batch(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the run."""
+        pl_module.run_seed.save(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take the seed of the run that is resumed, and repair what Lightning counted."""
+        pl_module.run_seed.load(checkpoint)
+        repair_progress(checkpoint, trainer)
