@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,8 @@ def cache_teacher(
             _fill(cache, chosen, parts, head, batches[team.rank :: team.size], check, show=team.rank == 0)
         team.from_first(functools.partial(cache.save_head, head))
         cache.reread()
-    return cache, CachedTeacher(kind, head)
+    # As it was read: the model's own would keep the file of all its weights in memory.
+    return cache, CachedTeacher(kind, cast(Head, cache.head()))
 
 
 def _open(
