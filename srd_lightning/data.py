@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
-from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.arrangement import Arrangement, EasyToHard
-from srd_lightning.criteria import Criterion, NegativeLogLikelihood, RougeL, check_criteria
-from srd_lightning.curated import Curated
-from srd_lightning.curation import Reflector, Scores, rank, read_scores
-from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum, check_fractions
-from srd_lightning.fingerprint import digest
+from srd_lightning.arrangement import Arrangement
+from srd_lightning.criteria import Criterion
+from srd_lightning.curating import CuratedRows
+from srd_lightning.curriculum import PAPER_SCHEDULE
 from srd_lightning.generation import Decoding
-from srd_lightning.hygiene import inspect
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
-from srd_lightning.refresh import Refresher, rearrange
 from srd_lightning.resume import check_same_rows, order_digest
-from srd_lightning.rows import ids_of, lengths_of, load_splits
-from srd_lightning.students import find_tokenizer, fresh_student, trained_student
+from srd_lightning.rows import ids_of, lengths_of
 from srd_lightning.teacher_cache import TeacherCache
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
-from srd_lightning.tokenised import Report, tokenize
 
 
-class SRDDataModule(LightningDataModule):
+class SRDDataModule(CuratedRows):
     """Data that the student has reflected on: the hardest rows dropped, the rest entering easy to hard.
 
     ``setup("fit")`` reads, tokenises unless an earlier run has done so, lets the student answer every prompt unless
@@ -112,7 +97,6 @@ class SRDDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if max_prompt_length >= max_length:
             raise ValueError(
                 f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
@@ -122,35 +106,31 @@ class SRDDataModule(LightningDataModule):
         sizes |= {"reflection_threads": reflection_threads, "pad_to_multiple_of": pad_to_multiple_of}
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
             raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
-        self.data = data
-        self.tokenizer: Any = tokenizer
-        self.student = student
-        self.template = template
-        self.schedule = check_fractions(schedule)
-        self.criteria = check_criteria(criteria or [RougeL(), NegativeLogLikelihood()])
-        self.arrangement = arrangement or EasyToHard()
-        self.refresher = Refresher(refresh or [], self.schedule)
-        self.scores = scores
-        self.decontaminate = decontaminate
-        self.near_duplicates = near_duplicates
+        super().__init__(
+            data,
+            tokenizer,
+            student,
+            template,
+            schedule,
+            criteria,
+            arrangement,
+            refresh,
+            scores,
+            decontaminate,
+            near_duplicates,
+            max_length,
+            max_prompt_length,
+            decoding,
+            reflection_tokens,
+            reflection_threads,
+            ties,
+        )
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
-        self.max_length = max_length
-        self.max_prompt_length = max_prompt_length
-        self.decoding = decoding
-        self.reflection_tokens = reflection_tokens
-        self.reflection_threads = reflection_threads
-        self.ties = ties
         self.group_by_length = group_by_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
-        self.rows: dict[str, Dataset] = {}
-        self.reports: dict[str, Report] = {}
-        self.curriculum: Curriculum | None = None
-        self.curation: Curated | None = None
-        self.found: Scores | None = None
-        self.refresh_seconds = 0.0
         self._order_digest: str | None = None
         self.teacher_cache: TeacherCache | None = None
         """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
@@ -158,7 +138,7 @@ class SRDDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and tokenise once; for ``fit`` also reflect, rank and stage."""
         if not self.rows:
-            self._read()
+            self.read_rows()
         if stage == "fit":
             if self.trainer is not None:
                 # A loader is as long as it was when it was built: the pool can only grow in a new one.
@@ -167,111 +147,6 @@ class SRDDataModule(LightningDataModule):
             self.curriculum = curated.curriculum
             self.refresher.begin()
 
-    def _read(self) -> None:
-        self.tokenizer = find_tokenizer(self.tokenizer, self.student, self._module())
-        template = self.template.bind(self.tokenizer)
-        for split, rows in load_splits(self.data).items():
-            self.rows[split], self.reports[split] = tokenize(
-                rows, self.tokenizer, template, self.max_length, self.max_prompt_length, split
-            )
-            rank_zero_info(f"{split}: {self.reports[split]}")
-
-    def curate(self) -> Curated:
-        """Look for leaks, let the student reflect where scores are missing, rank the rows and stage them.
-
-        Returns:
-            What came of it, also kept as ``self.curation``; its curriculum is ``self.curriculum``.
-        """
-        start = time.perf_counter()
-        if "train" not in self.rows:
-            raise ValueError(f"training needs the split 'train', but `data` has {', '.join(self.rows)}")
-        self._clean()
-        rows = self.rows["train"]
-        order, columns = torch.arange(len(rows)), {}
-        if set(self.schedule.values()) != {1.0}:
-            self.found = self._find_scores(rows)
-            order, columns = self._order(rows, self.found), self.found.columns
-        kept = Curriculum(order, self.schedule).kept
-        self.curriculum = Curriculum(self.arrangement(order, kept), self.schedule)
-        self.curation = Curated(
-            ids=ids_of(rows),
-            columns=columns,
-            higher_is_easier={criterion.column: criterion.higher_is_easier for criterion in self.criteria},
-            order=order,
-            curriculum=self.curriculum,
-            dropped=self.reports["train"].dropped,
-            seconds=time.perf_counter() - start,
-            scored=self.found.scored if self.found else 0,
-        )
-        for first, size in self.curation.sizes.items():
-            rank_zero_info(f"from epoch {first}: {size} of {len(rows)} rows")
-        return self.curation
-
-    def report(self, console: Console) -> None:
-        """Show what came of the curation, and write it, with plots, into the folder of the scores."""
-        from srd_lightning.report import extremes, present  # matplotlib, which training does not need
-
-        assert self.curation is not None, "curate() comes first"
-        if self.found is None:
-            console.print(f"all {self.curation.rows:,} rows are trained on from the start; nothing was ranked")
-            return
-        shown = self.rows["train"].select(np.concatenate(extremes(self.curation)))
-        answers = self.found.answers(ids_of(shown))
-        present(self.curation, self.rows["train"], answers, self.found.folder, console)
-
-    def _clean(self) -> None:
-        """Report training rows that stand twice or in another split, and drop the latter if that is wanted."""
-        hygiene = inspect(self.rows, self.near_duplicates)
-        rank_zero_info(str(hygiene))
-        if self.decontaminate:
-            reasons = hygiene.reasons()
-            self.reports["train"].dropped.update(reasons.values())
-            kept = [row for row in range(len(self.rows["train"])) if row not in reasons]
-            self.rows["train"] = self.rows["train"].select(kept)
-
-    def _find_scores(self, rows: Dataset) -> Scores:
-        if self.scores is not None and self.scores.endswith(".parquet"):
-            return read_scores(Path(self.scores), rows, self.criteria, self.tokenizer)
-        return self._reflect(rows, fresh_student(self.student, self._module()), self._folder)
-
-    def _reflect(self, rows: Dataset, student: nn.Module, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
-        reflector = Reflector(
-            self.tokenizer,
-            self.template,
-            self.criteria,
-            self.decoding,
-            self.reflection_tokens,
-            self.reflection_threads,
-        )
-        device = next(student.parameters()).device if self.trainer is None else self.trainer.strategy.root_device
-        return reflector.scores(rows, student, folder, device)
-
-    def _order(self, rows: Dataset, scores: Scores) -> Tensor:
-        return rank(scores.columns, self.criteria, ids_of(rows), self.ties)
-
-    def _folder(self, made_of: Mapping[str, str]) -> Path:
-        root = Path.cwd() if self.trainer is None else Path(self.trainer.default_root_dir)
-        return root / "scores" / digest(made_of) if self.scores is None else Path(self.scores)
-
-    def _refresh(self, epoch: int) -> None:
-        """Let the student, as trained so far, put the rows still to come in a new order, where that is due."""
-        start = time.perf_counter()
-        for first in self.refresher.due(epoch):
-            assert self.curriculum is not None
-            self.curriculum = rearrange(
-                self.curriculum, first, self.rows["train"], functools.partial(self._order_again, first, epoch)
-            )
-            rank_zero_info(f"rows still to come are in the order of {self.refresher.generations[first]}")
-        self.refresh_seconds += time.perf_counter() - start
-
-    def _order_again(self, first: int, epoch: int, rows: Dataset, kept: int) -> Tensor:
-        assert self.found is not None
-        scores = self.refresher.scores(first, epoch, self.found.folder, rows, self.criteria, self._reflect_again)
-        return self.arrangement(self._order(rows, scores), kept)
-
-    def _reflect_again(self, rows: Dataset, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
-        return self._reflect(rows, trained_student(self.student, self._module()), folder)
-
     def rows_of_teacher(self) -> Dataset:
         """Return the rows on which a teacher is asked in ``fit``: those that are kept, and the validation's."""
         assert self.curriculum is not None, 'setup("fit") comes first'
@@ -279,9 +154,6 @@ class SRDDataModule(LightningDataModule):
         if not self.refresher.first_epochs:  # a new order may let in what was dropped
             train = train.select(self.curriculum.order[: self.curriculum.kept].sort().values.numpy())
         return concatenate_datasets([train, self.rows["validation"]]) if "validation" in self.rows else train
-
-    def _module(self) -> Any:
-        return self.trainer and self.trainer.lightning_module
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides which rows come when, for checkpoints."""
@@ -315,7 +187,7 @@ class SRDDataModule(LightningDataModule):
         """Return the rows of the current epoch, shuffled by seed and epoch."""
         assert self.curriculum is not None, 'setup("fit") comes first'
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        self._refresh(epoch)
+        self.refresh_rows(epoch)
         rows = self.rows["train"]
         lengths = lengths_of(rows)[self.curriculum.rows(epoch).numpy()] if self.group_by_length else None
         return self._loaders().train(self.curriculum.subset(rows, epoch), epoch, self.batch_size, lengths)
