@@ -9,13 +9,15 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -108,7 +110,8 @@ class ResumeCheckpoint(ModelCheckpoint):
             for left in path.parent.glob(".*.partial"):  # by a run that was killed
                 _remove(left)
         trainer.strategy.barrier("no partial checkpoints")
-        trainer.save_checkpoint(temporary, self.save_weights_only)
+        with _straight_to_disk(trainer.strategy):
+            trainer.save_checkpoint(temporary, self.save_weights_only)
         if trainer.is_global_zero:
             put_in_place(temporary, path)
         trainer.strategy.barrier("checkpoint in place")
@@ -180,6 +183,25 @@ class ResumeCheckpoint(ModelCheckpoint):
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
             self._former_handler = None
+
+
+class _StraightToDisk(TorchCheckpointIO):
+    """Writes a file as it is made; Lightning's makes all of it in memory, and then moves it through ``/tmp``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+@contextmanager
+def _straight_to_disk(strategy: Strategy) -> Iterator[None]:
+    plugin = strategy.checkpoint_io
+    if type(plugin) is TorchCheckpointIO:  # else the user has chosen how
+        strategy.checkpoint_io = _StraightToDisk()
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = plugin
 
 
 def is_complete(path: Path) -> bool:
