@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 from conftest import QUIET, make_rows, tiny_model
+from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Curriculum, CurriculumCallback, ResumeCheckpoint, cli
@@ -259,6 +260,11 @@ def folder_of(path):
     return str(path)
 
 
+class OwnFiles(TorchCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        torch.save({**checkpoint, "own": True}, path)
+
+
 class TestResumeCheckpoint:
     def test_holds_no_teacher_and_plain_values_only(self, tmp_path):
         trainer = project.main(folder_of(tmp_path / "run"), max_steps=1)
@@ -300,6 +306,15 @@ class TestResumeCheckpoint:
         done = [torch.load(path) for path in (tmp_path / "run" / "checkpoints").iterdir()]
         counted = [state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] for state in done]
         assert sorted(counted) == [2, 4, 6, 8, 10]
+
+    @pytest.mark.parametrize("own", [None, OwnFiles], ids=["Lightning's plug-in", "one's own"])
+    def test_goes_straight_to_disk_unless_the_user_has_chosen_otherwise(self, own, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch_io, "_atomic_save", lambda *_: pytest.fail("made in memory"))
+        plugins = [own()] if own else []
+        trainer = project.main(folder_of(tmp_path / "run"), max_steps=1, plugins=plugins)
+        (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+        assert torch.load(kept, weights_only=True).get("own", False) == bool(own)
+        assert type(trainer.strategy.checkpoint_io) is (own or TorchCheckpointIO)
 
     @pytest.mark.parametrize("wrong", ["save_weights_only", "save_on_exception"])
     def test_what_no_run_can_be_resumed_from(self, wrong):
