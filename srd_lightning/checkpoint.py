@@ -17,11 +17,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srd_lightning.resume import repair_progress
+from srd_lightning.team import Team
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM has ended: the run is not over."""
@@ -90,6 +91,11 @@ class ResumeCheckpoint(ModelCheckpoint):
         """Return the newest complete checkpoint; Lightning asks for it where ``ckpt_path`` is ``last``."""
         found = [path for path in self._folder(trainer).glob(f"*{self.FILE_EXTENSION}") if is_complete(path)]
         newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        if newest and newest.is_dir() and not isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
+            raise ValueError(
+                f"{newest} is sharded, which {type(trainer.strategy).__name__} cannot read; make a file of it, python "
+                f"-m srd_lightning.consolidate {newest} FILE, and give that as ckpt_path, or resume with FSDP2"
+            )
         self._resumed_from = str(newest) if newest else None
         return {str(newest)} if newest else set()
 
@@ -126,7 +132,17 @@ class ResumeCheckpoint(ModelCheckpoint):
             self._former_handler = signal.signal(signal.SIGTERM, self._note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of SIGTERM also where nothing is checked before."""
+        """Take note of SIGTERM also where nothing is checked before; see that all processes go on from the same step.
+
+        Raises:
+            ValueError: They do not.
+        """
+        steps = Team().from_all(lambda: trainer.global_step)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes would go on after steps {', '.join(map(str, steps))}: they do not all see the same "
+                f"checkpoints in {self.dirpath}; use a folder that all see, and wait until its files have come"
+            )
         super().on_train_start(trainer, pl_module)
         self.on_sanity_check_start(trainer, pl_module)
 

@@ -28,13 +28,15 @@ def clip(
     plugin = module.trainer.precision_plugin
     if not value:
         return None
-    if getattr(plugin, "scaler", None) is not None:
+    scaled = getattr(plugin, "scaler", None) is not None
+    root = module.trainer.strategy.model
+    if algorithm != "value" and isinstance(root, FullyShardedDataParallel):  # only it knows the norm of all shards
+        norm = root.clip_grad_norm_(value)
+        return None if scaled else norm
+    if scaled:
         module.clip_gradients(optimizer, value, algorithm)
         return None
     if algorithm == "value":
         Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType.VALUE)
         return None
-    root = module.trainer.strategy.model
-    if isinstance(root, FullyShardedDataParallel):  # only the root knows the norm of all shards
-        return root.clip_grad_norm_(value)
     return torch.nn.utils.clip_grad_norm_(plugin.main_params(optimizer), value)

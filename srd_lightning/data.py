@@ -166,7 +166,8 @@ class SRDDataModule(CuratedRows):
             ValueError: Its rows, or their order, are not those of this run.
         """
         self.refresher.generations = state_dict["generations"]
-        if self.trainer is not None and self.trainer.state.fn == "fit":
+        resumed = self.trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path is not None
+        if resumed:  # and not restored by a tuner that tries other batches
             check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
 
     def _rows_to_come(self) -> dict[str, Any]:

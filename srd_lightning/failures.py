@@ -25,7 +25,13 @@ This may help, the first ones at no cost in what is computed:
 - precision: bf16-mixed, or strategy FSDP2 on several devices
 - max_length of the data"""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-ON_ALL_PROCESSES = (FloatingPointError, SIGTERMException, KeyboardInterrupt)
+
+
+class NoNumber(FloatingPointError):
+    """A loss or a gradient that all processes see is infinite or not a number."""
+
+
+ON_ALL_PROCESSES = (NoNumber, SIGTERMException, KeyboardInterrupt)
 """Exceptions that come to all processes at the same place."""
 SECONDS_TO_SPEAK = 2
 
@@ -41,17 +47,20 @@ def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: i
         own: The share of this process, by which the rows are found; by default those of all processes are named.
 
     Raises:
-        FloatingPointError: It is infinite or not a number; names the rows of the batch.
+        NoNumber: It is infinite or not a number; names the rows of the batch.
     """
     value = value.full_tensor() if isinstance(value, DTensor) else value
     if bool(value.isfinite().all()):
         return
-    ids = getattr(module.trainer.train_dataloader, "ids", None)
-    guilty = own is None or not bool(own.isfinite().all())
-    mine = ids(batch_idx) if ids is not None and guilty else []
-    rows = [row for found in Team().from_all(lambda: mine) for row in found]
-    raise FloatingPointError(
-        f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.trainer.current_epoch}; its rows: "
+
+    def rows_of_batch() -> list[str]:
+        ids = getattr(module._trainer and module._trainer.train_dataloader, "ids", None)
+        guilty = own is None or not bool(own.isfinite().all())
+        return ids(batch_idx) if ids is not None and guilty else []
+
+    rows = [row for found in Team().from_all(rows_of_batch) for row in found]
+    raise NoNumber(
+        f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
         f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: look at these rows, or "
         "resume from the last checkpoint with a lower learning rate, gradient_clip_val or another precision"
     )
@@ -63,7 +72,7 @@ class Failures(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add the hint to the message, and end the other processes where Lightning would not."""
         message = str(exception)
-        if _lacks_memory(exception) and MEMORY_HINT not in message:
+        if lacks_memory(exception) and MEMORY_HINT not in message:
             arguments: Any = (message + MEMORY_HINT,)
             exception.args = arguments
         if trainer.world_size > 1 and not isinstance(exception, ON_ALL_PROCESSES):
@@ -75,7 +84,8 @@ class Failures(Callback):
                 launcher.kill(signal.SIGKILL)
 
 
-def _lacks_memory(exception: BaseException) -> bool:
+def lacks_memory(exception: BaseException) -> bool:
+    """Return whether an error says that memory is out."""
     if isinstance(exception, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(exception, RuntimeError) and any(words in str(exception).lower() for words in OUT_OF_MEMORY)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
-from lightning import Callback
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +21,7 @@ from srd_lightning.losses import DistillationLoss, ForwardKL, response_mask
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import CHUNK
 from srd_lightning.pair import StudentAndTeacher
-from srd_lightning.placement import TeacherPlacement, shards_student
+from srd_lightning.placement import TeacherPlacement, data_parallel_mesh, shards_student
 from srd_lightning.planning import stage_steps, staged_schedule
 from srd_lightning.resume import RunSeed
 from srd_lightning.rouge import rouge_l
@@ -142,9 +142,14 @@ class KDLightningModule(StudentAndTeacher):
             {f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
         )
 
+    def setup(self, stage: str) -> None:
+        """Begin anew; before training, let the teacher be cached, where that is asked for."""
+        super().setup(stage)
+        self._step = None
+
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what is done around the steps, and what explains failures."""
-        known = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        known = {type(callback) for callback in callbacks_of(self.trainer)}
         return [kind() for kind in (Upkeep, Failures) if kind not in known]
 
     def configure_model(self) -> None:
@@ -153,6 +158,11 @@ class KDLightningModule(StudentAndTeacher):
             raise ValueError(
                 "micro_batch_tokens needs a student whose weights are whole, but this strategy shards them; take a "
                 "smaller batch_size, and accumulate_grad_batches of the trainer"
+            )
+        if self._trainer and not any(isinstance(callback, Upkeep) for callback in callbacks_of(self._trainer)):
+            raise RuntimeError(
+                f"{type(self).__name__}.configure_callbacks leaves out what this class brings along, without which it "
+                "trains wrongly: return [*super().configure_callbacks(), ...]"
             )
         super().configure_model()
 
@@ -163,9 +173,9 @@ class KDLightningModule(StudentAndTeacher):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
-        accumulated = self.trainer.accumulate_grad_batches if self._trainer else 1
+        step, accumulated = self._steps(), self.trainer.accumulate_grad_batches if self._trainer else 1
         num_tokens = self.token_mean.divisor(response_mask(batch["labels"]).sum(), accumulated)
-        objective = self._steps().objective(batch, self.loss, self.kd_weight, num_tokens)
+        objective = step.objective(batch, self.loss, self.kd_weight, num_tokens)
         loss, ce, kd = self.token_mean.of_batch(torch.stack(objective).detach())
         check_finite(loss, "loss", self, batch_idx, own=objective.loss)
         if self.kd_weight < 1:
@@ -176,9 +186,12 @@ class KDLightningModule(StudentAndTeacher):
         return objective.loss
 
     def _steps(self) -> Step:
-        student = cast(nn.Module, self.student)
-        teacher = self._cached if self._cached is not None else self.teacher
-        if self._step is None or self._step.student is not student or self._step.source is not teacher:
+        if self._step is None or self._step.student is not self.student:
+            if self._trainer:
+                self.place_teacher()
+                group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
+                self.token_mean = TokenMean(group)
+            student, teacher = cast(nn.Module, self.student), self._cached or self.teacher
             vocabulary = None if teacher is None else self.shared_vocabulary(teacher)
             self._step = Step(
                 student, teacher, vocabulary, self.chunk, self.packing, self.compile_step, self.micro_batch_tokens
@@ -241,3 +254,8 @@ class KDLightningModule(StudentAndTeacher):
             return optimizer
         scheduler = staged_schedule(self.lr_scheduler, optimizer, stage_steps(self.trainer), self.restart_lr_each_stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer, which has them without saying so."""
+    return cast(list[Callback], cast(Any, trainer).callbacks)

@@ -16,12 +16,12 @@ from srd_lightning.models import Pretrained, check_same_tokenizer, dtype_named, 
 from srd_lightning.placement import (
     TeacherPlacement,
     compute_dtype,
-    place_student,
     place_teacher,
+    shard_student,
     shards_student,
     whole_weights,
 )
-from srd_lightning.sharding import with_weights, without_weights
+from srd_lightning.sharding import is_sharded, with_weights, without_weights
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 from srd_lightning.team import Team
 
@@ -106,15 +106,16 @@ class StudentAndTeacher(LightningModule):
             raise ValueError("nothing is to be cached: set teacher_cache to hidden or topk")
         if not hasattr(data, "rows_of_teacher"):
             raise ValueError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
+        if is_sharded(self.teacher):
+            raise ValueError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
         kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
         source = self._teacher_source or cast(nn.Module, self.teacher)
         made_of = Team().from_first(lambda: {"teacher": teacher_digest(source), "kind": repr(kind)})
         folder = self.teacher_cache_dir or Path(self.trainer.default_root_dir) / "teacher" / digest(made_of)
-        loaded_here = self.teacher is None
         data.teacher_cache, cached = cache_teacher(
             data.rows_of_teacher(), Path(folder), kind, made_of, self._teacher_on_device, self.shared_vocabulary
         )
-        if loaded_here:
+        if self._teacher_source is not None:  # it can be loaded again
             self.keep("teacher", None)
         return cached
 
@@ -133,7 +134,7 @@ class StudentAndTeacher(LightningModule):
         if self._trainer and shards_student(self._trainer):
             if self._skeleton is None:
                 self.keep("_skeleton", without_weights(student))
-            place_student(student, self)
+            shard_student(student, self)
         if self._teacher_source is not None and self.teacher is None and self._cached is None:
             self._keep_teacher(self._teacher_source.model())
 
@@ -147,7 +148,7 @@ class StudentAndTeacher(LightningModule):
             place_teacher(self.teacher, self, self.teacher_placement)
 
     def whole_student(self, only_first: bool = False) -> nn.Module | None:
-        """Return the student with all of its weights: itself, or a copy where the strategy has sharded it.
+        """Return the student with all of its weights: itself, or while a run shards it a copy.
 
         Args:
             only_first: The copy is on the CPU of the first process, and nothing on others. All of them must ask.

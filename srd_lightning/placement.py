@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from srd_lightning.sharding import blocks, is_sharded, shard
+from srd_lightning.sharding import blocks, is_sharded, send_from_first, shard
 
 TeacherPlacement = Literal["replicate", "shard", "offload"]
 
@@ -39,10 +39,11 @@ def compute_dtype(trainer: Trainer) -> torch.dtype | None:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def place_student(student: nn.Module, module: LightningModule) -> None:
-    """Shard the student where the strategy leaves that to the module (FSDP2), or say how it is to be done (FSDP1)."""
+def shard_student(student: nn.Module, module: LightningModule) -> None:
+    """Shard the student where the strategy leaves that to the module (FSDP2), or tell the strategy how (FSDP1)."""
     strategy = module.trainer.strategy
     if isinstance(strategy, FSDPStrategy):
+        send_from_first(student, strategy.root_device)
         strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(block) for block in blocks(student)}))
         if strategy.mixed_precision is None and (config := strategy.mixed_precision_config) is not None:
             # Lightning would sum gradients in half precision, and round what positions are computed from.

@@ -32,6 +32,10 @@ class ResumableLoader(DataLoader[Any]):
     def _shuffled(self) -> Shuffled:
         return cast(Shuffled, self.sampler)
 
+    @property
+    def _in_order(self) -> bool:
+        return isinstance(self.sampler, Shuffled)
+
     def __iter__(self) -> Any:
         """Deliver what is left of the epoch; the next time, all of it."""
         self._shuffled.start = self._start * cast(int, self.batch_size)
@@ -45,12 +49,12 @@ class ResumableLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, and how many of its batches were delivered."""
-        return {"epoch": self._shuffled.epoch, "delivered": self.delivered}
+        """Return the epoch, and how many of its batches were delivered; nothing where ``overfit_batches`` repeats."""
+        return {"epoch": self._shuffled.epoch, "delivered": self.delivered} if self._in_order else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Leave out what was delivered, if it was of this epoch: another one begins with its first batch."""
-        same_epoch = state_dict["epoch"] == self._shuffled.epoch
+        same_epoch = self._in_order and state_dict.get("epoch") == self._shuffled.epoch
         self._start = self.delivered = state_dict["delivered"] if same_epoch else 0
 
     def ids(self, batch_idx: int) -> list[str]:

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method as register_forw
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+INSIDE = "_srd_inside"
+"""The method of a sharded model that runs any function as its forward pass."""
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -43,7 +45,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
     Raises:
         RuntimeError: A weight was left whole, or weights that were tied no longer are.
     """
-    _send_from_first(model, mesh)
+    send_from_first(model, torch.device(mesh.device_type))
     tied = _tied(model)
     policies: dict[str, Any] = {
         "mesh": mesh,
@@ -53,8 +55,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     for part in (*blocks(model), model):
         fully_shard(part, **policies)
-    cast(Any, model).inside = types.MethodType(lambda _, work: work(), model)
-    register_forward(model, "inside")
+    setattr(model, INSIDE, types.MethodType(lambda _, work: work(), model))
+    register_forward(model, INSIDE)
     if whole := [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]:
         raise RuntimeError(f"these weights were not sharded: {', '.join(whole)}")
     if _tied(model) != tied:
@@ -68,7 +70,7 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 def inside(model: nn.Module, work: Callable[[], T]) -> T:
     """Do something with the parts of a model: where it is sharded, as its forward pass, in which they can be used."""
-    return cast(T, cast(Any, model).inside(work)) if hasattr(model, "inside") else work()
+    return cast(T, getattr(model, INSIDE)(work)) if hasattr(model, INSIDE) else work()
 
 
 def release(model: nn.Module) -> None:
@@ -111,9 +113,10 @@ def _copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @torch.no_grad()
-def _send_from_first(model: nn.Module, mesh: DeviceMesh) -> None:
+def send_from_first(model: nn.Module, device: torch.device) -> None:
+    """Give the model the weights of the first process, as DDP does; each tensor goes over the device."""
     for tensor in (*model.parameters(), *model.buffers()):
-        value = tensor.to(mesh.device_type).contiguous()
+        value = tensor.to(device).contiguous()
         dist.broadcast(value, src=0)
         tensor.copy_(value)
 

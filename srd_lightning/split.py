@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from srd_lightning.failures import lacks_memory
 from srd_lightning.generation import eval_mode
 from srd_lightning.losses import response_mask
 from srd_lightning.objective import Head
@@ -104,6 +105,8 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         try:
             found = inside(model, lambda: parts.head()(parts.hidden(sample)))
         except (AttributeError, TypeError, RuntimeError) as error:
+            if lacks_memory(error):  # all logits would take more still
+                raise
             raise NotSplit(f"{type(model).__name__} cannot be used in parts: {error}") from error
         logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"]).logits
         logits = logits[:, :-1][response_mask(sample["labels"])]

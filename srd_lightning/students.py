@@ -46,7 +46,7 @@ def fresh_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Modu
     if source is not None:
         return source
     if hasattr(module, "build_student"):
-        return cast(nn.Module, module.build_student())
+        return _whole(module.build_student(), "an earlier run has done so: make a new module")
     if isinstance(getattr(module, "student", None), nn.Module):
         return cast(nn.Module, module.student)
     raise ValueError(
@@ -66,9 +66,10 @@ def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Mo
     student = getattr(module, "student", source)
     if not isinstance(student, nn.Module):
         raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
+    return _whole(student, f"give {type(module).__name__} a method whole_student(), as KDLightningModule has")
+
+
+def _whole(student: nn.Module, remedy: str) -> nn.Module:
     if isinstance(next(student.parameters()), DTensor):
-        raise ValueError(
-            f"refresh needs the student whole, but its weights are sharded; give {type(module).__name__} a method "
-            "whole_student(), as KDLightningModule has"
-        )
+        raise ValueError(f"a student that reflects needs all of its weights, but they are sharded; {remedy}")
     return student

@@ -24,7 +24,7 @@ class TokenMean:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.processes = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-        self._step: _Step | None = None
+        self._tokens: _Tokens | None = None
 
     def divisor(self, tokens: Tensor, accumulated: int = 1) -> Tensor:
         """Return what to divide the sum of a batch by: mean tokens per process, of the first batch of the step.
@@ -34,16 +34,16 @@ class TokenMean:
             accumulated: Batches of a step, by which Lightning divides the loss.
         """
         total = self._over_processes(tokens)
-        if self._step is None or 1 in (accumulated, self._step.accumulated):
-            self._step = _Step(accumulated, first=total.clamp(min=1), last=total, all=torch.zeros_like(total))
-        self._step.last = total
-        self._step.all = self._step.all + total
-        return self._step.first / self.processes
+        if self._tokens is None or 1 in (accumulated, self._tokens.accumulated):
+            self._tokens = _Tokens(accumulated, first=total.clamp(min=1), last=total, all=torch.zeros_like(total))
+        self._tokens.last = total
+        self._tokens.all = self._tokens.all + total
+        return self._tokens.first / self.processes
 
     def of_batch(self, values: Tensor) -> Tensor:
         """Return the means over the tokens of the last batch, of all processes, from this process's values."""
-        assert self._step is not None, "divisor() comes first"
-        factor = self._step.first / self._step.last.clamp(min=1)
+        assert self._tokens is not None, "divisor() comes first"
+        factor = self._tokens.first / self._tokens.last.clamp(min=1)
         return self._over_processes(values) / self.processes * factor
 
     def correct(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -52,10 +52,10 @@ class TokenMean:
         Args:
             parameters: Whose gradients are complete.
         """
-        step, self._step = self._step, None
-        if step is None or step.accumulated == 1:
+        tokens, self._tokens = self._tokens, None
+        if tokens is None or tokens.accumulated == 1:
             return
-        factor = step.accumulated * step.first / step.all.clamp(min=1)
+        factor = tokens.accumulated * tokens.first / tokens.all.clamp(min=1)
         for gradient in (parameter.grad for parameter in parameters):
             if gradient is not None:
                 (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
@@ -68,7 +68,7 @@ class TokenMean:
 
 
 @dataclass
-class _Step:
+class _Tokens:
     """Response tokens of all processes: in the first batch of a step, in the last so far, and in all."""
 
     accumulated: int

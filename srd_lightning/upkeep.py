@@ -7,27 +7,19 @@ from typing import Any
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
-from srd_lightning.placement import data_parallel_mesh
 from srd_lightning.resume import repair_progress
-from srd_lightning.token_mean import TokenMean
 
 
 class Upkeep(Callback):
-    """Places the teacher, weighs tokens, seeds batches, lets a run go on; comes with the module, and has no state."""
+    """Weighs tokens, seeds batches, lets a run go on; comes with the module, and has no state of its own."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Place the teacher, and learn who counts tokens together."""
-        pl_module.place_teacher()
-        group = None if pl_module.device_mesh is None else data_parallel_mesh(pl_module).get_group()
-        pl_module.token_mean = TokenMean(group)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Place the teacher."""
-        pl_module.place_teacher()
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Have a student that can answer by itself: processes would wait for each other at every token."""
-        pl_module.place_teacher()
         pl_module.keep("speaker", pl_module.whole_student())
 
     on_predict_start = on_test_start
@@ -38,8 +30,12 @@ class Upkeep(Callback):
 
     on_predict_end = on_test_end
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Let go of it."""
+        pl_module.keep("speaker", None)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
-        """Weigh all response tokens of the step alike."""
+        """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""
         pl_module.token_mean.correct(pl_module.parameters())
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:

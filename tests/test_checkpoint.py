@@ -6,6 +6,7 @@ import sys
 import zipfile
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -18,7 +19,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from transformers import ByT5Tokenizer
 
-from srd_lightning import Curriculum, CurriculumCallback, ResumeCheckpoint, cli
+from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, cli
 from srd_lightning.checkpoint import is_complete, put_in_place
 from srd_lightning.consolidate import main as consolidate
 from srd_lightning.resume import ResumableLoader, batch_seed, order_digest, repair_progress
@@ -262,6 +263,7 @@ def folder_of(path):
 
 class OwnFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint, path, storage_options=None):
+        Path(path).parent.mkdir(exist_ok=True)
         torch.save({**checkpoint, "own": True}, path)
 
 
@@ -306,6 +308,20 @@ class TestResumeCheckpoint:
         done = [torch.load(path) for path in (tmp_path / "run" / "checkpoints").iterdir()]
         counted = [state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] for state in done]
         assert sorted(counted) == [2, 4, 6, 8, 10]
+
+    def test_what_one_device_cannot_read(self, tmp_path):
+        sharded = tmp_path / "checkpoints" / "epoch=0-step=1.ckpt"
+        sharded.mkdir(parents=True)
+        (sharded / ".metadata").touch()
+        torch.save({}, sharded / "meta.pt")
+        with pytest.raises(ValueError, match=r"is sharded, which SingleDeviceStrategy .* srd_lightning\.consolidate"):
+            project.main(str(tmp_path))
+
+    def test_processes_that_would_not_go_on_together(self, tmp_path, monkeypatch):
+        together = SimpleNamespace(from_all=lambda work: [work(), 7])
+        monkeypatch.setattr("srd_lightning.checkpoint.Team", lambda: together)
+        with pytest.raises(ValueError, match="would go on after steps 0, 7: they do not all see the same checkpoints"):
+            project.main(folder_of(tmp_path / "run"))
 
     @pytest.mark.parametrize("own", [None, OwnFiles], ids=["Lightning's plug-in", "one's own"])
     def test_goes_straight_to_disk_unless_the_user_has_chosen_otherwise(self, own, tmp_path, monkeypatch):
@@ -409,7 +425,7 @@ class TestWholeFiles:
         monkeypatch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             put_in_place(tmp_path / ".a.ckpt.partial", tmp_path / "a.ckpt")
-        found = ResumeCheckpoint(tmp_path)._find_last_checkpoints(L.Trainer(**QUIET))
+        found = ResumeCheckpoint(tmp_path)._find_last_checkpoints(L.Trainer(strategy=FSDP2(), **QUIET))
         assert found == {str(tmp_path / "a-older.ckpt")}
 
     @pytest.mark.parametrize(

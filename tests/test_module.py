@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import QUIET, make_rows, tiny_model
+from lightning.pytorch.callbacks import BatchSizeFinder
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -19,6 +20,7 @@ from srd_lightning import (
 )
 from srd_lightning.generation import generate
 from srd_lightning.rouge import rouge_l
+from srd_lightning.step import Step
 
 
 def sgd(params):
@@ -61,7 +63,7 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(student, teacher, tokenize
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_all_rows_from_the_start_is_ordinary_distillation(weight, student, teacher, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("srd_lightning.data.Reflector", None)
+    monkeypatch.setattr("srd_lightning.curating.Reflector", None)
     plain, batches = copy.deepcopy(student), Batches()
     module = KDLightningModule(student, teacher, kd_weight=weight, optimizer=sgd)
     data = everything(tokenizer, rows)
@@ -238,3 +240,45 @@ def test_a_run_without_end_cannot_plan(student, teacher, tokenizer, rows):
     module = KDLightningModule(student, teacher, lr_scheduler=CosineAnnealingLR)
     with pytest.raises(ValueError, match="set the trainer's max_epochs or max_steps"):
         L.Trainer(max_epochs=-1, **QUIET).fit(module, datamodule=everything(tokenizer, rows))
+
+
+def test_a_module_trains_after_it_was_measured(student, teacher, tokenizer, rows):
+    module, data = KDLightningModule(student, teacher, optimizer=sgd), everything(tokenizer, rows)
+    trainer = L.Trainer(max_epochs=1, **QUIET)
+    before = trainer.validate(module, datamodule=data, verbose=False)[0]["val_kl"]
+    trainer.fit(module, datamodule=data)
+    assert trainer.validate(module, datamodule=data, verbose=False)[0]["val_kl"] < before
+
+
+def test_what_a_module_brings_along_cannot_get_lost(student, teacher, tokenizer, rows):
+    class Own(KDLightningModule):
+        def configure_callbacks(self):
+            return []
+
+    with pytest.raises(RuntimeError, match=r"Own\.configure_callbacks leaves out .*super\(\)\.configure_callbacks"):
+        L.Trainer(max_epochs=1, **QUIET).fit(Own(student, teacher), datamodule=everything(tokenizer, rows))
+
+
+def test_models_are_looked_at_once_in_a_run(student, teacher, tokenizer, rows, tmp_path, monkeypatch):
+    made = []
+
+    class Counted(Step):
+        def __init__(self, *arguments):
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("srd_lightning.module.Step", Counted)
+    module = KDLightningModule(student, teacher, teacher_cache="hidden", optimizer=sgd)
+    data = everything(tokenizer, rows)
+    L.Trainer(max_epochs=3, default_root_dir=tmp_path, **QUIET).fit(module, datamodule=data)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("options", [{"overfit_batches": 2}, {"callbacks": [BatchSizeFinder("power", max_trials=2)]}])
+def test_what_lightning_does_to_loaders(options, student, teacher, tokenizer, rows, tmp_path):
+    module, data = KDLightningModule(student, teacher, optimizer=sgd), everything(tokenizer, rows)
+    options = {**QUIET, "enable_checkpointing": True, **options}
+    trainer = L.Trainer(max_epochs=2, default_root_dir=tmp_path, **options)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step > 0
+    assert torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["epoch"] == 1

@@ -65,6 +65,7 @@ def test_an_overlay_fits_each_recipe(recipe, overlay, capsys):
         cli.run(["fit", f"--config={recipe}", f"--config={overlay}", "--print_config"])
     merged = yaml.safe_load(capsys.readouterr().out)
     assert holds(merged, yaml.safe_load(overlay.read_text()))
+    assert not overlay.stem.startswith("fsdp") or merged["model"]["micro_batch_tokens"] is None  # as it must be there
     assert merged["trainer"]["max_epochs"] == yaml.safe_load(recipe.read_text())["trainer"]["max_epochs"]
 
 
@@ -83,6 +84,13 @@ def test_an_overlay_trains_on_two_processes_as_one_does(overlays, tolerance, alo
     (said,) = run(tmp_path, [SRD, *arguments(*overlays), *ON_CPU, "--trainer.devices=2"])
     assert "2 processes" in said
     check(tmp_path, alone, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "says"), [("test", "test_rouge_l"), ("curate", "rows of each stage")])
+def test_the_other_commands_work_where_weights_are_sharded(command, says, tmp_path):
+    (said,) = run(tmp_path, [SRD, command, *arguments("fsdp2")[1:], *ON_CPU, "--trainer.devices=2"])
+    assert says in said
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_again_and_again(whole, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
 def test_a_run_that_is_told_to_end(whole, strategy):
     root, expected = whole(strategy)
     devices, folder = len(expected), root / f"told-{strategy}"

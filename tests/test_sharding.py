@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained
-from srd_lightning.placement import place_student
+from srd_lightning.placement import shard_student
 from srd_lightning.rows import collate
 from srd_lightning.sharding import blocks, inside, release, shard, with_weights, without_weights
 from srd_lightning.step import Step
+from srd_lightning.students import fresh_student, trained_student
 
 
 @pytest.fixture
@@ -109,10 +110,13 @@ def test_a_named_model_is_loaded_into_the_memory_of_the_host(tmp_path):
 
 
 @pytest.mark.parametrize("given", [None, MixedPrecision(param_dtype=torch.float16)])
-def test_fsdp1_learns_of_blocks_and_sums_in_full_precision(given):
-    strategy = FSDPStrategy(mixed_precision=given, precision_plugin=FSDPPrecision("bf16-mixed"))
+def test_fsdp1_learns_of_blocks_and_sums_in_full_precision(given, mesh):
+    class OnCPU(FSDPStrategy):
+        root_device = torch.device("cpu")
+
+    strategy = OnCPU(mixed_precision=given, precision_plugin=FSDPPrecision("bf16-mixed"))
     student = tiny_model()
-    place_student(student, SimpleNamespace(trainer=SimpleNamespace(strategy=strategy)))
+    shard_student(student, SimpleNamespace(trainer=SimpleNamespace(strategy=strategy)))
     policy = strategy.kwargs["auto_wrap_policy"]
     assert policy(student.model.layers[0], recurse=False, nonwrapped_numel=1)
     assert not policy(student.model.embed_tokens, recurse=False, nonwrapped_numel=1)
@@ -133,3 +137,19 @@ def test_fsdp1_learns_of_blocks_and_sums_in_full_precision(given):
 )
 def test_all_processes_see_different_rows_unless_told_otherwise(options, expected):
     assert FSDP2(**options).sizes(num_processes=8) == expected
+
+
+def test_a_sharded_student_does_not_reflect(mesh):
+    module = KDLightningModule(tiny_model(), kd_weight=0.0)
+    shard(module.student, mesh)
+    with pytest.raises(ValueError, match=r"reflects needs all of its weights, but .*: make a new module"):
+        fresh_student(None, module)
+    with pytest.raises(ValueError, match=r"give SimpleNamespace a method whole_student\(\)"):
+        trained_student(None, SimpleNamespace(student=module.student))
+
+
+def test_a_sharded_teacher_is_not_cached(mesh):
+    module = KDLightningModule(tiny_model(), tiny_model(), teacher_cache="hidden")
+    shard(module.teacher, mesh)
+    with pytest.raises(ValueError, match="an earlier run has sharded the teacher"):
+        module.cache(SimpleNamespace(rows_of_teacher=list))

@@ -168,3 +168,14 @@ def test_looking_leaves_modes_and_random_numbers_as_they_were(batch):
     split(model, batch)
     assert all(part.training for part in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_memory_that_is_out_does_not_make_all_logits(batch):
+    model = lively_model()
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[0].register_forward_hook(too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        split(model, batch)

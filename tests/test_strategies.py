@@ -89,6 +89,14 @@ def test_two_processes_train_as_one_does(strategy, settings, model, alone, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_process_may_have_no_token_to_learn_from(strategy, alone, tmp_path):
+    found = run(tmp_path / "two", 2, strategy, muted=True)
+    check(alone(muted=True), found, SAME)
+    assert sum(record["silent_batches"] for record in found[0]) > 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2"])
 def test_two_processes_train_as_one_does_in_half_precision(strategy, alone, tmp_path):
     settings = {"trainer": {**TRAINER, "precision": "bf16-mixed"}}

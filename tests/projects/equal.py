@@ -6,19 +6,24 @@ Each process writes its losses and last measures (``rank0.json``, …), the firs
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import distil
 import drive
 import lightning as L
 import torch
 from fsdp1_on_cpu import FSDP1OnCPU
+from lightning.pytorch.loops import utilities
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, HuggingFaceExport, HyperparameterScheduler, KDLightningModule, SRDDataModule
+from srd_lightning.sharding import is_sharded
 from srd_lightning.strategy import FSDP2
 
+utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
+"""Lightning evaluates over gloo in another mode than over NCCL: let it take the harder one, as on GPUs."""
 GLOBAL_BATCH = 4
 STAGED = {"kd_weight": {0: 0.5, 2: 0.9}, "loss.temperature": {0: 1.0, 1: 2.0}}
 
@@ -31,6 +36,30 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         self.losses.append(float(trainer.callback_metrics["train_loss"]))
+
+
+class Mute(L.Callback):
+    """Leaves most rows without a response token, so that some batches of a process have none at all."""
+
+    def __init__(self, wanted):
+        self.wanted = wanted
+        self.silent_batches = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for row, prompt in enumerate(pl_module.tokenizer.batch_decode(batch["input_ids"])):
+            if self.wanted and int(prompt.split("Say ")[1].split(".")[0]) % 4:
+                batch["labels"][row] = -100
+        self.silent_batches += int((batch["labels"] == -100).all())
+
+
+class Distillation(KDLightningModule):
+    """Begins with other weights on each process but the first, whose weights all are to take."""
+
+    def configure_model(self):
+        if self.global_rank and not is_sharded(self.student):
+            for weight in self.student.parameters():
+                weight.data += 1
+        super().configure_model()
 
 
 def rows():
@@ -47,11 +76,12 @@ def numbers(trainer):
 def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     settings = json.loads(settings)
     trainer_options, data_options = settings.pop("trainer", {}), settings.pop("data", {})
+    mute = Mute(settings.pop("muted", False))
     tied, lora = settings.pop("tied", False), settings.pop("lora", False)
     L.seed_everything(0)
     losses = Losses()
     student = distil.tiny(0, tie_word_embeddings=tied)
-    module = KDLightningModule(
+    module = Distillation(
         get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])) if lora else student,
         distil.tiny(1, tie_word_embeddings=tied),
         tokenizer=ByT5Tokenizer(),
@@ -78,7 +108,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         accelerator=accelerator,
         devices=int(devices),
         strategy=strategies[strategy]() if strategy in strategies else strategy,
-        callbacks=[losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
+        callbacks=[mute, losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
@@ -88,6 +118,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     )
     trainer.fit(module, datamodule=data)
     record = {"losses": losses.losses, "metrics": numbers(trainer), "in_parts": module._step.parts is not None}
+    record["silent_batches"] = mute.silent_batches
     if strategy != "fsdp1":  # Lightning cannot use a module again that FSDP1 has wrapped
         trainer.test(module, datamodule=data, verbose=False)
         record["metrics"] |= numbers(trainer)
