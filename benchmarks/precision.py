@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from arms import in_own_process
 from record import record
-from step import KD_WEIGHT, STUDENT_LAYERS, TEMPERATURE, choose_rows
+from step import KD_WEIGHT, TEMPERATURE, choose_model, choose_rows, models_and_rows
 
 from srd_lightning import ForwardKL, Pretrained
 from srd_lightning.rows import collate
@@ -104,18 +104,12 @@ def measure(make: Callable[[], tuple[Step, Any, bool]], repeats: int) -> tuple[f
 
 def main() -> None:
     """Run the arms, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, nargs="+", help="files of rows")
-    parser.add_argument("--model", help="folder or hub id of the teacher, which the student is cut from")
-    parser.add_argument("--keep-layers", type=int, nargs="+", default=STUDENT_LAYERS, help="layers of the student")
+    parser = models_and_rows(__doc__)
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch")
     parser.add_argument("--max-length", type=int, default=256, help="longer rows are cut")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
-    if options.model is None:
-        from srd_lightning.fetch import smollm2
-
-        options.model = str(smollm2())
+    choose_model(options)
     _, rows = in_own_process(choose_rows, options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}

@@ -129,12 +129,26 @@ def matmul_flops_per_second(dtype: torch.dtype) -> float:
     return float(2 * size**3 / np.median(seconds[2:]))
 
 
-def main() -> None:
-    """Run the variants, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def models_and_rows(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that knows the models and the rows of a benchmark."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, nargs="+", help="files of rows")
     parser.add_argument("--model", help="folder or hub id of the teacher, which the student is cut from")
     parser.add_argument("--keep-layers", type=int, nargs="+", default=STUDENT_LAYERS, help="layers of the student")
+    return parser
+
+
+def choose_model(options: argparse.Namespace) -> None:
+    """Take the model of the quickstart, and fetch it, where none is named."""
+    if options.model is None:
+        from srd_lightning.fetch import smollm2
+
+        options.model = str(smollm2())
+
+
+def main() -> None:
+    """Run the variants, print and write."""
+    parser = models_and_rows(__doc__)
     parser.add_argument("--rows", type=int, default=32, help="rows to train on, evenly spaced; a multiple of --batch")
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--max-length", type=int, default=512, help="longer rows are cut")
@@ -145,10 +159,7 @@ def main() -> None:
     if options.rows % options.batch:
         parser.error("--rows must be a multiple of --batch")
     options.epochs = 3
-    if options.model is None:
-        from srd_lightning.fetch import smollm2
-
-        options.model = str(smollm2())
+    choose_model(options)
     rows, tokens = in_own_process(choose_rows, options)
     variants = {name: in_own_process(run_variant, name, rows, tokens, options) for name in options.variants}
     needed = in_own_process(needed_flops, tokens, options)
