@@ -71,8 +71,8 @@ def cache_teacher(
             _fill(cache, chosen, parts, head, batches[team.rank :: team.size], check, show=team.rank == 0)
         team.from_first(functools.partial(cache.save_head, head))
         cache.reread()
-    # As it was read: the model's own would keep the file of all its weights in memory.
-    return cache, CachedTeacher(kind, cast(Head, cache.head()))
+        head = cast(Head, cache.head())  # the model's own would keep the file of all its weights in memory
+    return cache, CachedTeacher(kind, head)
 
 
 def _open(

@@ -13,6 +13,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from srd_lightning.checkpoint import put_in_place
 from srd_lightning.curriculum import Curriculum, check_schedule, value_at
 from srd_lightning.planning import find_curriculum
 from srd_lightning.resume import repair_progress
@@ -148,7 +149,7 @@ class HuggingFaceExport(Callback):
             raise ValueError(f"HuggingFaceExport saves `student`, which {type(pl_module).__name__} does not have")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write to a folder beside it, then rename."""
+        """Write to a folder beside it, which then takes its place."""
         module: Any = pl_module
         student = module.whole_student(only_first=True) if hasattr(module, "whole_student") else module.student
         if trainer.is_global_zero:
@@ -163,6 +164,5 @@ class HuggingFaceExport(Callback):
         tokenizer = getattr(pl_module, "tokenizer", None) or getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        shutil.rmtree(self.dirpath, ignore_errors=True)
-        temporary.rename(self.dirpath)
+        put_in_place(temporary, self.dirpath)
         rank_zero_info(f"student saved to {self.dirpath}")

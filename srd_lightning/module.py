@@ -113,15 +113,15 @@ class KDLightningModule(StudentAndTeacher):
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]:
             raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
         super().__init__(
-            student,
-            teacher,
-            tokenizer,
-            teacher_cache,
-            teacher_cache_dir,
-            teacher_cache_dtype,
-            top_k,
-            activation_checkpointing,
-            teacher_placement,
+            student=student,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            teacher_cache=teacher_cache,
+            teacher_cache_dir=teacher_cache_dir,
+            teacher_cache_dtype=teacher_cache_dtype,
+            top_k=top_k,
+            activation_checkpointing=activation_checkpointing,
+            teacher_placement=teacher_placement,
         )
         self.loss = loss if loss is not None else ForwardKL()
         self.kd_weight = kd_weight
