@@ -1,6 +1,9 @@
 """A tiny model, a tokenizer of bytes, and rows: all that the tests need, made in memory."""
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
 
 CACHE = tempfile.TemporaryDirectory()
@@ -8,11 +11,13 @@ os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has 
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import references
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from srd_lightning.losses import (
@@ -48,6 +53,49 @@ LOSSES = {
     "skew_reverse_kl": (partial(SkewReverseKL, alpha=0.2), partial(references.skew_reverse_kl, alpha=0.2)),
 }
 """Each loss with the reference of its divergence."""
+
+
+PROJECTS = Path(__file__).parent / "projects"
+
+
+def of_project(name, *arguments, **environment):
+    """Return what `subprocess` takes to run a project in a process of its own."""
+    command = [sys.executable, str(PROJECTS / f"{name}.py"), *map(str, arguments)]
+    surroundings = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1", **environment}
+    return {"args": command, "env": surroundings, "text": True}
+
+
+def run_project(name, *arguments, code=0, timeout=300, **environment):
+    """Run a project to its end, with the exit code that is expected."""
+    running = of_project(name, *arguments, **environment)
+    done = subprocess.run(**running, capture_output=True, timeout=timeout, check=False)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def records_of(folder, devices):
+    """Return what each process of a project wrote down."""
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+
+
+def train_equally(folder, devices, strategy, settings, accelerator="cpu", **environment):
+    """Run `projects/equal.py`; return what each process recorded, and the weights that were exported."""
+    folder.mkdir()
+    run_project("equal", folder, devices, strategy, json.dumps(settings), accelerator, **environment)
+    return records_of(folder, devices), load_file(folder / "student" / "model.safetensors")
+
+
+def remembered(train, folder):
+    """Return a function that trains on one device under some settings, once, in a folder, and remembers what came."""
+    known = {}
+
+    def of(**settings):
+        key = json.dumps(settings)
+        if key not in known:
+            known[key] = train(folder / str(len(known)), 1, "auto", **settings)
+        return known[key]
+
+    return of
 
 
 def tiny_model(seed=0, **options):

@@ -4,26 +4,21 @@ import os
 import re
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, make_rows, tiny_model
+from conftest import QUIET, make_rows, of_project, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, SRDDataModule
 
-PROJECTS = Path(__file__).parent / "projects"
-
 
 def run(folder, devices, strategy, what, rank):
     """Return what all processes wrote; all have ended within the time, or this fails."""
-    command = [sys.executable, str(PROJECTS / "fail.py"), str(folder), str(devices), strategy, what, str(rank)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = of_project("fail", folder, devices, strategy, what, rank)
+    process = subprocess.Popen(**running, stderr=subprocess.PIPE, start_new_session=True)
     try:
         _, error = process.communicate(timeout=90)  # open until the last process that writes to it has ended
     finally:

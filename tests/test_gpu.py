@@ -8,15 +8,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from conftest import PLAIN, QUIET, lively_model, make_rows, tiny_model
-from safetensors.torch import load_file
+from conftest import PLAIN, QUIET, lively_model, make_rows, remembered, run_project, tiny_model, train_equally
 from test_objective import Case, each_loss, relative
 from test_step import Losses
 from torch.optim import SGD, AdamW
@@ -36,7 +32,6 @@ WORLD = max((size for size in (1, 2, 4) if size <= torch.cuda.device_count()), d
 """Processes, which share a batch of 4 rows."""
 SAME, SAME_ON_OTHER_DEVICE, NEAR = 1e-4, 1e-3, 1e-2
 """How far losses, of about 3, may differ in fp32 on one kind of device, on two kinds, and in bf16-mixed."""
-PROJECTS = Path(__file__).parent / "projects"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -46,37 +41,22 @@ pytestmark = [
 ]
 
 
-def project(name, folder, *arguments):
-    """Run a project in a process of its own, without TF32."""
-    folder.mkdir()
-    command = [sys.executable, str(PROJECTS / name), str(folder), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1", "NVIDIA_TF32_OVERRIDE": "0"}
-    # The same sums each time; and a parent that forks does not touch the GPU.
-    environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+SURROUNDINGS = {
+    "NVIDIA_TF32_OVERRIDE": "0",  # products in fp32 are in fp32
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the same sums each time
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a parent that forks does not touch the GPU
+}
 
 
 def train(folder, devices, strategy, precision="32-true", **settings):
-    """Return what each process recorded, and the weights that were exported."""
     trainer = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "precision": precision}
-    project("equal.py", folder, devices, strategy, json.dumps({"trainer": trainer, **settings}), ACCELERATOR)
-    records = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
-    return records, load_file(next((folder / "student").glob("*.safetensors")))
+    return train_equally(folder, devices, strategy, {"trainer": trainer, **settings}, ACCELERATOR, **SURROUNDINGS)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Return what one device does under some settings: run once, kept."""
-    folder, known = tmp_path_factory.mktemp("alone"), {}
-
-    def of(**settings):
-        key = json.dumps(settings)
-        if key not in known:
-            known[key] = train(folder / str(len(known)), 1, "auto", **settings)
-        return known[key]
-
-    return of
+    """What one device does under some settings."""
+    return remembered(train, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.mark.slow
@@ -109,7 +89,8 @@ def test_all_devices_train_as_one_does(strategy, settings, model, alone, tmp_pat
 
 def resume(folder, *runs):
     """Run one after the other; return how each ended, and what its first process saw."""
-    project("resume.py", folder, json.dumps(runs))
+    folder.mkdir()
+    run_project("resume", folder, json.dumps(runs), **SURROUNDINGS)
     seen = []
     for line in map(json.loads, (folder / "seen-0.jsonl").read_text().splitlines()):
         seen.append([]) if "run" in line else seen[-1].append(line)

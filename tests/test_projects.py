@@ -1,30 +1,23 @@
 """Whole projects, run as their owners would, on one process and on two (DDP over gloo)."""
 
-import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import references
+from conftest import PROJECTS, records_of, run_project
 
 from srd_lightning import ALPACA
 
-PROJECTS = Path(__file__).parent / "projects"
 both = pytest.mark.parametrize("devices", [1, 2], ids=["one_process", "two_processes"])
 
 
 def run(project, devices, folder):
     """Return what each process saw."""
-    command = [sys.executable, str(PROJECTS / "drive.py"), project, str(devices), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
+    run_project("drive", project, devices, folder)
+    return records_of(folder, devices)
 
 
 def rows_by_epoch(records):

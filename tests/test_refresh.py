@@ -1,14 +1,10 @@
-import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import references
 import torch
-from conftest import make_rows
+from conftest import PROJECTS, make_rows, records_of, run_project
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
@@ -17,7 +13,6 @@ from srd_lightning.generation import generate
 from srd_lightning.refresh import Refresher, rearrange
 from srd_lightning.rouge import rouge_l
 
-PROJECTS = Path(__file__).parent / "projects"
 sys.path.insert(0, str(PROJECTS))
 import distil
 import refresh as project
@@ -91,11 +86,8 @@ def test_scores_of_an_earlier_refreshment_that_are_gone(whole_run, tmp_path):
 
 def run(folder, *arguments):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(PROJECTS / "refresh.py"), str(folder), "2", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    run_project("refresh", folder, 2, *arguments)
+    first, second = records_of(folder, 2)
     assert first == second
     return first
 

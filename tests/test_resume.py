@@ -1,15 +1,13 @@
 """Runs that are killed, or told to end, and resumed: as if nothing had happened."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import run_project
 
-PROJECTS = Path(__file__).parent / "projects"
 LAST_BATCHES = [1, 5, 9, 14]
 """Of the epochs, which have 2, 4, 4 and 5 batches."""
 
@@ -17,12 +15,7 @@ LAST_BATCHES = [1, 5, 9, 14]
 def run(folder, runs):
     """Run one after the other; return how their processes ended."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(PROJECTS / "resume.py"), str(folder), *([] if runs is None else [json.dumps(runs)])]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    if runs is None:
-        return done
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_project("resume", folder, json.dumps(runs), timeout=200)
     return json.loads((folder / "ends.json").read_text())
 
 
@@ -128,8 +121,8 @@ def test_a_run_that_is_told_to_end(whole, strategy):
 @pytest.mark.slow
 def test_the_launcher_waits_for_all_when_the_first_process_is_told_to_end(whole):
     root, expected = whole("ddp")
-    done = run(root / "launched", None)
-    assert done.returncode == 143, done.stderr[-3000:]
+    (root / "launched").mkdir()
+    done = run_project("resume", root / "launched", code=143, timeout=200)
     assert "SIGTERM: saved after step 4" in done.stderr
     assert [path.name for path in (root / "launched" / "checkpoints").iterdir()] == ["epoch=2-step=4.ckpt"]
     assert run(root / "launched", [{"devices": 2, "strategy": "ddp"}]) == [[0, 0]]

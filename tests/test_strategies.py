@@ -1,15 +1,8 @@
 """The same training on one process and on two, under every strategy: real processes, over gloo."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from safetensors.torch import load_file
+from conftest import remembered, train_equally
 
-PROJECTS = Path(__file__).parent / "projects"
 SAME = 1e-5
 """Between losses of each step, and between weights at the end, in fp32."""
 NEAR = 5e-3
@@ -18,29 +11,13 @@ TRAINER = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
 
 
 def run(folder, devices, strategy, **settings):
-    """Return what each process recorded, and the weights that were exported."""
-    folder.mkdir()
-    settings = {"trainer": TRAINER, **settings}
-    command = [sys.executable, str(PROJECTS / "equal.py"), str(folder), str(devices), strategy, json.dumps(settings)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    records = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
-    return records, load_file(folder / "student" / "model.safetensors")
+    return train_equally(folder, devices, strategy, {"trainer": TRAINER, **settings})
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process does under some settings: run once, kept."""
-    folder, known = tmp_path_factory.mktemp("alone"), {}
-
-    def of(**settings):
-        key = json.dumps(settings)
-        if key not in known:
-            known[key] = run(folder / str(len(known)), 1, "auto", **settings)
-        return known[key]
-
-    return of
+    """What one process does under some settings."""
+    return remembered(run, tmp_path_factory.mktemp("alone"))
 
 
 def check(alone, found, tolerance, same_rows=False):

@@ -5,19 +5,11 @@ import shutil
 import pyarrow as pa
 import pytest
 import torch
-from conftest import in_other_order, lively_model, make_rows, tokenised
+from conftest import LOSSES, in_other_order, lively_model, make_rows, tokenised
 
 from srd_lightning import caching, teacher_cache
 from srd_lightning.caching import cache_teacher, teacher_digest
-from srd_lightning.losses import (
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
-    response_mask,
-)
+from srd_lightning.losses import response_mask
 from srd_lightning.models import Pretrained
 from srd_lightning.rows import collate
 from srd_lightning.teacher import HiddenStates, LiveTeacher, TopK
@@ -107,9 +99,7 @@ def test_between_two_temperatures_the_mass_of_the_rest_is_near(data, load, tmp_p
         logits(teacher, batch).at(5, exact)
 
 
-@pytest.mark.parametrize(
-    "loss", [ForwardKL(1.5), ReverseKL(1.5), JensenShannon(0.3, 1.5), TotalVariation(1.5), SkewForwardKL(0.2, 1.5),
-             SkewReverseKL(0.2, 1.5)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("loss", [make_loss(temperature=1.5) for make_loss, _ in LOSSES.values()], ids=LOSSES)
 def test_all_others_are_one_token(loss, data, load, tmp_path):
     """Value and gradient are those of distributions over the likeliest tokens and one more."""
     cache, teacher = fill(data, tmp_path, load, TopK(5))

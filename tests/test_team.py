@@ -1,24 +1,19 @@
 """Curation by real processes: kill -9, uneven shares, a process that fails, a second run in the same folder."""
 
-import os
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import of_project
 
-PROJECTS = Path(__file__).parent / "projects"
 ROWS = 41
 
 
 def start(folder, *arguments):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(PROJECTS / "reflect.py"), str(folder), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    return subprocess.Popen(**of_project("reflect", folder, *arguments), **pipes)
 
 
 def run(folder, *arguments):

@@ -8,6 +8,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
 
 class Recorder(L.Callback):
     """Keeps the rows of every epoch, as lists of numbers without padding, and the learning rate of every step."""
@@ -36,10 +38,8 @@ def main(project, devices, folder):
         devices=int(devices),
         strategy="ddp" if int(devices) > 1 else "auto",
         default_root_dir=folder,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     record = {
         "epochs": recorder.epochs,

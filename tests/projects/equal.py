@@ -110,10 +110,8 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         strategy=strategies[strategy]() if strategy in strategies else strategy,
         callbacks=[mute, losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
         default_root_dir=folder,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **drive.QUIET,
         **trainer_options,
     )
     trainer.fit(module, datamodule=data)

@@ -45,9 +45,7 @@ def main(folder, devices, strategy, what, rank):
         strategy=FSDP2(save_distributed_checkpoint=False) if strategy == "fsdp2" else strategy,
         callbacks=[Accident(what, rank, folder), ModelCheckpoint(folder, "kept", save_on_exception=True)],
         default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **drive.QUIET,
     )
     trainer.fit(module, datamodule=data)
 

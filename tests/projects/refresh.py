@@ -68,9 +68,7 @@ def main(folder, devices=1, strategy="auto", checkpoint=None, **options):
         else strategy,
         callbacks=[recorder, ModelCheckpoint(f"{folder}/checkpoints", "{epoch}", save_top_k=-1)],
         default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **drive.QUIET,
         **options,
     )
     trainer.fit(Module(), datamodule=data, ckpt_path=checkpoint)

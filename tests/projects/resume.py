@@ -158,9 +158,7 @@ def main(
             *([Stop(**stop)] if stop else []),
         ],
         default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **drive.QUIET,
         **options,
     )
     trainer.fit(module, datamodule=rows, ckpt_path=ckpt_path)
