@@ -16,6 +16,7 @@ from srd_lightning.curriculum import PAPER_SCHEDULE
 from srd_lightning.generation import Decoding
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
+from srd_lightning.preflight import run_preflight
 from srd_lightning.resume import check_same_rows, order_digest
 from srd_lightning.rows import ids_of, lengths_of
 from srd_lightning.teacher_cache import TeacherCache
@@ -136,7 +137,9 @@ class SRDDataModule(CuratedRows):
         """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise once; for ``fit`` also reflect, rank and stage."""
+        """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
+        if self.trainer is not None:
+            run_preflight(self.trainer)
         if not self.rows:
             self.read_rows()
         if stage == "fit":

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from srd_lightning.errors import NonFiniteError
 from srd_lightning.team import Team
 
 MEMORY_HINT = """
@@ -27,11 +28,7 @@ This may help, the first ones at no cost in what is computed:
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
-class NoNumber(FloatingPointError):
-    """A loss or a gradient that all processes see is infinite or not a number."""
-
-
-ON_ALL_PROCESSES = (NoNumber, SIGTERMException, KeyboardInterrupt)
+ON_ALL_PROCESSES = (NonFiniteError, SIGTERMException, KeyboardInterrupt)
 """Exceptions that come to all processes at the same place."""
 SECONDS_TO_SPEAK = 2
 
@@ -47,7 +44,7 @@ def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: i
         own: The share of this process, by which the rows are found; by default those of all processes are named.
 
     Raises:
-        NoNumber: It is infinite or not a number; names the rows of the batch.
+        NonFiniteError: It is infinite or not a number; names the rows of the batch.
     """
     value = value.full_tensor() if isinstance(value, DTensor) else value
     if bool(value.isfinite().all()):
@@ -59,7 +56,7 @@ def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: i
         return ids(batch_idx) if ids is not None and guilty else []
 
     rows = [row for found in Team().from_all(rows_of_batch) for row in found]
-    raise NoNumber(
+    raise NonFiniteError(
         f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
         f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: look at these rows, or "
         "resume from the last checkpoint with a lower learning rate, gradient_clip_val or another precision"

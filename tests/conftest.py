@@ -61,7 +61,12 @@ PROJECTS = Path(__file__).parent / "projects"
 def of_project(name, *arguments, **environment):
     """Return what `subprocess` takes to run a project in a process of its own."""
     command = [sys.executable, str(PROJECTS / f"{name}.py"), *map(str, arguments)]
-    surroundings = {**os.environ, "PYTHONPATH": str(PROJECTS), "OMP_NUM_THREADS": "1", **environment}
+    surroundings = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PROJECTS), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     return {"args": command, "env": surroundings, "text": True}
 
 

@@ -48,7 +48,7 @@ def test_a_loss_that_is_no_number_names_its_rows_on_all_processes(devices, strat
     error = run(tmp_path, devices, strategy, "nan", rank)
     guilty = re.findall(r"Say (\d+)\.", (tmp_path / f"rows{rank}.txt").read_text())
     assert guilty
-    said = rf"NoNumber: the loss is nan in batch \d+ of epoch \d+; its rows: {', '.join(guilty)}\. No step"
+    said = rf"NonFiniteError: the loss is nan in batch \d+ of epoch \d+; its rows: {', '.join(guilty)}\. No step"
     assert len(re.findall(said, error)) == devices
     kept = torch.load(tmp_path / "kept.ckpt", weights_only=True)
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
