@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.batches import FIELDS, check_batch
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.losses import IGNORE_INDEX
-
-FIELDS = ("input_ids", "attention_mask", "labels")
 
 
 def answers(
@@ -23,7 +22,11 @@ def answers(
         tokenizer: Of the student.
         batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each.
         decoding: How answers are generated.
+
+    Raises:
+        DataError: The batch is not what it must be.
     """
+    check_batch(batch)
     rows = [_split_row(*row) for row in zip(*(batch[name].tolist() for name in FIELDS), strict=True)]
     rows = [(prompt, response) for prompt, response in rows if response]
     if not rows:

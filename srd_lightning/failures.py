@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,14 @@ ON_ALL_PROCESSES = (NonFiniteError, SIGTERMException, KeyboardInterrupt)
 SECONDS_TO_SPEAK = 2
 
 
-def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: int, own: Tensor | None = None) -> None:
+def check_finite(
+    value: Tensor,
+    name: str,
+    module: LightningModule,
+    batch_idx: int,
+    own: Tensor | None = None,
+    reason: Callable[[], str | None] = lambda: None,
+) -> None:
     """Stop a run before it makes a step with what is no number.
 
     Args:
@@ -42,6 +50,7 @@ def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: i
         module: Which is trained.
         batch_idx: Of the batch within the epoch.
         own: The share of this process, by which the rows are found; by default those of all processes are named.
+        reason: Says, asked only then and on all processes, which model is to blame and what to do, if it can tell.
 
     Raises:
         NonFiniteError: It is infinite or not a number; names the rows of the batch.
@@ -56,10 +65,12 @@ def check_finite(value: Tensor, name: str, module: LightningModule, batch_idx: i
         return ids(batch_idx) if ids is not None and guilty else []
 
     rows = [row for found in Team().from_all(rows_of_batch) for row in found]
+    reasons = [found for found in Team().from_all(reason) if found is not None]
+    advice = "look at these rows, or resume from the last checkpoint with a lower learning rate, gradient_clip_val or "
+    advice = reasons[0] if reasons else f"{advice}another precision"
     raise NonFiniteError(
         f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
-        f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: look at these rows, or "
-        "resume from the last checkpoint with a lower learning rate, gradient_clip_val or another precision"
+        f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: {advice}"
     )
 
 

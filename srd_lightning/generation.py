@@ -6,14 +6,17 @@ transformers generate; here rows that have ended leave the batch, so that nobody
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from srd_lightning.errors import ModelError, SettingError
 
 ROUND = 16
 """Steps between two looks at which rows have ended."""
@@ -40,7 +43,7 @@ class Decoding:
             rows, as it takes seconds to start; it knows no ``no_repeat_ngram_size``.
 
     Raises:
-        ValueError: A setting that is out of range, or two that do not go together.
+        SettingError: A setting that is out of range, or two that do not go together.
 
     Example:
         >>> Decoding(max_new_tokens=100, max_length_ratio=1.5).limits([4, 20, 90])
@@ -59,12 +62,22 @@ class Decoding:
 
     def __post_init__(self) -> None:
         """Check the settings that have no meaning below their bound."""
-        if self.max_new_tokens < 1 or self.temperature < 0:
-            raise ValueError(f"expected max_new_tokens >= 1 and temperature >= 0, but got {self}")
-        if self.max_length_ratio is not None and self.max_length_ratio <= 0:
-            raise ValueError(f"max_length_ratio must be positive or None, but is {self.max_length_ratio}")
+        for name, least in {"max_new_tokens": 1, "top_k": 0, "no_repeat_ngram_size": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise SettingError(f"decoding: {name} must be a whole number of at least {least}, but is {value!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise SettingError(
+                f"decoding: temperature must be 0 (greedy) or positive, finite too, but is {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise SettingError(f"decoding: top_p must lie in (0, 1], where 1 is all tokens, but is {self.top_p}")
+        if self.max_length_ratio is not None and not self.max_length_ratio > 0:
+            raise SettingError(
+                f"decoding: max_length_ratio must be positive, or None for no bound, but is {self.max_length_ratio}"
+            )
         if self.continuous_batching and self.no_repeat_ngram_size:
-            raise ValueError("continuous_batching knows no no_repeat_ngram_size; leave one of the two out")
+            raise SettingError("decoding: continuous_batching knows no no_repeat_ngram_size; leave one of the two out")
 
     def limits(self, response_lengths: Sequence[int]) -> list[int]:
         """Return how many tokens each answer may have, from the tokens of the true responses."""
@@ -113,8 +126,9 @@ def generate(
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     write = _answer_continuously if decoding.continuous_batching else _answer_in_rounds
-    precision = _in_bf16(model) if decoding.bf16 else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model), precision:
+    if decoding.bf16:
+        model = _in_bf16(model)
+    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
         torch.manual_seed(decoding.seed if seed is None else seed)
         answers = write(model, prompts, config, limits)
     return [
@@ -189,7 +203,7 @@ def _answer_continuously(
     config.max_new_tokens = max(limits)
     outputs = model.generate_batch([list(prompt) for prompt in prompts], generation_config=config)
     if len(outputs) < len(prompts) or any(output.error for output in outputs.values()):
-        raise RuntimeError(
+        raise ModelError(
             f"transformers' generate_batch answered {len(outputs)} of {len(prompts)} prompts; its log says why; "
             "continuous_batching=False generates without it"
         )
@@ -217,17 +231,17 @@ def _without_own_settings(model: Any) -> Iterator[None]:
             holder.generation_config = settings
 
 
-@contextlib.contextmanager
-def _in_bf16(model: nn.Module) -> Iterator[None]:
-    """Compute with rounded weights for a while; autocast would round them, and all that flows, at every step."""
-    weights = [(parameter, parameter.data) for parameter in model.parameters()]
-    for parameter, data in weights:
-        parameter.data = data.to(torch.bfloat16)
-    try:
-        yield
-    finally:
-        for parameter, data in weights:
-            parameter.data = data
+def _in_bf16(model: nn.Module) -> nn.Module:
+    """Return a copy with rounded weights; autocast would round them, and all that flows, at every step.
+
+    The model itself must not be changed, not even for a while: at another type of its data autograd forgets the
+    functions by which DDP averages gradients.
+    """
+    weights = {
+        id(weight): nn.Parameter(weight.detach().to(torch.bfloat16), weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, cast(Any, weights))  # for which weights are copied already
 
 
 @contextlib.contextmanager

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from srd_lightning import divergences
+from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.loss_checks import check_temperature, check_values
 
 IGNORE_INDEX = -100
+FLOOR = -1e4
+"""Least log-probability: a token that a model forbids, with a logit of -inf, counts as likely as e^-10000."""
 
 
 def response_mask(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -56,9 +60,14 @@ def upcast(logits: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Return log-softmax of ``logits / temperature``, ``[N, V]``, finite also where a logit is -inf."""
-    logp = (upcast(logits) / temperature).log_softmax(-1)
-    return logp.clamp(min=torch.finfo(logp.dtype).min)
+    """Return log-softmax of ``logits / temperature``, ``[N, V]``, at least `FLOOR`, so finite where a logit is -inf.
+
+    Example:
+        >>> log_probabilities(torch.tensor([[0.0, 0.0, -torch.inf]]), temperature=1.0)
+        tensor([[-6.9315e-01, -6.9315e-01, -1.0000e+04]])
+    """
+    logits = upcast(logits)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1).clamp(min=FLOOR)
 
 
 class DistillationLoss(nn.Module):
@@ -72,7 +81,7 @@ class DistillationLoss(nn.Module):
         ignore_index: The label that masks a position.
 
     Raises:
-        ValueError: The temperature is not positive.
+        SettingError: The temperature is not positive.
 
     Example:
         >>> teacher = torch.tensor([[[0.0, 2.0], [1.0, 1.0], [0.0, 0.0]]])
@@ -85,8 +94,6 @@ class DistillationLoss(nn.Module):
         self, temperature: float = 1.0, scale_by_temperature: bool = True, ignore_index: int = IGNORE_INDEX
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, but is {temperature}")
         self.temperature = temperature
         self.scale_by_temperature = scale_by_temperature
         self.ignore_index = ignore_index
@@ -115,7 +122,7 @@ class DistillationLoss(nn.Module):
         """
         with torch.enable_grad():
             logits = student_logp.detach().requires_grad_()
-            value = self.divergence(teacher_logp, logits.log_softmax(-1))
+            value = check_values(self, self.divergence(teacher_logp, logits.log_softmax(-1)), len(logits), True)
             (gradient,) = torch.autograd.grad(value.sum(), logits)
         return value.detach(), gradient
 
@@ -124,6 +131,15 @@ class DistillationLoss(nn.Module):
         super().__init_subclass__()
         if "divergence" in vars(cls) and "value_and_gradient" not in vars(cls):
             cls.value_and_gradient = DistillationLoss.value_and_gradient  # type: ignore[method-assign]
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits of both models; checked also where it is set later."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._temperature = check_temperature(temperature)
 
     @property
     def scale(self) -> float:
@@ -142,17 +158,19 @@ class DistillationLoss(nn.Module):
             A scalar in fp32; a zero that is connected to the graph if there is no response token.
 
         Raises:
-            ValueError: The two vocabularies have different sizes.
+            ModelError: The two vocabularies have different sizes.
         """
         if student_logits.shape != teacher_logits.shape:
-            raise ValueError(
+            raise ModelError(
                 f"student and teacher logits must have one shape, but have {list(student_logits.shape)} and "
                 f"{list(teacher_logits.shape)}; distillation needs two models with the same vocabulary"
             )
         mask = response_mask(labels, self.ignore_index)
         student_logp = log_probabilities(student_logits[:, :-1][mask], self.temperature)
         teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], self.temperature)
-        return self.scale * self.divergence(teacher_logp, student_logp).sum() / mask.sum().clamp(min=1)
+        values = self.divergence(teacher_logp, student_logp)
+        values = check_values(self, values, len(student_logp), torch.is_grad_enabled() and student_logp.requires_grad)
+        return self.scale * values.sum() / mask.sum().clamp(min=1)
 
 
 class ForwardKL(DistillationLoss):
@@ -211,7 +229,7 @@ class JensenShannon(DistillationLoss):
     ) -> None:
         super().__init__(temperature, scale_by_temperature, ignore_index)
         if not 0 < beta < 1:
-            raise ValueError(f"beta must lie between 0 and 1, but is {beta}; at the ends use ReverseKL or ForwardKL")
+            raise SettingError(f"beta must lie between 0 and 1, but is {beta}; at the ends use ReverseKL or ForwardKL")
         self.beta = beta
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
@@ -242,7 +260,7 @@ class _Skew(DistillationLoss):
     ) -> None:
         super().__init__(temperature, scale_by_temperature, ignore_index)
         if not 0 <= alpha < 1:
-            raise ValueError(f"alpha must lie in [0, 1), but is {alpha}")
+            raise SettingError(f"alpha must lie in [0, 1), but is {alpha}")
         self.alpha = alpha
 
 

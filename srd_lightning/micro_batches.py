@@ -7,7 +7,7 @@ held at a time belongs to one part. To autograd, Lightning and DDP it is one los
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -65,20 +65,20 @@ def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
     return cuts[::-1]
 
 
-def in_parts(objectives: Sequence[Callable[[], Objective]], model: nn.Module) -> Objective:
+def in_parts(objectives: Sequence[Callable[[], Objective]], parameters: Iterable[nn.Parameter]) -> Objective:
     """Add up objectives, with one part's activations in memory at a time.
 
     Args:
         objectives: Each computes its part.
-        model: Whose parameters get the gradient.
+        parameters: Those that get the gradient: of the student, and of a loss that learns too.
 
     Returns:
         The sums; the gradient of the loss is complete already.
     """
     if not torch.is_grad_enabled():
         return Objective(*(torch.stack(values).sum() for values in zip(*(part() for part in objectives), strict=True)))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Objective(*cast(Any, _InParts).apply(objectives, *parameters))
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return Objective(*cast(Any, _InParts).apply(objectives, *trained))
 
 
 class _InParts(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, Trainer
@@ -13,15 +14,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning import compatibility
 from srd_lightning.answers import answers
+from srd_lightning.calling import logits_of
 from srd_lightning.clipping import clip
+from srd_lightning.errors import SettingError
 from srd_lightning.failures import Failures, check_finite
 from srd_lightning.generation import Decoding
 from srd_lightning.losses import DistillationLoss, ForwardKL, response_mask
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import CHUNK
-from srd_lightning.pair import StudentAndTeacher
-from srd_lightning.placement import TeacherPlacement, data_parallel_mesh, shards_student
+from srd_lightning.pair import StudentAndTeacher, TeacherCaching
+from srd_lightning.placement import TeacherPlacement, data_parallel_mesh
 from srd_lightning.planning import stage_steps, staged_schedule
 from srd_lightning.resume import RunSeed
 from srd_lightning.rouge import rouge_l
@@ -72,8 +76,10 @@ class KDLightningModule(StudentAndTeacher):
             is used. The last two need a strategy of processes.
 
     Raises:
-        ValueError: ``kd_weight`` is outside [0, 1], there is no teacher for it, a size is below 1, or the two models
-            have different tokenizers (checked where both are `Pretrained`).
+        SettingError: ``kd_weight`` is outside [0, 1], there is no teacher for it, a size is below 1, or an argument is
+            not of its kind.
+        ModelError: Student and teacher share weights, or have different tokenizers (checked where both are
+            `Pretrained`).
 
     Example:
         >>> module = KDLightningModule(Pretrained("gpt2"), Pretrained("gpt2-xl", dtype="bfloat16"), kd_weight=0.8)
@@ -92,7 +98,7 @@ class KDLightningModule(StudentAndTeacher):
         restart_lr_each_stage: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
-        teacher_cache: Literal["none", "hidden", "topk"] = "none",
+        teacher_cache: TeacherCaching = "none",
         teacher_cache_dir: str | None = None,
         teacher_cache_dtype: str = "bfloat16",
         top_k: int = 64,
@@ -103,15 +109,22 @@ class KDLightningModule(StudentAndTeacher):
         activation_checkpointing: bool = False,
         teacher_placement: TeacherPlacement = "replicate",
     ) -> None:
+        loss = loss if loss is not None else ForwardKL()
+        compatibility.check_loss_type(loss)
+        compatibility.check_models(student, teacher)
+        compatibility.check_tokenizer(tokenizer)
+        compatibility.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        compatibility.check_choice("teacher_cache", teacher_cache, TeacherCaching)
+        compatibility.check_choice("teacher_placement", teacher_placement, TeacherPlacement)
+        compatibility.check_sizes(top_k=top_k, micro_batch_tokens=micro_batch_tokens, chunk=chunk)
         if not 0 <= kd_weight <= 1:
-            raise ValueError(f"kd_weight must lie in [0, 1], but is {kd_weight}")
+            raise SettingError(f"kd_weight must lie in [0, 1], but is {kd_weight}")
         if teacher is None and kd_weight > 0:
-            raise ValueError(f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning")
+            raise SettingError(
+                f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning"
+            )
         if teacher is None and teacher_cache != "none":
-            raise ValueError(f"teacher_cache {teacher_cache} needs a teacher, but none is given")
-        sizes = {"top_k": top_k, "micro_batch_tokens": micro_batch_tokens, "chunk": chunk}
-        if wrong := [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]:
-            raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
+            raise SettingError(f"teacher_cache {teacher_cache} needs a teacher, but none is given")
         super().__init__(
             student=student,
             teacher=teacher,
@@ -123,7 +136,7 @@ class KDLightningModule(StudentAndTeacher):
             activation_checkpointing=activation_checkpointing,
             teacher_placement=teacher_placement,
         )
-        self.loss = loss if loss is not None else ForwardKL()
+        self.loss = loss
         self.kd_weight = kd_weight
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -142,8 +155,13 @@ class KDLightningModule(StudentAndTeacher):
             {f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
         )
 
+    def preflight(self, trainer: Trainer) -> None:
+        """Refuse what cannot be trained, or not together; see `srd_lightning.compatibility`."""
+        compatibility.check_run(self, trainer)
+
     def setup(self, stage: str) -> None:
         """Begin anew; before training, let the teacher be cached, where that is asked for."""
+        self.preflight(self.trainer)
         super().setup(stage)
         self._step = None
 
@@ -154,30 +172,29 @@ class KDLightningModule(StudentAndTeacher):
 
     def configure_model(self) -> None:
         """Load what is not there yet, and shard it where the strategy leaves that to the module."""
-        if self.micro_batch_tokens is not None and self._trainer and shards_student(self._trainer):
-            raise ValueError(
-                "micro_batch_tokens needs a student whose weights are whole, but this strategy shards them; take a "
-                "smaller batch_size, and accumulate_grad_batches of the trainer"
-            )
         if self._trainer and not any(isinstance(callback, Upkeep) for callback in callbacks_of(self._trainer)):
             raise RuntimeError(
                 f"{type(self).__name__}.configure_callbacks leaves out what this class brings along, without which it "
                 "trains wrongly: return [*super().configure_callbacks(), ...]"
             )
         super().configure_model()
+        if self._trainer and self._trainer.state.fn == "fit":
+            compatibility.check_student(cast(nn.Module, self.student))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the student's logits, ``[B, T, V]``."""
-        output = cast(Any, self.student)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return cast(Tensor, output.logits)
+        return logits_of(cast(nn.Module, self.student), batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
         step, accumulated = self._steps(), self.trainer.accumulate_grad_batches if self._trainer else 1
+        step.check(batch, f"training batch {batch_idx}")
         num_tokens = self.token_mean.divisor(response_mask(batch["labels"]).sum(), accumulated)
         objective = step.objective(batch, self.loss, self.kd_weight, num_tokens)
         loss, ce, kd = self.token_mean.of_batch(torch.stack(objective).detach())
-        check_finite(loss, "loss", self, batch_idx, own=objective.loss)
+        trained = self._trainer is not None and self.trainer.global_step > 0
+        why = functools.partial(step.why_not_finite, batch, trained)
+        check_finite(loss, "loss", self, batch_idx, own=objective.loss, reason=why)
         if self.kd_weight < 1:
             self.log("train_ce", ce)
         if self.kd_weight > 0:
@@ -200,11 +217,11 @@ class KDLightningModule(StudentAndTeacher):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val_nll`` and ``val_kl``, means over response tokens."""
-        self._log_likelihoods("val", batch)
+        self._log_likelihoods("val", batch, batch_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``test_nll`` and ``test_kl`` over tokens, and ``test_rouge_l`` of the generated answers over rows."""
-        self._log_likelihoods("test", batch)
+        self._log_likelihoods("test", batch, batch_idx)
         scores = [rouge_l(row["response"], row["answer"]) for row in self.predict_step(batch, batch_idx)]
         self._log_mean("test_rouge_l", sum(scores) / max(len(scores), 1), len(scores))
 
@@ -216,10 +233,11 @@ class KDLightningModule(StudentAndTeacher):
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is None:
-            raise ValueError("answers need a tokenizer: give KDLightningModule(tokenizer=...)")
+            raise SettingError("answers need a tokenizer: give KDLightningModule(tokenizer=...)")
         return tokenizer
 
-    def _log_likelihoods(self, stage: str, batch: Batch) -> None:
+    def _log_likelihoods(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        self._steps().check(batch, f"{stage} batch {batch_idx}")
         tokens = response_mask(batch["labels"]).sum()
         with_teacher = self.teacher is not None or self._cached is not None
         found = self._steps().objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)

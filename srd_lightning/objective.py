@@ -8,6 +8,7 @@ is kept for the backward pass has the size of the inputs, whatever the number of
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srd_lightning.losses import DistillationLoss, upcast
+from srd_lightning.errors import SettingError
+from srd_lightning.loss_checks import check_gradient
+from srd_lightning.losses import FLOOR, DistillationLoss, upcast
 
 CHUNK = 256
 """Response tokens whose logits exist at a time."""
@@ -83,25 +86,31 @@ class Likeliest(NamedTuple):
     rest: Tensor
 
     def at(self, temperature: float, student_logp: Tensor) -> Tensor:
-        """Return log-probabilities at a temperature, ``[n, V]``, given the student's."""
-        power = 1 / temperature
-        after = next((place for place, known in enumerate(POWERS[1:], 1) if known <= power), 0)
-        if power > POWERS[0] or after == 0:
-            raise ValueError(
-                f"likeliest tokens are kept for temperatures from {1 / POWERS[0]} to {1 / POWERS[-1]}, "
-                f"not {temperature}"
-            )
-        share = (POWERS[after - 1] - power) / (POWERS[after - 1] - POWERS[after])
-        rest = torch.lerp(self.rest[:, after - 1], self.rest[:, after], share)[:, None]
-        top = self.logp * power
+        """Return log-probabilities at a temperature, ``[n, V]``, given the student's.
+
+        Raises:
+            SettingError: The temperature lies outside those that are kept.
+        """
+        rest = (self.rest @ self.rest.new_tensor(_shares(1 / temperature)))[:, None]
+        top = self.logp / temperature
         total = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)
-        others = student_logp.scatter(1, self.ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=LOWEST)
-        return (student_logp + (rest - total - others)).scatter_(1, self.ids, top - total).clamp_(min=LOWEST)
+        others = student_logp.scatter(1, self.ids, -torch.inf).log_softmax(-1)  # a distribution, however unlikely
+        return others.add_(rest - total).scatter_(1, self.ids, top - total).clamp_(min=FLOOR)
 
 
 POWERS = (2.0, 1.0, 0.8, 2 / 3, 0.5, 1 / 3, 0.25)
-"""Inverse temperatures at which the mass of the unlikely tokens is kept; between two, its logarithm is interpolated."""
-LOWEST = torch.finfo(torch.float32).min / 8
+"""Inverse temperatures at which the mass of the unlikely tokens is kept; between them its logarithm is interpolated."""
+
+
+@functools.lru_cache
+def _shares(power: float) -> list[float]:
+    """Return by what to weigh what is kept at `POWERS`, for another inverse temperature: a polynomial of its log."""
+    if not POWERS[-1] <= power <= POWERS[0]:
+        raise SettingError(
+            f"teacher_cache topk knows temperatures from {1 / POWERS[0]:g} to {1 / POWERS[-1]:g}, but the loss is at "
+            f"{1 / power:g}; use such a temperature, or teacher_cache hidden"
+        )
+    return [math.prod(math.log(power / other, own / other) for other in POWERS if other != own) for own in POWERS]
 
 
 class Objective(NamedTuple):
@@ -191,21 +200,26 @@ class _Work:
         if cap is not None:
             student = cap * torch.tanh(student / cap)
         ce = kd = student.new_zeros(())
-        logp = gradient = None
+        own = gradient = None
+        if weight < 1:
+            own = student.log_softmax(-1)
+            ce = -own.gather(1, targets[:, None]).sum()
         if teacher is not None:
             loss = self.loss
-            logp = _log_probabilities(student, loss.temperature)
+            shared = own is not None and loss.temperature == 1
+            logp = (
+                own.clamp_(min=FLOOR) if own is not None and shared else _log_probabilities(student, loss.temperature)
+            )
             if isinstance(teacher, Likeliest):
                 teacher_logp = teacher.at(loss.temperature, logp)
             else:
                 teacher_logp = _log_probabilities(teacher, loss.temperature)
             values, gradient = loss.value_and_gradient(teacher_logp, logp)
+            check_gradient(loss, values, gradient, logp)
             kd = values.sum() * loss.scale
             gradient = gradient.mul_(weight * loss.scale / loss.temperature)
-        if weight < 1:
-            logp = logp if logp is not None and self.loss.temperature == 1 else _log_probabilities(student, 1.0)
-            ce = -logp.gather(1, targets[:, None]).sum()
-            part = logp.exp_()
+        if own is not None:
+            part = own.exp_()
             part.scatter_add_(1, targets[:, None], part.new_full((len(targets), 1), -1.0))
             gradient = part.mul_(1 - weight) if gradient is None else gradient.add_(part, alpha=1 - weight)
         assert gradient is not None, "without a teacher kd_weight must be below 1"
@@ -230,7 +244,7 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Do the same as `losses.log_probabilities`, with as few passes as can be."""
     logits = upcast(logits)
     logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    return logp.clamp_(min=torch.finfo(logp.dtype).min)
+    return logp.clamp_(min=FLOOR)
 
 
 class _Chunked(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.fingerprint import digest
 from srd_lightning.models import Pretrained, check_same_tokenizer, dtype_named, shared_vocabulary, vocabulary_size
 from srd_lightning.placement import (
@@ -25,6 +26,8 @@ from srd_lightning.sharding import is_sharded, with_weights, without_weights
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 from srd_lightning.team import Team
 
+TeacherCaching = Literal["none", "hidden", "topk"]
+
 
 class StudentAndTeacher(LightningModule):
     """Holds a student, and a frozen teacher that is no part of it for Lightning.
@@ -37,7 +40,7 @@ class StudentAndTeacher(LightningModule):
         student: Pretrained | nn.Module,
         teacher: Pretrained | nn.Module | None,
         tokenizer: PreTrainedTokenizerBase | None,
-        teacher_cache: Literal["none", "hidden", "topk"],
+        teacher_cache: TeacherCaching,
         teacher_cache_dir: str | None,
         teacher_cache_dtype: str,
         top_k: int,
@@ -103,11 +106,11 @@ class StudentAndTeacher(LightningModule):
             The teacher as it lives on in the cache.
         """
         if self.teacher_cache == "none":
-            raise ValueError("nothing is to be cached: set teacher_cache to hidden or topk")
+            raise SettingError("nothing is to be cached: set teacher_cache to hidden or topk")
         if not hasattr(data, "rows_of_teacher"):
-            raise ValueError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
+            raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
         if is_sharded(self.teacher):
-            raise ValueError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
+            raise ModelError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
         kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
         source = self._teacher_source or cast(nn.Module, self.teacher)
         made_of = Team().from_first(lambda: {"teacher": teacher_digest(source), "kind": repr(kind)})

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from srd_lightning.errors import SettingError
 from srd_lightning.sharding import blocks, is_sharded, send_from_first, shard
 
 TeacherPlacement = Literal["replicate", "shard", "offload"]
@@ -64,18 +65,28 @@ def place_teacher(teacher: nn.Module, module: LightningModule, placement: Teache
             memories of their hosts.
 
     Raises:
-        ValueError: There are no processes to spread it over.
+        SettingError: There are no processes to spread it over.
     """
     trainer = module.trainer
     if placement == "replicate":
         teacher.to(trainer.strategy.root_device)
-    elif not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError(
+        return
+    check_placement(trainer, placement)
+    if not is_sharded(teacher):
+        shard(teacher, data_parallel_mesh(module), compute_dtype(trainer), offload=placement == "offload")
+
+
+def check_placement(trainer: Trainer, placement: TeacherPlacement) -> None:
+    """Check that there are processes to spread a teacher over.
+
+    Raises:
+        SettingError: There are none.
+    """
+    if placement != "replicate" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise SettingError(
             f"teacher_placement {placement} needs a strategy of several processes, such as ddp (on one device too), "
             f"but this is {type(trainer.strategy).__name__}; choose one, or replicate"
         )
-    elif not is_sharded(teacher):
-        shard(teacher, data_parallel_mesh(module), compute_dtype(trainer), offload=placement == "offload")
 
 
 def whole_weights(module: LightningModule, part: str, only_first: bool = False) -> Mapping[str, Tensor]:

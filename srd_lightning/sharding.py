@@ -15,6 +15,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 from torch.distributed.tensor import DTensor
 
+from srd_lightning.errors import ModelError
+
 T = TypeVar("T")
 INSIDE = "_srd_inside"
 """The method of a sharded model that runs any function as its forward pass."""
@@ -43,7 +45,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
         offload: Keep the shards in the memory of the host.
 
     Raises:
-        RuntimeError: A weight was left whole, or weights that were tied no longer are.
+        ModelError: A weight was left whole, or weights that were tied no longer are.
     """
     send_from_first(model, torch.device(mesh.device_type))
     tied = _tied(model)
@@ -58,9 +60,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
     setattr(model, INSIDE, types.MethodType(lambda _, work: work(), model))
     register_forward(model, INSIDE)
     if whole := [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]:
-        raise RuntimeError(f"these weights were not sharded: {', '.join(whole)}")
+        raise ModelError(f"these weights of {type(model).__name__} cannot be sharded: {', '.join(whole)}")
     if _tied(model) != tied:
-        raise RuntimeError(f"sharding has untied weights of {type(model).__name__}: {tied} became {_tied(model)}")
+        raise ModelError(
+            f"sharding unties weights of {type(model).__name__} ({tied} became {_tied(model)}); train it under ddp, or "
+            "with teacher_placement replicate"
+        )
 
 
 def is_sharded(model: nn.Module | None) -> bool:

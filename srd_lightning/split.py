@@ -6,6 +6,7 @@ that was not seen on a few tokens of the first batch: the two parts must give th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from srd_lightning.calling import extras, logits_of, pads_right, router_off
+from srd_lightning.errors import ModelError
 from srd_lightning.failures import lacks_memory
 from srd_lightning.generation import eval_mode
 from srd_lightning.losses import response_mask
@@ -48,12 +51,13 @@ class SplitModel:
         if self.packing:
             positions = (batch["attention_mask"].cumsum(1) - 1)[real]
             return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
-        if (real[:, 1:] <= real[:, :-1]).all():  # what pads on the right is not seen from the left: no mask
+        if pads_right(real):  # what pads on the right is not seen from the left: no mask
             return self._states(batch["input_ids"])[mask]
-        return self._states(batch["input_ids"], attention_mask=batch["attention_mask"])[mask]
+        extra = extras(self.body, batch["attention_mask"])
+        return self._states(batch["input_ids"], attention_mask=batch["attention_mask"], **extra)[mask]
 
-    def _states(self, input_ids: Tensor, **arguments: Tensor) -> Tensor:
-        output = self.body(input_ids=input_ids, use_cache=False, **arguments)
+    def _states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        output = self.body(input_ids=input_ids, use_cache=False, **{**router_off(self.body), **arguments})
         return cast(Tensor, output.last_hidden_state)
 
     @property
@@ -90,7 +94,7 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
 
     Raises:
         NotSplit: They do not, with the reason.
-        ValueError: Packed rows do not get the states that they get alone.
+        ModelError: Packed rows do not get the states that they get alone.
     """
     parts = SplitModel(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -102,14 +106,13 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         raise NotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
+        logits = logits_of(model, sample)[:, :-1][response_mask(sample["labels"])]  # what fails here, fails as a whole
         try:
             found = inside(model, lambda: parts.head()(parts.hidden(sample)))
         except (AttributeError, TypeError, RuntimeError) as error:
             if lacks_memory(error):  # all logits would take more still
                 raise
             raise NotSplit(f"{type(model).__name__} cannot be used in parts: {error}") from error
-        logits = model(input_ids=sample["input_ids"], attention_mask=sample["attention_mask"]).logits
-        logits = logits[:, :-1][response_mask(sample["labels"])]
         if found.shape != logits.shape or _difference(found, logits) > _tolerance(logits):
             raise NotSplit(f"body and head of {type(model).__name__} give other logits than the whole")
         if packing:
@@ -130,14 +133,19 @@ def _check_packing(alone: SplitModel, packed: SplitModel, sample: Batch) -> None
     expected = alone.hidden(sample)
     if _difference(packed.hidden(sample), expected) > _tolerance(expected):
         attention = getattr(cast(Any, alone.model).config, "_attn_implementation", "unknown")
-        raise ValueError(
+        raise ModelError(
             f"{type(alone.model).__name__} mixes rows that are packed (attention {attention}); turn "
             "packing off, or choose another attn_implementation"
         )
 
 
 def _difference(values: Tensor, expected: Tensor) -> float:
-    return float((values.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-9))
+    """Return the largest difference over the largest value; what is no number must be so in both."""
+    values, expected, finite = values.float(), expected.float(), expected.isfinite()
+    if not torch.equal(values.isfinite(), finite):
+        return math.inf
+    largest = expected.abs().where(finite, 0).max().clamp(min=1e-9)
+    return float((values - expected).abs().where(finite, 0).max() / largest)
 
 
 def _tolerance(values: Tensor) -> float:

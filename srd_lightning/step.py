@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from srd_lightning.batches import check_batch
+from srd_lightning.calling import logits_of
+from srd_lightning.diagnosis import cause_of
+from srd_lightning.errors import SettingError
+from srd_lightning.loss_checks import check_scalar
 from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, cross_entropy, response_mask
 from srd_lightning.micro_batches import in_parts, micro_batches
+from srd_lightning.models import vocabulary_size
 from srd_lightning.objective import CHUNK, Likeliest, Objective, chunked_objective
 from srd_lightning.sharding import inside, release
 from srd_lightning.split import NotSplit, SplitModel, split
 from srd_lightning.teacher import CachedTeacher, LiveTeacher, Teacher
+from srd_lightning.team import Team
 
 Batch = Mapping[str, Tensor]
 
@@ -52,7 +59,22 @@ class Step:
         self.micro_batch_tokens = micro_batch_tokens
         self.parts: SplitModel | None = None
         self.teacher: Teacher | None = None
-        self._looked = False
+        self._looked = self._checked = self._warned = False
+
+    def check(self, batch: Any, name: str) -> None:
+        """Refuse a batch that is not what it must be: each on a CPU, and the first elsewhere, where looking waits.
+
+        Args:
+            batch: Any.
+            name: Of the batch, for the message.
+
+        Raises:
+            DataError: See `check_batch`.
+        """
+        if self._checked and batch["input_ids"].device.type != "cpu":
+            return
+        check_batch(batch, self.vocabulary or vocabulary_size(self.student), name)
+        self._checked = True
 
     def objective(
         self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None = None
@@ -66,14 +88,17 @@ class Step:
             num_tokens: What sums over tokens are divided by, a scalar; by default their number.
 
         Raises:
-            ValueError: It has a share, and there is no teacher.
+            SettingError: It has a share, and there is no teacher.
         """
         if kd_weight > 0 and self.source is None:
-            raise ValueError(
+            raise SettingError(
                 f"kd_weight is {kd_weight}, but there is no teacher to learn from; give one, or keep it at 0"
             )
         if not self._looked:
             self._look(batch)
+        if not self._warned and self.parts is not None and kd_weight > 0 and needs_all_logits(loss):
+            self._warned = True
+            rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
         if self.micro_batch_tokens is None:
             return self._part(batch, loss, kd_weight, num_tokens)
         if num_tokens is None:
@@ -82,11 +107,20 @@ class Step:
             functools.partial(self._part, part, loss, kd_weight, num_tokens)
             for part in micro_batches(batch, self.micro_batch_tokens)
         ]
-        return parts[0]() if len(parts) == 1 else in_parts(parts, self.student)
+        return parts[0]() if len(parts) == 1 else in_parts(parts, (*self.student.parameters(), *loss.parameters()))
+
+    def why_not_finite(self, batch: Batch, trained: bool) -> str | None:
+        """Return which model makes the loss of a batch NaN or infinite, if one does; see `cause_of`."""
+        try:
+            student = LiveTeacher(self.student, self.parts).logits(batch, self.vocabulary)
+            teacher = None if self.teacher is None else self.teacher.logits(batch, self.vocabulary)
+            return cause_of(student, teacher, batch["labels"][:, 1:][response_mask(batch["labels"])], trained)
+        except Exception:  # what it is to explain must not be hidden by it
+            return None
 
     def _part(self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None) -> Objective:
         """Return the share of a part in the objective of a batch that has so many response tokens."""
-        if self.parts is None or self.chunk is None or (kd_weight > 0 and _needs_all_logits(loss)):
+        if self.parts is None or self.chunk is None or (kd_weight > 0 and needs_all_logits(loss)):
             objective = self._from_all_logits(batch, loss, kd_weight, num_tokens)
         else:
             objective = self._from_chunks(self.parts, self.chunk, batch, loss, kd_weight, num_tokens)
@@ -123,11 +157,20 @@ class Step:
             self.teacher = self.source
 
     def _split(self, model: nn.Module, batch: Batch) -> SplitModel | None:
-        try:
-            parts = split(model, batch, self.packing)
-        except NotSplit as reason:
-            rank_zero_info(f"all logits of {type(model).__name__} are made at every step: {reason}")
+        """Take a model apart, or on no rank: sharded weights are gathered by all at once."""
+        found: list[SplitModel] = []
+
+        def reason() -> str | None:
+            try:
+                found.append(split(model, batch, self.packing))
+            except NotSplit as error:
+                return str(error)
             return None
+
+        if reasons := [why for why in Team().from_all(reason) if why is not None]:
+            rank_zero_warn(_all_logits(model, reasons[0]))
+            return None
+        (parts,) = found
         if self.compile:
             parts.body.compile()
         return parts
@@ -136,15 +179,14 @@ class Step:
         self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
     ) -> Objective:
         labels = batch["labels"]
-        output = cast(Any, self.student)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        logits = output.logits[..., : self.vocabulary]
+        logits = logits_of(self.student, batch)[..., : self.vocabulary]
         total = logits.new_zeros((), dtype=torch.float32)
         ce = kd = total
         if kd_weight < 1:
             ce = cross_entropy(logits, labels)
             total = total + (1 - kd_weight) * ce
         if kd_weight > 0:
-            kd = loss(logits, self._all_teacher_logits(batch, logits), labels)
+            kd = check_scalar(loss, loss(logits, self._all_teacher_logits(batch, logits), labels))
             total = total + kd_weight * kd
         if num_tokens is not None:
             share = response_mask(labels).sum() / num_tokens
@@ -156,13 +198,22 @@ class Step:
         assert self.teacher is not None
         logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
         if isinstance(logits, Likeliest):
-            raise ValueError("teacher_cache topk knows no logits, which this student or loss needs all of: use hidden")
+            raise SettingError(
+                "teacher_cache topk knows no logits, which this student or loss needs all of: use hidden"
+            )
         full = logits.new_zeros(*like.shape[:2], logits.shape[-1])
         full[:, :-1][response_mask(batch["labels"])] = logits
         return full
 
 
-def _needs_all_logits(loss: DistillationLoss) -> bool:
+def needs_all_logits(loss: DistillationLoss) -> bool:
     """Return whether a loss is more than a divergence of each token: then it gets what it asks for."""
     changed = type(loss).forward is not DistillationLoss.forward
     return changed or loss.ignore_index != IGNORE_INDEX or any(True for _ in loss.parameters())
+
+
+def _all_logits(what: object, reason: str) -> str:
+    return (
+        f"all logits are made at every step, which takes more memory and time, because of {type(what).__name__}: "
+        f"{reason}; set chunk to null to have it so without being told"
+    )

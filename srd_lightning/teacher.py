@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from srd_lightning.losses import response_mask, upcast
-from srd_lightning.objective import CHUNK, LOWEST, POWERS, Head, Likeliest
+from srd_lightning.calling import logits_of
+from srd_lightning.losses import FLOOR, response_mask, upcast
+from srd_lightning.objective import CHUNK, POWERS, Head, Likeliest
 from srd_lightning.sharding import inside
 from srd_lightning.split import SplitModel
 
@@ -46,8 +47,7 @@ class LiveTeacher:
     def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
         """Run the body, or the whole."""
         if self.parts is None:
-            output = cast(Any, self.model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            logits = output.logits[:, :-1, :vocabulary][response_mask(batch["labels"])]
+            logits = logits_of(self.model, batch)[:, :-1, :vocabulary][response_mask(batch["labels"])]
             return lambda tokens: logits[tokens]
         hidden = inside(self.model, functools.partial(self.parts.hidden, batch))
         return by_head(self.parts.head().narrow(vocabulary), hidden)  # a sharded model keeps its head at hand
@@ -119,7 +119,7 @@ class TopK:
         best = logp.topk(min(self.k, logp.shape[1]))
         others = logp.scatter(1, best.indices, -torch.inf)
         rest = torch.stack([(others * power).logsumexp(-1) for power in POWERS], dim=1)
-        return best.values.float(), best.indices.int(), rest.clamp(min=LOWEST).float()
+        return best.values.float(), best.indices.int(), rest.clamp(min=FLOOR).float()
 
     def logits(self, kept: Batch, head: Head) -> Logits:
         """See `HiddenStates.logits`; the head is not needed."""

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from srd_lightning.errors import DataError
+
 
 class TokenMean:
     """What sums over tokens are divided by.
@@ -25,6 +27,7 @@ class TokenMean:
         self.group = group
         self.processes = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         self._tokens: _Tokens | None = None
+        self._learnt: Tensor | None = None
 
     def divisor(self, tokens: Tensor, accumulated: int = 1) -> Tensor:
         """Return what to divide the sum of a batch by: mean tokens per process, of the first batch of the step.
@@ -34,6 +37,7 @@ class TokenMean:
             accumulated: Batches of a step, by which Lightning divides the loss.
         """
         total = self._over_processes(tokens)
+        self._learnt = total if self._learnt is None else self._learnt + total
         if self._tokens is None or 1 in (accumulated, self._tokens.accumulated):
             self._tokens = _Tokens(accumulated, first=total.clamp(min=1), last=total, all=torch.zeros_like(total))
         self._tokens.last = total
@@ -59,6 +63,18 @@ class TokenMean:
         for gradient in (parameter.grad for parameter in parameters):
             if gradient is not None:
                 (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+
+    def check_learnt(self) -> None:
+        """Check that some batch had a token to learn.
+
+        Raises:
+            DataError: None had: nothing was trained.
+        """
+        if self._learnt is not None and not bool(self._learnt):
+            raise DataError(
+                "no batch of this epoch had a token to learn, so nothing was trained: all labels are -100; they must "
+                "hold the tokens of the responses"
+            )
 
     def _over_processes(self, values: Tensor) -> Tensor:
         total = values.to(torch.float32, copy=True)

@@ -46,6 +46,10 @@ class Upkeep(Callback):
         """Seed what is random in a batch by its number, so that a resumed run draws the same."""
         pl_module.run_seed.seed_batch(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """See that something was learnt."""
+        pl_module.token_mean.check_learnt()
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the run."""
         pl_module.run_seed.save(checkpoint)

@@ -1,13 +1,17 @@
+import math
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import lively_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
 from srd_lightning import generation
+from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.generation import PAPER_DECODING, Decoding, end_tokens, generate
 
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96], [100, 101], [70, 71, 72, 73]]
@@ -212,6 +216,40 @@ def test_bf16_is_what_answers_are_computed_in(model, numbers, bf16, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_a_model_that_answers_in_bf16_is_averaged_by_ddp_as_before(model, numbers):
+    """Its parameters must not change their type, even for a while: autograd forgets DDP's hooks with them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        replica, reduced = DistributedDataParallel(model.train()), []
+
+        def average(state, bucket):
+            reduced.append(bucket.index())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        replica.register_comm_hook(None, average)
+        counts = []
+        for _ in range(2):
+            reduced.clear()
+            replica(torch.tensor([PROMPTS[0]])).logits.sum().backward()
+            counts.append(len(reduced))
+            answers(model, numbers, Decoding(max_new_tokens=3, bf16=True))
+    finally:
+        dist.destroy_process_group()
+    assert counts[0] > 0
+    assert counts[1] == counts[0]
+
+
+def test_tied_weights_are_one_in_bf16_too(numbers):
+    model = lively_model(tie_word_embeddings=True)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, *_: seen.append(module.weight.dtype))
+    answers(model, numbers, Decoding(max_new_tokens=2, bf16=True))
+    assert set(seen) == {torch.bfloat16}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_continuous_batching_answers_as_rounds_do(model, numbers, monkeypatch):
     small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8)  # by default it takes most of the memory
     monkeypatch.setattr(model, "generate_batch", partial(model.generate_batch, continuous_batching_config=small))
@@ -224,7 +262,7 @@ def test_continuous_batching_answers_as_rounds_do(model, numbers, monkeypatch):
 
 def test_continuous_batching_that_loses_a_row_is_an_error(model, numbers, monkeypatch):
     monkeypatch.setattr(model, "generate_batch", lambda *given, **options: {})
-    with pytest.raises(RuntimeError, match="answered 0 of 5 prompts"):
+    with pytest.raises(ModelError, match="answered 0 of 5 prompts"):
         answers(model, numbers, Decoding(continuous_batching=True))
 
 
@@ -310,15 +348,21 @@ def test_end_tokens(model, tokenizer, own, ends):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens >= 1"),
-        ({"temperature": -0.1}, "temperature >= 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, but is 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, but is 2.5"),
+        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or positive, finite too, but is -0.1"),
+        ({"temperature": math.nan}, "temperature must be .* but is nan"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0, but is -1"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], where 1 is all tokens, but is 0.0"),
+        ({"top_p": 1.5}, "top_p must lie in"),
+        ({"no_repeat_ngram_size": -6}, "no_repeat_ngram_size must be a whole number of at least 0"),
         ({"max_length_ratio": 0.0}, "max_length_ratio must be positive"),
-        ({"continuous_batching": True, "no_repeat_ngram_size": 6}, "leave one of the two out"),
+        ({"continuous_batching": True, "no_repeat_ngram_size": 6}, ".*leave one of the two out"),
     ],
-    ids=["no_tokens", "temperature", "ratio", "two_that_exclude_each_other"],
+    ids=str,
 )
 def test_decoding_out_of_range(wrong, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SettingError, match=f"decoding: {message}"):
         Decoding(**wrong)
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from srd_lightning import divergences
+from srd_lightning.errors import SettingError
+from srd_lightning.loss_checks import check_loss
 from srd_lightning.losses import (
     DistillationLoss,
     ForwardKL,
@@ -344,11 +346,15 @@ def test_refuses_two_vocabularies():
         ForwardKL()(student[..., :-1], teacher, labels)
 
 
-@each_loss
-@pytest.mark.parametrize("temperature", [0, -1.0])
-def test_refuses_a_temperature_that_is_not_positive(make_loss, temperature):
-    with pytest.raises(ValueError, match=f"temperature must be positive, but is {temperature}"):
-        make_loss(temperature=temperature)
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan, math.inf, "2", True])
+def test_refuses_a_temperature_that_is_not_positive_also_later(temperature):
+    message = f"temperature must be positive and finite, but is {temperature!r}"
+    with pytest.raises(SettingError, match=message):
+        JensenShannon(temperature=temperature)
+    loss = ForwardKL()
+    with pytest.raises(SettingError, match=message):
+        loss.temperature = temperature
+    assert loss.temperature == 1
 
 
 @pytest.mark.parametrize("beta", [-0.1, 0.0, 1.0, 1.1])
@@ -362,6 +368,87 @@ def test_refuses_beta_outside_its_range(beta):
 def test_refuses_alpha_outside_its_range(make_loss, alpha):
     with pytest.raises(ValueError, match=rf"alpha must lie in \[0, 1\), but is {alpha}"):
         make_loss(alpha=alpha)
+
+
+class OfAll(DistillationLoss):
+    """Returns what it is given a function for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def divergence(self, teacher_logp, student_logp):
+        return self.make((teacher_logp - student_logp).square())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (torch.mean, r"of shape \[3\] for 3 tokens, but returned torch.float32 of shape \[\]"),
+        (lambda values: values, r"torch.float32 of shape \[3, 7\]; sum over the vocabulary"),
+        (lambda values: values.sum(0), r"torch.float32 of shape \[7\]"),
+        (lambda values: values.sum(-1, keepdim=True), r"torch.float32 of shape \[3, 1\]"),
+        (lambda values: None, "but returned None"),
+        (lambda values: values.sum(-1).tolist(), r"but returned \[\d"),
+        (lambda values: values.sum(-1) > 0, "torch.bool of shape"),
+        (lambda values: values.sum(-1).detach(), "without a gradient; compute them from student_logp"),
+        (lambda values: values.sum(-1) * torch.nan, "gives values that are NaN or infinite for two ordinary"),
+        (lambda values: (values - values).sqrt().sum(-1), "gives gradients that are NaN or infinite"),
+    ],
+    ids=["scalar", "per_entry", "per_vocabulary", "kept_dimension", "none", "list", "bool", "detached", "nan", "sqrt"],
+)
+def test_a_divergence_that_is_not_one_value_per_token_is_named(make, said):
+    with pytest.raises(SettingError, match=f"OfAll.*{said}"):
+        check_loss(OfAll(make))
+
+
+@pytest.mark.parametrize("make", [torch.mean, lambda values: None], ids=["scalar", "none"])
+def test_it_is_named_too_where_all_logits_are_made(make):
+    student, teacher, labels = random_batch()
+    with pytest.raises(SettingError, match=r"OfAll.divergence must return one floating-point value per token"):
+        OfAll(make)(student.requires_grad_(), teacher, labels)
+
+
+def test_a_loss_for_one_vocabulary_is_left_to_the_first_batch():
+    weights = torch.rand(31)
+    check_loss(OfAll(lambda values: (values * weights).sum(-1)))
+    assert OfAll(lambda values: (values * weights).sum(-1))(*random_batch()) > 0
+
+
+def test_a_gradient_of_another_shape_is_named():
+    class Short(ForwardKL):
+        def value_and_gradient(self, teacher_logp, student_logp):
+            value, gradient = super().value_and_gradient(teacher_logp, student_logp)
+            return value, gradient[:, :-1]
+
+    with pytest.raises(SettingError, match=r"Short.value_and_gradient must .* \[3, 7\].* but returned \[3, 6\]"):
+        check_loss(Short())
+
+
+@each_loss
+def test_the_losses_pass_their_own_check(make_loss):
+    check_loss(make_loss())
+
+
+# Tokens that a model forbids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@each_loss
+def test_tokens_that_one_model_forbids_leave_value_and_gradient_finite(make_loss, who, dtype):
+    """A reverse KL is infinite there: it counts a probability of 0 as e^-10000, and so says how much is too much."""
+    student, teacher, labels = random_batch((3, 7, 31), dtype)
+    forbidding, other = (student, teacher) if who == "student" else (teacher, student)
+    forbidding[..., 5] = -math.inf
+    value, gradient = value_and_gradient(make_loss(), student, teacher, labels)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    if make_loss is (ForwardKL if who == "student" else ReverseKL):
+        kept = ~is_masked(labels)
+        p, q = (logits.double()[kept].log_softmax(-1) for logits in (other, forbidding))
+        q[:, 5] = -1e4
+        assert value == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
 
 
 # Cross-entropy

@@ -48,6 +48,29 @@ def test_parts_give_the_gradient_of_the_whole(chunk, tokenizer):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+class Weighed(ForwardKL):
+    """Learns by what it is weighed."""
+
+    def __init__(self):
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.ones(()))
+
+    def divergence(self, teacher_logp, student_logp):
+        return self.share * super().divergence(teacher_logp, student_logp)
+
+
+def test_a_loss_with_weights_of_its_own_gets_their_gradient(tokenizer):
+    batch = collate(tokenised(tokenizer, make_rows(7)).to_list(), pad_token_id=0)
+    gradients = []
+    for max_tokens in (None, 40):
+        loss = Weighed()
+        step = Step(lively_model(0), lively_model(1), chunk=None, micro_batch_tokens=max_tokens)
+        step.objective(batch, loss, 0.5).loss.backward()
+        gradients.append(loss.share.grad)
+    assert gradients[0] != 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=0)
+
+
 def test_tied_heads_get_both_gradients(tokenizer):
     batch = collate(tokenised(tokenizer, make_rows(4)).to_list(), pad_token_id=0)
     student = tiny_model(0, tie_word_embeddings=True).train()
@@ -81,7 +104,9 @@ def test_gradients_that_autograd_shares_are_not_mixed_up():
         loss = loss + (value * model.second).sum()
         return Objective(loss, loss, loss)
 
-    in_parts([lambda: objective(values[0], False), lambda: objective(values[1], True)], model).loss.backward()
+    in_parts(
+        [lambda: objective(values[0], False), lambda: objective(values[1], True)], model.parameters()
+    ).loss.backward()
     assert model.first.grad.tolist() == [1, 1, 1]
     assert model.second.grad.tolist() == [1 + 1 + 11, 1 + 1 + 22, 1 + 1 + 33]
 
@@ -94,7 +119,7 @@ def test_it_says_that_it_cannot_be_differentiated_twice():
         loss = model(torch.ones(1)).sum()
         return Objective(loss, loss, loss)
 
-    loss = in_parts([objective, objective], model).loss
+    loss = in_parts([objective, objective], model.parameters()).loss
     loss.backward(retain_graph=True)
     assert model.weight.grad == 2
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):

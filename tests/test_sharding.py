@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained
+from srd_lightning.errors import ModelError
 from srd_lightning.placement import shard_student
 from srd_lightning.rows import collate
 from srd_lightning.sharding import blocks, inside, release, shard, with_weights, without_weights
@@ -76,7 +77,7 @@ def test_a_step_leaves_nothing_of_a_sharded_teacher_whole(mesh):
 def test_weights_tied_over_two_blocks_cannot_be_sharded(mesh):
     model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.Linear(2, 2))
     model[1].weight = model[0][1].weight
-    with pytest.raises(RuntimeError, match=r"not sharded: 1\.weight|has untied weights of"):
+    with pytest.raises(ModelError, match=r"cannot be sharded: 1\.weight|unties weights of"):
         shard(model, mesh)
 
 

@@ -170,6 +170,26 @@ def test_looking_leaves_modes_and_random_numbers_as_they_were(batch):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_an_error_of_the_model_itself_is_no_reason_to_make_all_logits(batch):
+    model = lively_model()
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        split(model, batch)
+
+
+def test_a_model_of_nan_or_with_forbidden_tokens_can_be_taken_apart(batch):
+    broken, forbids = lively_model(), lively_model()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(torch.nan)
+        forbids.lm_head.weight[7] = torch.inf
+    split(broken, batch)
+    split(forbids, batch)
+
+
 def test_memory_that_is_out_does_not_make_all_logits(batch):
     model = lively_model()
 

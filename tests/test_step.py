@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+import warnings
 
 import lightning as L
 import pytest
@@ -12,7 +13,10 @@ from torch.optim import SGD
 from transformers import ByT5Tokenizer
 
 from srd_lightning import DistillationLoss, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning.errors import NonFiniteError, SettingError
 from srd_lightning.rows import collate
+from srd_lightning.step import Step
+from srd_lightning.team import Team
 
 ROWS = make_rows(24)
 
@@ -234,13 +238,83 @@ class Unusual(torch.nn.Module):
 
 
 @pytest.mark.parametrize("unusual", [(True, True), (True, False), (False, True)])
-def test_models_that_cannot_be_taken_apart_make_all_logits_and_say_so_once(unusual, caplog):
-    caplog.set_level(logging.INFO)
+def test_models_that_cannot_be_taken_apart_make_all_logits_and_say_so_once(unusual):
     models = [Unusual(seed) if odd else lively_model(seed) for seed, odd in enumerate(unusual)]
     module = KDLightningModule(*models, kd_weight=0.5)
-    found = objective(module, batch_of())
-    module.training_step(batch_of(), 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = objective(module, batch_of())
+        module.training_step(batch_of(), 0)
     expected = objective(KDLightningModule(lively_model(0), lively_model(1), kd_weight=0.5), batch_of())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    said = [record.message for record in caplog.records if "all logits of Unusual are made" in record.message]
+    said = [str(warning.message) for warning in caught if "all logits are made" in str(warning.message)]
     assert len(said) == sum(unusual)
+    assert all("because of Unusual: Unusual has no output head" in text for text in said)
+
+
+@pytest.mark.parametrize(("make_loss", "times"), [(WholeBatch, 1), (Learnt, 1), (ForwardKL, 0)])
+def test_losses_that_need_all_logits_say_so_once(make_loss, times, caplog):
+    caplog.set_level(logging.INFO)
+    module = KDLightningModule(lively_model(0), lively_model(1), make_loss(), kd_weight=0.5)
+    for _ in range(2):
+        objective(module, batch_of())
+    said = [record.message for record in caplog.records if "all logits are made" in record.message]
+    assert len(said) == times
+    assert all(f"because of {make_loss.__name__}: it defines forward" in text for text in said)
+
+
+def test_one_rank_that_cannot_take_a_model_apart_decides_for_all(monkeypatch):
+    """Else ranks would gather sharded weights at unlike times."""
+    monkeypatch.setattr(Team, "from_all", lambda self, work: [work(), "body and head give other logits"])
+    step = Step(lively_model(0), lively_model(1))
+    with pytest.warns(UserWarning, match="because of LlamaForCausalLM: body and head give other logits"):
+        step.objective(batch_of(), ForwardKL(), 0.5)
+    assert step.parts is None
+
+
+@pytest.mark.parametrize("make", [lambda *_: None, lambda *_: torch.zeros(3), lambda *_: 0.5])
+def test_a_forward_that_is_no_number_is_named(make):
+    class Own(WholeBatch):
+        forward = make
+
+    with pytest.raises(SettingError, match=r"Own\.forward must return one floating-point number"):
+        objective(KDLightningModule(lively_model(0), lively_model(1), Own()), batch_of())
+
+
+def nan(model):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    return model
+
+
+def forbids_all_but(model, token):
+    """A head with a bias, which no token but one survives."""
+    model.lm_head.bias = torch.nn.Parameter(torch.full((384,), -torch.inf))
+    with torch.no_grad():
+        model.lm_head.bias[token] = 0
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": None}, {"micro_batch_tokens": 40}], ids=str)
+@pytest.mark.parametrize(
+    ("student", "teacher", "said"),
+    [
+        (
+            lambda: nan(lively_model(0)),
+            lambda: lively_model(1),
+            "the student's logits are NaN or infinite before",
+        ),
+        (
+            lambda: lively_model(0),
+            lambda: nan(lively_model(1)),
+            "the teacher's logits are NaN or infinite: check",
+        ),
+        (lambda: forbids_all_but(lively_model(0), 9), lambda: lively_model(1), "the student can never say token"),
+    ],
+    ids=["student", "teacher", "forbidden"],
+)
+def test_a_loss_that_is_no_number_names_the_model_that_is_to_blame(student, teacher, said, options, tmp_path):
+    data = SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}, batch_size=3)
+    module = KDLightningModule(student(), teacher(), kd_weight=0.5, **options)
+    with pytest.raises(NonFiniteError, match=f"in batch 0 of epoch 0; its rows: .*: {said}"):
+        L.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(module, datamodule=data)
