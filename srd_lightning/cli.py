@@ -1,105 +1,83 @@
-"""The command line: ``srd fit | validate | test | predict | curate``, LightningCLI with one more subcommand."""
+"""The command line: ``srd fit | validate | test | predict | curate | cache-teacher``.
+
+Nothing is imported here but what ``srd --help`` needs; `srd_lightning.commandline` has the parser and the run.
+"""
 
 from __future__ import annotations
 
-import warnings
+import argparse
+import difflib
+import importlib
+import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningCLI
-from rich.console import Console
-from torch.utils.data import DataLoader
+from srd_lightning.console import Ending
+from srd_lightning.errors import SettingError
 
-import srd_lightning.arrangement
-import srd_lightning.callbacks
-import srd_lightning.checkpoint
-import srd_lightning.criteria
-import srd_lightning.runtime
-import srd_lightning.strategy  # noqa: F401 (short names on the command line)
-from srd_lightning.data import SRDDataModule
-from srd_lightning.module import KDLightningModule
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
 
+    from srd_lightning.commandline import SRDCLI
+    from srd_lightning.trainer import SRDTrainer
 
-class SRDTrainer(Trainer):
-    """Lightning's Trainer that can also curate."""
+__all__ = ["SRDCLI", "SRDTrainer", "find_config", "main", "parse", "run"]
 
-    def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
-        """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""
-        self._only_set_up(_Bystander(model), datamodule)
-        if self.is_global_zero:
-            datamodule.report(Console())
-
-    def cache_teacher(self, model: KDLightningModule, datamodule: SRDDataModule) -> None:
-        """Curate, and let the teacher see every row that is kept, so that ``fit`` need not load it."""
-        self._only_set_up(_Cacher(model), datamodule)
-
-    def _only_set_up(self, bystander: _Bystander, datamodule: SRDDataModule) -> None:
-        """Curate, and do what the bystander does in its own set-up, on every process."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
-            self.predict(bystander, datamodule=_CurationOnly(datamodule))
-
-
-setattr(SRDTrainer, "cache-teacher", SRDTrainer.cache_teacher)  # LightningCLI looks for the name of the subcommand
-
-
-class _Bystander(LightningModule):
-    """Stands where a model must stand in a run without steps; knows the student, never loads the teacher."""
-
-    def __init__(self, model: LightningModule) -> None:
-        super().__init__()
-        self.models: list[Any] = [model]  # in a list, so that it is no part of this module
-
-    def build_student(self) -> Any:
-        return self.models[0].build_student()
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.models[0].tokenizer
-
-    def configure_model(self) -> None:
-        """Nothing to shard; strategies that shard ask for it."""
-
-    def predict_step(self, *_: Any) -> None: ...
-
-
-class _Cacher(_Bystander):
-    """Lets the teacher of the module that it stands for be cached, on every process."""
-
-    def setup(self, stage: str) -> None:
-        self.models[0].trainer = self.trainer
-        self.models[0].cache(self.trainer.datamodule.datamodule)  # type: ignore[attr-defined]
-
-
-class _CurationOnly(LightningDataModule):
-    """Runs the curation of a data module in its own set-up, on every process."""
-
-    def __init__(self, datamodule: SRDDataModule) -> None:
-        super().__init__()
-        self.datamodule = datamodule
-
-    def setup(self, stage: str) -> None:
-        self.datamodule.trainer = self.trainer
-        self.datamodule.setup("fit")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return DataLoader([])  # type: ignore[arg-type]
-
-
-class SRDCLI(LightningCLI):
-    """LightningCLI of `KDLightningModule` and `SRDDataModule`."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Add ``curate`` and ``cache-teacher`` to Lightning's subcommands."""
-        own = {name: {"model", "datamodule"} for name in ("curate", "cache-teacher")}
-        return {**LightningCLI.subcommands(), **own}
+SUBCOMMANDS = {
+    "fit": "Curate, let the teacher be cached where that is asked for, and train the student.",
+    "validate": "Measure the student on the validation rows.",
+    "test": "Measure the student on the test rows, answers included.",
+    "predict": "Let the student answer the rows of the split predict, else test.",
+    "curate": "Reflect and rank only: let the student answer every prompt, save the scores, show what came of it.",
+    "cache-teacher": "Curate, and let the teacher see every row that is kept, so that fit need not load it.",
+}
+"""What the command line can do; `SRDTrainer` has a method for each."""
+SHOW_TRACEBACK = "--traceback"
+_HOME = {"SRDCLI": "commandline", "SRDTrainer": "trainer"}
 
 
 def main() -> None:
-    """Run the command line with the arguments of the process."""
-    run()
+    """Run the command line with the arguments of the process, and exit as `srd_lightning.console` says."""
+    arguments = [argument for argument in sys.argv[1:] if argument != SHOW_TRACEBACK]
+    show_traceback = SHOW_TRACEBACK in sys.argv or os.environ.get("SRD_TRACEBACK") == "1"
+    name = f"srd {arguments[0]}" if arguments and arguments[0] in SUBCOMMANDS else "srd"
+    with Ending(name, show_traceback) as ending:
+        if name == "srd":
+            _answer_without_subcommand(arguments)
+        _cli(arguments, run=True, ending=ending)
+
+
+def _answer_without_subcommand(arguments: list[str]) -> None:
+    """Show the help, or say what is missing; what may be an option of Lightning's is left to its parser."""
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
+        print(_help(), end="")
+        raise SystemExit
+    if first.startswith("-"):
+        return
+    choices = ", ".join(SUBCOMMANDS)
+    if not first:
+        raise SettingError(f"say what to do: {choices}; srd --help explains them")
+    near = difflib.get_close_matches(first, SUBCOMMANDS, 1)
+    raise SettingError(
+        f"there is no subcommand {first!r}; " + (f"did you mean {near[0]}?" if near else f"there are {choices}")
+    )
+
+
+def _help() -> str:
+    parser = argparse.ArgumentParser(
+        "srd",
+        usage="srd SUBCOMMAND [--config FILE ...] [--SETTING VALUE ...]",
+        description="Distil a language model from data that its student has reflected on.",
+        epilog="srd SUBCOMMAND --help shows the settings that are needed first, --help.all shows all of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_subparsers(title="subcommands", metavar="")
+    for name, description in SUBCOMMANDS.items():
+        group.add_parser(name, help=description)
+    parser.add_argument(SHOW_TRACEBACK, help="show the traceback of an error", action="store_true")
+    return parser.format_help()
 
 
 def run(args: ArgsType = None) -> SRDCLI:
@@ -110,6 +88,9 @@ def run(args: ArgsType = None) -> SRDCLI:
 
     Returns:
         The CLI, with the trainer, module and data module of the run.
+
+    Raises:
+        SettingError: The arguments cannot be understood.
     """
     return _cli(args, run=True)
 
@@ -119,19 +100,17 @@ def parse(args: ArgsType) -> SRDCLI:
 
     Args:
         args: Arguments, without a subcommand.
+
+    Raises:
+        SettingError: The arguments cannot be understood.
     """
     return _cli(args, run=False)
 
 
-def _cli(args: ArgsType, run: bool) -> SRDCLI:
-    return SRDCLI(
-        KDLightningModule,
-        SRDDataModule,
-        trainer_class=SRDTrainer,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-        run=run,
-    )
+def _cli(args: ArgsType, run: bool, ending: Ending | None = None) -> SRDCLI:
+    from srd_lightning.commandline import SRDCLI
+
+    return SRDCLI(args, run, ending)
 
 
 def find_config(name: str) -> Path:
@@ -148,3 +127,9 @@ def find_config(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"no configuration {name} in {package / 'configs'}")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"srd_lightning.{_HOME[name]}"), name)

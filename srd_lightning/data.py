@@ -74,7 +74,7 @@ class SRDDataModule(CuratedRows):
 
     def __init__(
         self,
-        data: str | list[Any] | dict[str, Any],
+        data: str | dict[str, Any] | list[Any],
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         student: Pretrained | nn.Module | None = None,
         template: PromptTemplate | ChatTemplate = ALPACA,

@@ -116,18 +116,6 @@ def test_predict_writes_its_answers(tiny):
     assert set(rows[0]) == {"prompt", "response", "answer"}
 
 
-def test_a_misspelt_key_is_named(tiny, capsys):
-    with pytest.raises(SystemExit):
-        cli.parse(base("--model.kd_wieght=1"))
-    assert "kd_wieght" in capsys.readouterr().err
-
-
-def test_what_is_no_loss_is_refused(tiny, capsys):
-    with pytest.raises(SystemExit):
-        cli.parse(base("--model.loss=torch.nn.Linear"))
-    assert "DistillationLoss" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "command", [["cli.py"], ["-c", "from srd_lightning.cli import main; main()"]], ids=["cli.py", "srd"]
 )
