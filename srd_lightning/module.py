@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning import compatibility
 from srd_lightning.answers import answers
+from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.calling import logits_of
 from srd_lightning.clipping import clip
 from srd_lightning.errors import SettingError
@@ -34,6 +36,8 @@ from srd_lightning.token_mean import TokenMean
 from srd_lightning.upkeep import Upkeep
 
 Batch = Mapping[str, Tensor]
+NAN = float("nan")
+"""What `MeanMetric` takes for NaN: by default it would leave these rows out, and the mean of the others look sound."""
 
 
 class KDLightningModule(StudentAndTeacher):
@@ -117,12 +121,7 @@ class KDLightningModule(StudentAndTeacher):
         compatibility.check_choice("teacher_cache", teacher_cache, TeacherCaching)
         compatibility.check_choice("teacher_placement", teacher_placement, TeacherPlacement)
         compatibility.check_sizes(top_k=top_k, micro_batch_tokens=micro_batch_tokens, chunk=chunk)
-        if not 0 <= kd_weight <= 1:
-            raise SettingError(f"kd_weight must lie in [0, 1], but is {kd_weight}")
-        if teacher is None and kd_weight > 0:
-            raise SettingError(
-                f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning"
-            )
+        compatibility.check_kd_weight(kd_weight, has_teacher=teacher is not None)
         if teacher is None and teacher_cache != "none":
             raise SettingError(f"teacher_cache {teacher_cache} needs a teacher, but none is given")
         super().__init__(
@@ -137,7 +136,8 @@ class KDLightningModule(StudentAndTeacher):
             teacher_placement=teacher_placement,
         )
         self.loss = loss
-        self.kd_weight = kd_weight
+        self._has_teacher = teacher is not None
+        self._kd_weight = kd_weight
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.restart_lr_each_stage = restart_lr_each_stage
@@ -151,19 +151,35 @@ class KDLightningModule(StudentAndTeacher):
         self.run_seed = RunSeed()
         self.token_mean = TokenMean()
         self._step: Step | None = None
+        self.is_set_up = False
+        """Whether `setup` was called for the run that begins."""
         self.metrics = nn.ModuleDict(
-            {f"{stage}_{name}": MeanMetric() for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
+            {f"{stage}_{name}": MeanMetric(NAN) for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
         )
+
+    @property
+    def kd_weight(self) -> float:
+        """Share of the distillation loss; checked also where it is set later."""
+        return self._kd_weight
+
+    @kd_weight.setter
+    def kd_weight(self, kd_weight: float) -> None:
+        compatibility.check_kd_weight(kd_weight, self._has_teacher)
+        self._kd_weight = kd_weight
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse what cannot be trained, or not together; see `srd_lightning.compatibility`."""
         compatibility.check_run(self, trainer)
+        if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
+            check_monitors(trainer, self._has_teacher)
 
     def setup(self, stage: str) -> None:
         """Begin anew; before training, let the teacher be cached, where that is asked for."""
         self.preflight(self.trainer)
         super().setup(stage)
-        self._step = None
+        self._step, self.is_set_up = None, True
+        if stage in ("test", "predict") and type(self).predict_step is KDLightningModule.predict_step:
+            self._need_tokenizer()
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what is done around the steps, and what explains failures."""

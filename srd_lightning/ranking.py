@@ -11,6 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from srd_lightning.errors import DataError, SettingError
+
 Floats = NDArray[np.float64]
 
 
@@ -36,8 +38,9 @@ def reciprocal_rank_fusion(
         Row numbers ``[N]``, int64, easiest first.
 
     Raises:
-        ValueError: No criterion, criteria of different lengths, a NaN, an unknown ``ties``, or weights that are not
-            positive or not one per criterion.
+        SettingError: No criterion, a negative ``k``, an unknown ``ties``, or weights that are not positive or not one
+            per criterion.
+        DataError: Criteria of different lengths, or a NaN.
 
     Example:
         >>> rouge_l, nll = torch.tensor([0.1, 0.9, 0.5]), torch.tensor([3.0, 1.0, 2.5])
@@ -46,9 +49,11 @@ def reciprocal_rank_fusion(
     """
     criteria = [_float64(values) for values in ease]
     _check_criteria(criteria)
+    if not 0 <= k < math.inf:
+        raise SettingError(f"k must not be negative, but is {k}")
     weights = [1.0] * len(criteria) if weights is None else list(weights)
     if len(weights) != len(criteria) or not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(
+        raise SettingError(
             f"expected one positive weight for each of {len(criteria)} criteria, but got {weights}; "
             "leave a criterion out instead of giving it no weight"
         )
@@ -57,7 +62,7 @@ def reciprocal_rank_fusion(
     elif ties == "order":
         order = _fuse_with_chained_sorts(criteria, k, weights)
     else:
-        raise ValueError(f"ties must be 'average' or 'order', but is {ties!r}")
+        raise SettingError(f"ties must be 'average' or 'order', but is {ties!r}")
     return torch.from_numpy(order.astype(np.int64, copy=False))
 
 
@@ -69,14 +74,14 @@ def _float64(values: ArrayLike) -> Floats:
 
 def _check_criteria(criteria: list[Floats]) -> None:
     if not criteria:
-        raise ValueError("expected at least one criterion, but got none")
+        raise SettingError("expected at least one criterion, but got none")
     for number, values in enumerate(criteria):
         if values.ndim != 1 or len(values) != len(criteria[0]):
-            raise ValueError(
+            raise DataError(
                 f"criterion {number} must have shape [{criteria[0].size}] like the first, but has {list(values.shape)}"
             )
         if missing := int(np.isnan(values).sum()):
-            raise ValueError(
+            raise DataError(
                 f"criterion {number} is NaN for {missing} of {len(values)} rows; give every row a score or drop it"
             )
 

@@ -7,6 +7,8 @@ from typing import Any
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
+from srd_lightning.errors import SettingError
+from srd_lightning.planning import find_curriculum
 from srd_lightning.resume import repair_progress
 
 
@@ -17,6 +19,25 @@ class Upkeep(Callback):
         """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a subclass that does not do what this module does in its set-up, and loaders that cannot grow.
+
+        Raises:
+            SettingError: The teacher's cache is left out by it, or a curriculum by the trainer.
+        """
+        if not pl_module.is_set_up:
+            raise SettingError(
+                f"{type(pl_module).__name__}.setup must call super().setup(stage): without it the teacher is not "
+                "cached, and what an earlier run has left is used"
+            )
+        curriculum = find_curriculum(trainer)
+        reload_every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if curriculum is not None and len(set(curriculum.schedule.values())) > 1 and reload_every != 1:
+            raise SettingError(
+                f"the {type(trainer.datamodule).__name__} has a curriculum, but its loader would be built only once, "  # type: ignore[attr-defined]
+                "with the rows of the first stage: add CurriculumCallback() to the callbacks"
+            )
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Have a student that can answer by itself: processes would wait for each other at every token."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum, check_schedule, value_at
+from srd_lightning.errors import DataError
 
 DOLLY_ROWS = 11_435
 EPOCHS = range(30)
@@ -155,7 +156,7 @@ def test_subset_holds_plain_integers_of_eight_bytes_that_pickle():
 
 
 @settings(deadline=None)
-@given(order=st.lists(st.integers(-20, 60), min_size=1, max_size=30))
+@given(order=st.lists(st.integers(0, 60), min_size=1, max_size=30))
 def test_names_every_row_once_wherever_the_rows_lie(order):
     repeats = sum(row in order[:position] for position, row in enumerate(order))
     if repeats:
@@ -182,7 +183,10 @@ def test_rows_are_int64_also_from_a_list():
         (torch.arange(8), {0: float("nan")}, r"must lie in \(0, 1\]"),
         (torch.tensor([0, 1, 1, 2, 2, 2]), {0: 0.5}, "3 of 6 entries repeat one"),
         (torch.arange(8), {0: 0.1, 8: 0.5}, "first stage holds no row: 0.1 of 8 rows"),
-        (torch.arange(0), {0: 1.0}, "first stage holds no row: 1.0 of 0 rows"),
+        (torch.arange(0), {0: 1.0}, "no row is left to train on"),
+        ([], {0: 1.0}, "no row is left to train on"),
+        (torch.tensor([0, -1, 1]), {0: 1.0}, "row numbers from 0, but holds -1"),
+        (torch.tensor([0.3, 0.9, 0.5]), {0: 1.0}, "holds fractions, as scores are; make one by reciprocal_rank_fusion"),
         (torch.arange(8).reshape(2, 4), {0: 0.5}, r"one dimension, but has shape \[2, 4\]"),
     ],
     ids=[
@@ -197,6 +201,9 @@ def test_rows_are_int64_also_from_a_list():
         "repeated_rows",
         "empty_first_stage",
         "no_rows",
+        "no_rows_in_a_list",
+        "negative_row",
+        "scores",
         "two_dimensional",
     ],
 )
@@ -208,3 +215,10 @@ def test_refuses(order, schedule, message):
 def test_check_schedule_names_what_it_checks():
     with pytest.raises(ValueError, match="temperature must begin at epoch 0"):
         check_schedule({3: 1.0}, name="temperature")
+
+
+def test_an_order_of_other_rows_is_refused():
+    """It would fail only when the last stage begins."""
+    curriculum = Curriculum(torch.tensor([0, 1, 8]), {0: 0.5, 4: 1.0})
+    with pytest.raises(DataError, match="the order names row 8, but the data set has 8 rows; it was made of other"):
+        curriculum.subset(range(8), epoch=0)

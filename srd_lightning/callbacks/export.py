@@ -1,0 +1,157 @@
+"""`HuggingFaceExport`: the trained student as a folder that others load."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from srd_lightning.callbacks import export_folder
+from srd_lightning.errors import ModelError, SettingError, StorageError
+from srd_lightning.placement import shards_student
+from srd_lightning.writable import check_folder, check_room
+
+SETTING = "HuggingFaceExport(dirpath=...)"
+
+
+class HuggingFaceExport(Callback):
+    """Saves the trained student as a Hugging Face folder: safetensors, configuration, tokenizer.
+
+    It comes after all other callbacks, wherever it is listed, so that it saves what weight averaging makes of the
+    student. Where it cannot write when training has ended, or another callback fails then, the student goes to a folder
+    ``NAME-rescued-…`` that the message names. A run with ``fast_dev_run`` saves nothing.
+
+    Args:
+        dirpath: The folder; replaced as a whole when training ends. LoRA adapters are merged into the weights.
+
+    Raises:
+        SettingError: The module has no student, or the folder is one that the run itself needs.
+        ModelError: The student cannot be saved.
+        StorageError: The folder cannot be written, or holds what no export has written; said before rows are read.
+    """
+
+    def __init__(self, dirpath: str) -> None:
+        self.dirpath = Path(dirpath)
+        self._saved = False
+
+    @property
+    def folder(self) -> Path:
+        """Where the student goes: the folder without links and ``~``."""
+        return self.dirpath.expanduser().resolve()
+
+    def preflight(self, trainer: Trainer) -> None:
+        """Refuse what could not be saved, or only at the cost of something else."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        module = trainer.lightning_module
+        if not hasattr(module, "student"):
+            raise SettingError(f"HuggingFaceExport saves `student`, which {type(module).__name__} does not have")
+        if trainer.is_global_zero:
+            export_folder.check(self.folder, _needed_by(trainer))
+            check_folder(self.folder.parent, SETTING)
+            _check_student(module.student, self.folder)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come last, and clear away what a run left that was killed while it saved."""
+        self.preflight(trainer)
+        if stage == "fit":
+            self._saved = False
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+            if trainer.is_global_zero:
+                export_folder.clear_away(self.folder)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the student also where it has only now been loaded."""
+        if trainer.is_global_zero:
+            _check_student(pl_module.student, self.folder)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the student."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"fast_dev_run: nothing is saved to {self.dirpath}")
+            return
+        module: Any = pl_module
+        student = module.whole_student(only_first=True) if hasattr(module, "whole_student") else module.student
+        self._saved = True
+        if trainer.is_global_zero:
+            student, tokenizer = _merged(student), _tokenizer(trainer)
+            try:
+                export_folder.check(self.folder, _needed_by(trainer))
+                export_folder.replace(self.folder, student, tokenizer)
+            except Exception as error:
+                where = self._rescue(trainer, student, tokenizer)
+                raise StorageError(
+                    f"the trained student could not be saved to {self.folder} ({error}); {where}"
+                ) from error
+            rank_zero_info(f"student saved to {self.dirpath}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save the student also where another callback fails after the last step."""
+        ended = trainer.state.fn == TrainerFn.FITTING and isinstance(exception, Exception) and trainer.fit_loop.done
+        if self._saved or not ended or not trainer.is_global_zero or shards_student(trainer):
+            return
+        where = self._rescue(trainer, _merged(pl_module.student), _tokenizer(trainer))
+        rank_zero_warn(f"training had ended when the error came, so the student is saved as it was then: {where}")
+
+    def _rescue(self, trainer: Trainer, student: Any, tokenizer: Any) -> str:
+        """Write to the first place that takes it, and say which."""
+        for parent in (self.folder.parent, Path(trainer.default_root_dir), Path(tempfile.gettempdir())):
+            with suppress(Exception):  # what went wrong first is what is told
+                place = export_folder.write_beside(parent, self.folder.name, student, tokenizer)
+                return f"it is in {place}; move it to where it is to be"
+        callback: Any = trainer.checkpoint_callback
+        if checkpoint := callback and (callback.last_model_path or callback.best_model_path):
+            return f"its weights are in the checkpoint {checkpoint}"
+        return "its weights are lost, since no other place took them and this run has saved no checkpoint"
+
+
+def _needed_by(trainer: Trainer) -> dict[str, Path]:
+    """Return the folders that a run reads or writes, which an export may not replace."""
+    found: dict[str, Any] = {"the current folder": Path.cwd(), "your home": Path.home()}
+    found["default_root_dir of the trainer"] = trainer.default_root_dir
+    for callback in trainer.checkpoint_callbacks:
+        found["the checkpoints"] = getattr(callback, "dirpath", None)
+    return {name: Path(path).expanduser().resolve() for name, path in found.items() if path}
+
+
+def _check_student(student: Any, folder: Path) -> None:
+    """Refuse a student that cannot be saved, or is too large for the disk; nothing is known before it is loaded."""
+    if student is None:
+        return
+    if not hasattr(student, "save_pretrained"):
+        raise ModelError(
+            f"HuggingFaceExport needs a student with save_pretrained, as transformers' models have, but it is a "
+            f"{type(student).__name__}; leave HuggingFaceExport out, and use a checkpoint"
+        )
+    if (generation := getattr(student, "generation_config", None)) is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                generation.save_pretrained(scratch)
+            except ValueError as error:
+                raise ModelError(
+                    f"the generation_config of the student cannot be saved, so neither could the student: {error}"
+                ) from error
+    check_room(sum(weight.numel() * weight.element_size() for weight in student.parameters()), folder, SETTING)
+
+
+def _merged(student: Any) -> Any:
+    """Return the student with LoRA adapters merged into its weights, as a copy on the CPU; without, itself."""
+    if not hasattr(student, "merge_and_unload"):
+        return student
+    weights = {id(weight): nn.Parameter(weight.detach().cpu().clone(), False) for weight in student.parameters()}
+    buffers = {id(buffer): buffer.detach().cpu().clone() for buffer in student.buffers()}
+    return copy.deepcopy(student, {**weights, **buffers}).merge_and_unload()
+
+
+def _tokenizer(trainer: Trainer) -> Any:
+    known: Any = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    found = (getattr(holder, "tokenizer", None) for holder in known)
+    return next((tokenizer for tokenizer in found if hasattr(tokenizer, "save_pretrained")), None)

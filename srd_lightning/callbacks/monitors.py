@@ -1,0 +1,65 @@
+"""What Lightning's own callbacks watch: named before training, where it can never come."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from srd_lightning.errors import SettingError
+
+
+def check_monitors(trainer: Trainer, has_teacher: bool) -> None:
+    """Refuse what is watched, or stands in the name of a checkpoint, but is never logged, and losses to be maximised.
+
+    Nothing is refused by name where another callback than Lightning's and ours might log it.
+
+    Args:
+        trainer: Of a run that fits a `KDLightningModule`.
+        has_teacher: Whether the module has one.
+
+    Raises:
+        SettingError: A name that never comes, with those that do; or ``mode="max"`` of a loss.
+    """
+    logged = _logged(trainer, has_teacher)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    known = {*logged, "curriculum/stage", "curriculum/rows", "runtime/padding", "runtime/waiting_seconds"}
+    known |= {f"schedule/{name}" for callback in callbacks for name in getattr(callback, "schedules", ())}
+    may_log = [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in OURS]
+    for callback in callbacks:
+        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+            continue
+        name = type(callback).__name__
+        if callback.monitor in logged and callback.mode == "max":
+            raise SettingError(
+                f"{name}(monitor={callback.monitor!r}, mode='max') would look for the highest loss; set mode to 'min'"
+            )
+        for setting, key in () if may_log else _watched(callback):
+            if key not in known and key.partition("/dataloader_idx_")[0] not in known and not key.startswith("lr-"):
+                raise SettingError(
+                    f"{name}({setting}) waits for {key!r}, which is never logged in this run; there are "
+                    f"{', '.join(sorted(known))}"
+                )
+
+
+def _logged(trainer: Trainer, has_teacher: bool) -> set[str]:
+    """Return what the module itself logs, losses all of them."""
+    found = {"train_loss", "train_ce", "val_nll"} | ({"train_kd", "val_kl"} if has_teacher else set())
+    sources = getattr(getattr(trainer, "datamodule", None), "data", None)
+    if trainer.limit_val_batches == 0 or (isinstance(sources, dict) and "validation" not in sources):
+        found -= {"val_nll", "val_kl"}
+    return found
+
+
+OURS = ("lightning", "srd_lightning")
+
+
+def _watched(callback: Any) -> list[tuple[str, str]]:
+    """Return settings of a callback with the names in them."""
+    found = [] if callback.monitor in (None, "step", "epoch") else [(f"monitor={callback.monitor!r}", callback.monitor)]
+    if getattr(callback, "strict", True) is False:  # the user expects that it may never come
+        return []
+    in_name = re.findall(r"\{([^{}:]+)", getattr(callback, "filename", None) or "")
+    return found + [(f"filename={callback.filename!r}", key) for key in in_name if key not in ("step", "epoch")]
