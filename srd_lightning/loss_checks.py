@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,24 @@ def check_temperature(temperature: float) -> float:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise SettingError(f"temperature must be positive and finite, but is {temperature!r}")
     return temperature
+
+
+def share(name: str, allowed: Callable[[float], bool], where: str, advice: str = "") -> Any:
+    """Return an attribute of a loss, a share of a mixture, that is checked also where it is set later.
+
+    Args:
+        name: Of the attribute.
+        allowed: Tells whether it can have a value.
+        where: The values lie that it can have, for the message.
+        advice: What to do instead.
+    """
+
+    def check(loss: Any, value: float) -> None:
+        if not isinstance(value, (int, float)) or not allowed(value):
+            raise SettingError(f"{name} must lie {where}, but is {value!r}{advice}")
+        vars(loss)[f"_{name}"] = value
+
+    return property(lambda loss: getattr(loss, f"_{name}"), check)
 
 
 def check_values(loss: object, values: Tensor, tokens: int, differentiable: bool) -> Tensor:

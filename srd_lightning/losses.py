@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from srd_lightning import divergences
-from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.loss_checks import check_temperature, check_values
+from srd_lightning.errors import ModelError
+from srd_lightning.loss_checks import check_temperature, check_values, share
 
 IGNORE_INDEX = -100
 FLOOR = -1e4
@@ -220,6 +220,10 @@ class JensenShannon(DistillationLoss):
         ignore_index: As in `DistillationLoss`.
     """
 
+    beta: float = share(
+        "beta", lambda b: 0 < b < 1, "between 0 and 1", "; at the ends use ReverseKL or ForwardKL"
+    )
+
     def __init__(
         self,
         beta: float = 0.5,
@@ -228,8 +232,6 @@ class JensenShannon(DistillationLoss):
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         super().__init__(temperature, scale_by_temperature, ignore_index)
-        if not 0 < beta < 1:
-            raise SettingError(f"beta must lie between 0 and 1, but is {beta}; at the ends use ReverseKL or ForwardKL")
         self.beta = beta
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
@@ -251,6 +253,8 @@ class _Skew(DistillationLoss):
         ignore_index: As in `DistillationLoss`.
     """
 
+    alpha: float = share("alpha", lambda a: 0 <= a < 1, "in [0, 1)")
+
     def __init__(
         self,
         alpha: float = 0.1,
@@ -259,8 +263,6 @@ class _Skew(DistillationLoss):
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
         super().__init__(temperature, scale_by_temperature, ignore_index)
-        if not 0 <= alpha < 1:
-            raise SettingError(f"alpha must lie in [0, 1), but is {alpha}")
         self.alpha = alpha
 
 

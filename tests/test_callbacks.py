@@ -21,8 +21,11 @@ from srd_lightning import (
     CurriculumCallback,
     Decoding,
     HyperparameterScheduler,
+    JensenShannon,
     KDLightningModule,
     RuntimeBenchmark,
+    SkewForwardKL,
+    SkewReverseKL,
     SRDDataModule,
 )
 from srd_lightning.errors import SettingError, StorageError
@@ -91,6 +94,16 @@ class TestHyperparameterScheduler:
         with pytest.raises(SettingError, match=said):
             refused(HyperparameterScheduler(schedules), model=model)
         assert (model.kd_weight, model.loss.temperature) == (1.0, 1.0)
+
+    @pytest.mark.parametrize(
+        ("loss", "name"), [(JensenShannon, "beta"), (SkewForwardKL, "alpha"), (SkewReverseKL, "alpha")]
+    )
+    def test_shares_of_mixtures(self, loss, name):
+        model = KDLightningModule(tiny_model(0), tiny_model(1), loss=loss())
+        with pytest.raises(
+            SettingError, match=rf"schedule of loss\.{name} cannot begin 1\.0 at epoch 2: {name} must lie"
+        ):
+            refused(HyperparameterScheduler({f"loss.{name}": {0: 0.5, 2: 1.0}}), model=model)
 
     def test_two_schedules_for_one_attribute(self):
         schedulers = [HyperparameterScheduler({"kd_weight": {0: value}}) for value in (0.5, 1.0)]

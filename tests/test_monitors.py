@@ -16,7 +16,9 @@ from srd_lightning.errors import SettingError
 
 
 def trainer(*callbacks, **options):
-    return L.Trainer(max_epochs=1, callbacks=list(callbacks), **{**QUIET, "enable_checkpointing": None, **options})
+    checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    settings = {**QUIET, "enable_checkpointing": checkpoints, "max_epochs": 1, **options}
+    return L.Trainer(callbacks=list(callbacks), **settings)
 
 
 class TestMonitors:
