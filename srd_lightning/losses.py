@@ -220,9 +220,7 @@ class JensenShannon(DistillationLoss):
         ignore_index: As in `DistillationLoss`.
     """
 
-    beta: float = share(
-        "beta", lambda b: 0 < b < 1, "between 0 and 1", "; at the ends use ReverseKL or ForwardKL"
-    )
+    beta: float = share("beta", lambda b: 0 < b < 1, "between 0 and 1", "; at the ends use ReverseKL or ForwardKL")
 
     def __init__(
         self,
