@@ -20,6 +20,8 @@ from srd_lightning.errors import ModelError, SettingError
 
 ROUND = 16
 """Steps between two looks at which rows have ended."""
+ALONE = ("rwkv", "recurrent_gemma")
+"""Types of models whose answers, in transformers, change with the padding before a prompt: they get one at a time."""
 MIN_LIMIT = 8
 """Tokens that `Decoding.max_length_ratio` leaves the answer to the shortest response."""
 
@@ -130,7 +132,11 @@ def generate(
         model = _in_bf16(model)
     with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
         torch.manual_seed(decoding.seed if seed is None else seed)
-        answers = write(model, prompts, config, limits)
+        if getattr(getattr(model, "config", None), "model_type", None) in ALONE:
+            rows = zip(prompts, limits, strict=True)
+            answers = [write(model, [prompt], config, [limit])[0] for prompt, limit in rows]
+        else:
+            answers = write(model, prompts, config, limits)
     return [
         tokenizer.decode(_until_end(ids, ends)[:limit], skip_special_tokens=True).strip()
         for ids, limit in zip(answers, limits, strict=True)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from srd_lightning.depth_cut import check_layers, keep_layers
+from srd_lightning.errors import MissingDataError, ModelError, SettingError
+from srd_lightning.failures import lacks_memory
+from srd_lightning.model_files import ADAPTER, CONFIG, check_files
+from srd_lightning.soundness import check_causal, check_decoder, check_weights
+from srd_lightning.vocabulary import check_ends, check_tokens
 
 
 @dataclass(frozen=True)
@@ -46,51 +56,199 @@ class Pretrained:
         """Check the type, so that a typing error shows before the weights are loaded."""
         dtype_named(self.dtype)
 
+    def check(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """See whether the model can be loaded and used, as far as that is known without its weights.
+
+        Args:
+            tokenizer: Of the rows, if it is known.
+
+        Raises:
+            MissingDataError: There is no such folder or hub id, or the hub cannot be reached.
+            ModelError: Its files are damaged, it is no causal language model, or it does not know all tokens.
+            SettingError: Another setting does not fit the model, or needs a package that is not installed.
+        """
+        check_files(self.name, self.gguf_file)
+        if self.lora is not None:
+            self._lora()
+        if self.liger:
+            _extra("liger_kernel.transformers", "liger")
+        if (Path(self.name) / ADAPTER).is_file() and not (Path(self.name) / CONFIG).is_file():
+            return  # an adapter, whose model is elsewhere
+        config = self.config()
+        check_decoder(config, self.name)
+        if self.keep_layers is not None:
+            check_layers(config, self.keep_layers)
+        if tokenizer is not None:
+            check_ends(tokenizer)
+            check_tokens(getattr(config.get_text_config(decoder=True), "vocab_size", None), tokenizer, self.name)
+
+    def config(self) -> Any:
+        """Load the configuration.
+
+        Raises:
+            MissingDataError: There is none of this name.
+            ModelError: It is damaged, or of no causal language model.
+            SettingError: ``gguf_file`` needs a package that is not installed.
+        """
+        options: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        try:
+            config = AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, **options
+            )
+        except ImportError as error:
+            raise SettingError(f"{self.name} needs a package that is not installed: {_in_short(error)}") from error
+        except Exception as error:
+            if Path(self.name).is_dir():
+                raise ModelError(f"the configuration of {self.name} cannot be used: {_in_short(error)}") from error
+            raise _not_found(self.name, error) from error
+        own_code = self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+            check_decoder(config, self.name)
+            raise ModelError(
+                f"{self.name} is of type {config.model_type}, which transformers have no causal language model for; an "
+                "image-text model can be loaded with its own class and be given as a module in Python"
+            )
+        return config
+
     def model(self) -> nn.Module:
-        """Load the model.
+        """Load the model, and check that it can be trained or teach.
 
         Returns:
             The model, in eval mode as transformers leaves it.
 
         Raises:
-            ValueError: ``keep_layers`` does not fit the model.
+            SRDError: As for `check`.
+            ModelError: Weights are missing, of another size, NaN or inf, the model sees the tokens that it predicts, or
+                ``keep_layers`` does not fit it.
+            SettingError: ``lora`` does not fit it.
         """
+        check_files(self.name, self.gguf_file)
+        model = self._load()
+        check_weights(model, self.name)
+        check_causal(model, self.name)
+        if self.keep_layers is not None:
+            model = keep_layers(model, self.keep_layers)  # tried on the CPU, which has not every attention
+            self._set_attention(model)
+        if self.liger:
+            # Not its losses: they would take the place of ours, and of the logits.
+            _extra("liger_kernel.transformers", "liger")._apply_liger_kernel_to_instance(
+                model, cross_entropy=False, fused_linear_cross_entropy=False
+            )
+        if self.lora is not None:
+            config = self._lora()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # the same adapters in every process and every run
+                try:
+                    model = _extra("peft", "lora").get_peft_model(model, config)
+                except ValueError as error:
+                    raise SettingError(f"lora does not fit {self.name}: {_in_short(error)}") from error
+        return cast(nn.Module, model)
+
+    def _load(self) -> Any:
         options: dict[str, Any] = {"dtype": dtype_named(self.dtype), "trust_remote_code": self.trust_remote_code}
-        if self.attn_implementation is not None:
+        if self.attn_implementation is not None and self.keep_layers is None:
             options["attn_implementation"] = self.attn_implementation
         if self.gguf_file is not None:
             from transformers import GgufConfig  # transformers >= 5 only
 
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        with torch.device("cpu"):  # where Lightning says otherwise, every GPU would hold what is to be spread over all
-            model = AutoModelForCausalLM.from_pretrained(self.name, revision=self.revision, **options)
-        if self.keep_layers is not None:
-            keep_layers(model, self.keep_layers)
-        if self.liger:
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        try:
+            with torch.device("cpu"):  # where Lightning says otherwise, every GPU would hold what is to be spread
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    self.name, revision=self.revision, output_loading_info=True, **options
+                )
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            self.check()  # says better what is wrong, where it knows
+            raise ModelError(f"{self.name} cannot be loaded: {_in_short(error)}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(
+                f"the files of {self.name} lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among "
+                "them, in whose place there would be random numbers; copy all files, or correct its config.json"
+            )
+        return model
 
-            # Not its losses: they would take the place of ours, and of the logits.
-            _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-        if self.lora is not None:
-            from peft import LoraConfig, get_peft_model
+    def _set_attention(self, model: Any) -> None:
+        if self.attn_implementation is None:
+            return
+        try:
+            model.set_attn_implementation(self.attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise SettingError(
+                f"{self.name} cannot have attn_implementation {self.attn_implementation}: {_in_short(error)}"
+            ) from error
 
-            with torch.random.fork_rng():
-                torch.manual_seed(0)  # the same adapters in every process and every run
-                model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
-        return cast(nn.Module, model)
+    def _lora(self) -> Any:
+        try:
+            return _extra("peft", "lora").LoraConfig(task_type="CAUSAL_LM", **cast(dict[str, Any], self.lora))
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"lora has settings that peft.LoraConfig does not take: {_in_short(error)}") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer."""
-        return AutoTokenizer.from_pretrained(
+        """Load the tokenizer.
+
+        Raises:
+            MissingDataError: There is no folder or hub id of this name.
+            ModelError: There is no tokenizer beside the model, or it has no end token.
+        """
+        return load_tokenizer(
             self.name, revision=self.revision, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        name: Folder or hub id.
+        **options: Of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        MissingDataError: There is no folder or hub id of this name.
+        ModelError: It cannot be loaded, or has no end token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        check_files(name, options.get("gguf_file"))
+        if not Path(name).is_dir():
+            raise _not_found(name, error) from error
+        raise ModelError(
+            f"no tokenizer can be loaded from {name} ({_in_short(error)}); save it there with "
+            "tokenizer.save_pretrained, or name another one with data.tokenizer"
+        ) from error
+    check_ends(tokenizer)
+    return tokenizer
+
+
+def _not_found(name: str, error: Exception) -> MissingDataError:
+    return MissingDataError(
+        f"{name!r} is no folder here (seen from {Path.cwd()}), and as a hub id it cannot be loaded: {_in_short(error)}"
+    )
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    """Import a package that only one setting needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SettingError(
+            f"the setting {extra} of a model needs a package: pip install 'srd-lightning[{extra}]' ({error})"
+        ) from error
+
+
+def _in_short(error: Exception) -> str:
+    """Return the first sentences of another library's message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def dtype_named(name: str) -> torch.dtype:
     """Return the torch type of a name.
 
     Raises:
-        ValueError: There is none.
+        SettingError: There is none.
 
     Example:
         >>> dtype_named("bfloat16")
@@ -98,91 +256,5 @@ def dtype_named(name: str) -> torch.dtype:
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must name a torch type such as float32 or bfloat16, but is {name!r}")
+        raise SettingError(f"dtype must name a torch type such as float32 or bfloat16, but is {name!r}")
     return dtype
-
-
-def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Cut a decoder in depth, in place.
-
-    Args:
-        model: A model whose decoder layers stand in one ``ModuleList`` of ``config.num_hidden_layers`` entries.
-        layers: Numbers of the layers to keep, rising, from 0. Which ones matters more than how many: evenly spaced
-            layers wreck a model that survives the loss of as many unimportant ones.
-
-    Raises:
-        ValueError: A number is out of range, repeated or out of order, or the model has no such list.
-    """
-    depth = model.config.num_hidden_layers
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
-        raise ValueError(f"keep_layers must be rising numbers from 0 to {depth - 1}, but is {list(layers)}")
-    stacks = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
-              if isinstance(child, nn.ModuleList) and len(child) == depth]  # fmt: skip
-    if len(stacks) != 1:
-        raise ValueError(f"keep_layers needs one list of {depth} layers in {type(model).__name__}, found {len(stacks)}")
-    parent, name = stacks[0]
-    stack = nn.ModuleList([getattr(parent, name)[layer] for layer in layers])
-    for position, layer in enumerate(stack):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # where the layer's keys and values stand in the cache
-                module.layer_idx = position  # type: ignore[assignment]
-    setattr(parent, name, stack)
-    model.config.num_hidden_layers = len(layers)
-    if getattr(model.config, "layer_types", None) is not None:
-        model.config.layer_types = [model.config.layer_types[layer] for layer in layers]
-
-
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Check that token ids mean the same to both models.
-
-    Raises:
-        ValueError: The vocabularies differ.
-    """
-    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
-    if student_vocab != teacher_vocab:
-        different = student_vocab.items() ^ teacher_vocab.items()
-        raise ValueError(
-            f"student and teacher have different tokenizers ({len(student_vocab)} and {len(teacher_vocab)} tokens, "
-            f"{len({token for token, _ in different})} differ), so their distributions cannot be compared; "
-            "choose two models of one family"
-        )
-
-
-def vocabulary_size(model: object) -> int | None:
-    """Return how many tokens a model gives logits, if it says so before it is run."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    return None if head is None else int(head.weight.shape[0])
-
-
-def shared_vocabulary(
-    student: int | None, teacher: int | None, tokenizer: PreTrainedTokenizerBase | None
-) -> int | None:
-    """Return how many tokens of two heads are compared, where one has more rows than any tokenizer uses.
-
-    Args:
-        student: Tokens of the student's head, if they are known.
-        teacher: Tokens of the teacher's head, if they are known.
-        tokenizer: Of both, where they were seen to be the same.
-
-    Returns:
-        How many, or nothing where all are.
-
-    Raises:
-        ValueError: The heads differ by tokens that are used, or nobody knows.
-
-    Example:
-        >>> shared_vocabulary(384, 384, tokenizer=None) is None
-        True
-    """
-    if student is None or teacher is None or student == teacher:
-        return None
-    sizes = f"student and teacher give logits of {student} and {teacher} tokens"
-    if tokenizer is None:
-        raise ValueError(
-            f"{sizes}, and their tokenizers are not known to be the same; give both as Pretrained, so that this can be "
-            "checked, or choose two models of one family"
-        )
-    used = max(tokenizer.get_vocab().values()) + 1
-    if used > min(student, teacher):
-        raise ValueError(f"{sizes}, but their tokenizer uses {used}; choose two models of one family")
-    return min(student, teacher)

@@ -168,10 +168,11 @@ class KDLightningModule(StudentAndTeacher):
         self._kd_weight = kd_weight
 
     def preflight(self, trainer: Trainer) -> None:
-        """Refuse what cannot be trained, or not together; see `srd_lightning.compatibility`."""
+        """Refuse what cannot be trained, or not together, see `srd_lightning.compatibility`; look at the two models."""
         compatibility.check_run(self, trainer)
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
             check_monitors(trainer, self._has_teacher)
+        self.check_models(trainer)
 
     def setup(self, stage: str) -> None:
         """Begin anew; before training, let the teacher be cached, where that is asked for."""

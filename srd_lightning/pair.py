@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.caching import cache_teacher, teacher_digest, width_of
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.fingerprint import digest
-from srd_lightning.models import Pretrained, check_same_tokenizer, dtype_named, shared_vocabulary, vocabulary_size
+from srd_lightning.models import Pretrained, dtype_named, load_tokenizer
 from srd_lightning.placement import (
     TeacherPlacement,
     compute_dtype,
@@ -23,8 +26,11 @@ from srd_lightning.placement import (
     whole_weights,
 )
 from srd_lightning.sharding import is_sharded, with_weights, without_weights
+from srd_lightning.soundness import check_module
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 from srd_lightning.team import Team
+from srd_lightning.vocabulary import check_same_tokenizer, shared_vocabulary, vocabulary_size
+from srd_lightning.writable import check_folder
 
 TeacherCaching = Literal["none", "hidden", "topk"]
 
@@ -65,6 +71,7 @@ class StudentAndTeacher(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.teacher_placement = teacher_placement
         self._cached: CachedTeacher | None = None
+        self._models_checked = False
 
     def keep(self, name: str, model: nn.Module | None) -> None:
         """Hold a model without registering it: no parameter of this module, in no state dict."""
@@ -86,6 +93,52 @@ class StudentAndTeacher(LightningModule):
             assert self._student_source is not None
             self.student = self._student_source.model()
         return self.student
+
+    def check_models(self, trainer: Trainer) -> None:
+        """See whether student and teacher can be used, as far as that is known before they are loaded; once.
+
+        Args:
+            trainer: Of the run.
+
+        Raises:
+            SRDError: They cannot, with the reason.
+        """
+        if trainer.state.fn == TrainerFn.FITTING and self.teacher_cache != "none":
+            check_folder(
+                self._cache_folder(trainer, {}), "teacher_cache_dir" if self.teacher_cache_dir else "default_root_dir"
+            )
+        if self._models_checked:
+            return
+        tokenizer = self._tokenizer_of_rows(trainer)
+        for model, name in ((self._student_source or self.student, "student"), (self._teacher_of(), "teacher")):
+            if isinstance(model, Pretrained):
+                model.check(tokenizer)
+            elif model is not None:
+                check_module(model, f"the {name}", tokenizer)
+        self._check_same_family()
+        self._models_checked = True
+
+    def _teacher_of(self) -> Pretrained | nn.Module | None:
+        return self._teacher_source or self.teacher
+
+    def _check_same_family(self) -> None:
+        if self._student_source is None or self._teacher_source is None or self._models_checked:
+            return
+        check_same_tokenizer(cast(Any, self.tokenizer), self._teacher_source.tokenizer())
+        if self._student_source == self._teacher_source:
+            rank_zero_warn(
+                f"student and teacher are the same model {self._student_source.name}: the distillation loss begins at "
+                "0, and only holds the student where it is"
+            )
+
+    def _tokenizer_of_rows(self, trainer: Trainer) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of an `SRDDataModule`, or the one that it will take; else what was given, if any."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "rows_of_teacher"):
+            return self._tokenizer
+        if data.tokenizer is None:
+            return self.tokenizer
+        return load_tokenizer(data.tokenizer) if isinstance(data.tokenizer, str) else data.tokenizer
 
     def setup(self, stage: str) -> None:
         """Before training: let the teacher be cached, where that is asked for. Data modules are set up by now."""
@@ -114,13 +167,21 @@ class StudentAndTeacher(LightningModule):
         kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
         source = self._teacher_source or cast(nn.Module, self.teacher)
         made_of = Team().from_first(lambda: {"teacher": teacher_digest(source), "kind": repr(kind)})
-        folder = self.teacher_cache_dir or Path(self.trainer.default_root_dir) / "teacher" / digest(made_of)
         data.teacher_cache, cached = cache_teacher(
-            data.rows_of_teacher(), Path(folder), kind, made_of, self._teacher_on_device, self.shared_vocabulary
+            data.rows_of_teacher(),
+            self._cache_folder(self.trainer, made_of),
+            kind,
+            made_of,
+            self._teacher_on_device,
+            self.shared_vocabulary,
+            width_of(source),
         )
         if self._teacher_source is not None:  # it can be loaded again
             self.keep("teacher", None)
         return cached
+
+    def _cache_folder(self, trainer: Trainer, made_of: Mapping[str, str]) -> Path:
+        return Path(self.teacher_cache_dir or Path(trainer.default_root_dir) / "teacher" / digest(made_of))
 
     def _teacher_on_device(self) -> nn.Module:
         if self.teacher is None:
@@ -129,8 +190,8 @@ class StudentAndTeacher(LightningModule):
 
     def configure_model(self) -> None:
         """Load what is not there yet. Called by Lightning, possibly more than once."""
-        if self._student_source is not None and self._teacher_source is not None and self.teacher is None:
-            check_same_tokenizer(cast(Any, self.tokenizer), self._teacher_source.tokenizer())
+        if self.teacher is None:
+            self._check_same_family()
         student = self.build_student().train()  # transformers load in eval mode, without dropout
         if self.activation_checkpointing:
             cast(Any, student).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

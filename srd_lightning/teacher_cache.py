@@ -2,41 +2,48 @@
 
 A folder holds ``manifest.json``, which says what it was made from; ``head.safetensors``, the teacher's output head; and
 shards, Arrow files that are memory-mapped. A row is found by a number made of its id and its tokens, so a row whose
-text or template has changed is simply not there. Shards are written whole and name the manifest, so processes need no
-lock against each other, a kill loses the last shard at most, and one that was copied from elsewhere is not read.
+text or template has changed is simply not there. Shards are written whole, so a kill loses the last one at most. The
+name of a shard is a digest of its bytes and of the manifest, and the head has one beside it: what was cut, changed or
+brought from another folder is noticed when a run begins, put aside and made again. A run holds the folder's lock while
+it writes; its ranks need none against each other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
-import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from srd_lightning.errors import StorageError
 from srd_lightning.fingerprint import digest
 from srd_lightning.objective import Head
 from srd_lightning.store import write_atomically
 from srd_lightning.teacher import HiddenStates, TopK
 
 Row = Mapping[str, Any]
-HEAD = "head.json"
+SHARDS, HEAD, WEIGHTS = "part-*.arrow", "head.json", "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Written at a time."""
+PATIENCE = 10.0
+"""Seconds to wait for a run that holds the lock."""
+THREADS = 8
+"""That look whether shards are sound."""
 
 
 class TeacherCache:
@@ -48,7 +55,8 @@ class TeacherCache:
         made_of: What it depends on, by name of the part.
 
     Raises:
-        ValueError: The folder was made of something else; the message names the parts that differ.
+        StorageError: The folder was made of something else (the message names the parts that differ), or its manifest
+            cannot be read.
     """
 
     def __init__(self, folder: Path, kind: HiddenStates | TopK, made_of: Mapping[str, str]) -> None:
@@ -58,18 +66,65 @@ class TeacherCache:
         self._buffer: list[tuple[int, dict[str, bytes]]] = []
         manifest = folder / "manifest.json"
         if manifest.exists():
-            stored = json.loads(manifest.read_text())
-            if different := sorted(part for part in made_of if stored.get(part) != made_of[part]):
-                raise ValueError(
+            stored = _read_manifest(manifest, made_of)
+            if different := sorted(part for part in made_of if stored[part] != made_of[part]):
+                raise StorageError(
                     f"the teacher cache in {folder} was made with another {', '.join(different)}; point "
                     "`teacher_cache_dir` to a new folder, or delete this one, to make it again"
                 )
         else:
             write_atomically(manifest, json.dumps(dict(made_of), indent=2).encode())
 
+    @classmethod
+    @contextmanager
+    def locked(cls, folder: Path, kind: HiddenStates | TopK, made_of: Mapping[str, str]) -> Iterator[TeacherCache]:
+        """Open a folder to write to it, and see whether all in it is as it was written; other runs are kept from it.
+
+        Raises:
+            StorageError: Another run holds the lock, for longer than one needs to look; or as for the class.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except filelock.Timeout as error:
+            raise StorageError(
+                f"another run is writing to the teacher cache in {folder}; wait until it has ended, or point "
+                "`teacher_cache_dir` to another folder"
+            ) from error
+        try:
+            cache = cls(folder, kind, made_of)
+            cache._verify()
+            yield cache
+        finally:
+            lock.release()
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is mapped: a process that loads batches maps it for itself."""
         return {name: value for name, value in vars(self).items() if name != "_index"}
+
+    def _verify(self) -> None:
+        """Remove what killed processes left half-written, and put aside what is not as it was written.
+
+        Reads the whole folder, once per run and on the first rank only, in several threads.
+        """
+        for name in (".part-*", ".head.*", ".manifest.*"):
+            for left in self.folder.glob(name):
+                left.unlink(missing_ok=True)
+        shards = sorted(self.folder.glob(SHARDS))
+        with ThreadPoolExecutor(THREADS) as threads:
+            names = threads.map(lambda shard: f"part-{file_digest(shard, self._digest)[:32]}.arrow", shards)
+            damaged = [shard for shard, name in zip(shards, names, strict=True) if shard.name != name]
+        if (self.folder / HEAD).exists() and not self._head_is_sound():
+            damaged += [path for path in (self.folder / WEIGHTS, self.folder / HEAD) if path.exists()]
+        for path in damaged:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        if damaged:
+            warnings.warn(
+                f"{len(damaged)} files of the teacher cache in {self.folder} are damaged or of an earlier version, "
+                f"{damaged[0].name} among them; they were renamed to *.damaged, and the teacher is asked again",
+                stacklevel=2,
+            )
 
     def missing(self, rows: Dataset) -> NDArray[np.int64]:
         """Return the places of tokenised rows that are not there yet."""
@@ -84,23 +139,6 @@ class TeacherCache:
     def reread(self) -> None:
         """Look again at what is there: other processes may have written."""
         vars(self).pop("_index", None)
-
-    def check_room(self, rows: Dataset, width: int) -> None:
-        """Say what rows will take on disk, and refuse to begin what it cannot hold.
-
-        Raises:
-            OSError: The disk is too small.
-        """
-        tokens = int(np.sum(rows["length"]) - np.sum(rows["prompt_length"]))
-        needed, free = tokens * self.kind.bytes_per_token(width), shutil.disk_usage(self.folder).free
-        rank_zero_info(
-            f"teacher cache: {len(rows)} rows with {tokens} response tokens take {needed / 1e9:.3f} GB in {self.folder}"
-        )
-        if needed > free:
-            raise OSError(
-                f"the teacher cache needs {needed / 1e9:.3f} GB in {self.folder}, where {free / 1e9:.3f} GB are free; "
-                "point `teacher_cache_dir` to a larger disk, or keep less with teacher_cache: topk"
-            )
 
     def append(self, rows: Sequence[Row], kept: Mapping[str, Tensor]) -> None:
         """Add rows, whose response tokens stand one after the other in ``kept``, ``[N, width]`` each."""
@@ -118,11 +156,12 @@ class TeacherCache:
         keys, values = zip(*self._buffer, strict=True)
         columns = {name: pa.array([value[name] for value in values], pa.large_binary()) for name in self.kind.fields}
         table = pa.table({"key": pa.array(keys, pa.uint64()), **columns})
-        table = table.replace_schema_metadata({b"made_of": self._digest.encode()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        write_atomically(self.folder / f"part-{uuid.uuid4().hex}.arrow", sink.getvalue())
+        content = sink.getvalue()
+        name = hashlib.sha256(self._digest.encode() + hashlib.sha256(content).digest()).hexdigest()[:32]
+        write_atomically(self.folder / f"part-{name}.arrow", content)
         self._buffer = []
 
     @cached_property
@@ -130,23 +169,11 @@ class TeacherCache:
         """Sorted keys, where each stands, and all shards one after the other, mapped."""
         columns = {name: pa.large_binary() for name in self.kind.fields}
         empty = pa.schema({"key": pa.uint64(), **columns}).empty_table()
-        tables = [self._read(shard) for shard in sorted(self.folder.glob("part-*.arrow"))]
-        whole = pa.concat_tables([empty, *(table for table in tables if table is not None)])
+        tables = [pa.ipc.open_file(pa.memory_map(str(shard))).read_all() for shard in sorted(self.folder.glob(SHARDS))]
+        whole = pa.concat_tables([empty, *tables])
         keys = whole["key"].to_numpy()
         order = np.argsort(keys, kind="stable")
         return keys[order], order, whole
-
-    def _read(self, shard: Path) -> pa.Table | None:
-        """Map a shard, or put it aside if it is damaged."""
-        try:
-            table = pa.ipc.open_file(pa.memory_map(str(shard))).read_all()
-        except pa.ArrowInvalid:
-            shard.replace(shard.with_suffix(".damaged"))
-            warnings.warn(f"{shard} is damaged and was put aside; its rows are made again", stacklevel=2)
-            return None
-        if table.schema.metadata != {b"made_of": self._digest.encode()}:
-            raise ValueError(f"{shard} belongs to another teacher cache; remove it")
-        return table.replace_schema_metadata(None)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return what is kept of some rows, padded to the longest response: ``[B, R, width]`` each.
@@ -185,15 +212,36 @@ class TeacherCache:
         """Keep the teacher's head; the cache is complete only with it."""
         tensors = {"weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.folder / "head.safetensors", save(tensors))
-        write_atomically(self.folder / HEAD, json.dumps({"scale": head.scale, "soft_cap": head.soft_cap}).encode())
+        settings = {"scale": head.scale, "soft_cap": head.soft_cap}
+        write_atomically(self.folder / WEIGHTS, save(tensors))
+        described = {**settings, "digest": self._head_digest(settings)}
+        write_atomically(self.folder / HEAD, json.dumps(described).encode())
 
     def head(self) -> Head | None:
         """Return the teacher's head, or nothing where it is still to be saved."""
         if not (self.folder / HEAD).exists():
             return None
-        tensors = load_file(self.folder / "head.safetensors")
-        return Head(tensors["weight"], tensors.get("bias"), **json.loads((self.folder / HEAD).read_text()))
+        tensors, settings = load_file(self.folder / WEIGHTS), json.loads((self.folder / HEAD).read_text())
+        return Head(tensors["weight"], tensors.get("bias"), settings["scale"], settings["soft_cap"])
+
+    def _head_digest(self, settings: Mapping[str, Any]) -> str:
+        return file_digest(self.folder / WEIGHTS, f"{self._digest} {settings['scale']} {settings['soft_cap']}")
+
+    def _head_is_sound(self) -> bool:
+        try:
+            settings = json.loads((self.folder / HEAD).read_text())
+            return bool(settings["digest"] == self._head_digest(settings))
+        except (ValueError, TypeError, KeyError, FileNotFoundError):
+            return False
+
+
+def file_digest(path: Path, salt: str) -> str:
+    """Return a digest of the bytes of a file, and of what they belong to: 0.8 s per GB of one core, where it was measured."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            content.update(block)
+    return hashlib.sha256(salt.encode() + content.digest()).hexdigest()
 
 
 def row_key(row: Row) -> int:
@@ -204,3 +252,17 @@ def row_key(row: Row) -> int:
 
 def _to_bytes(values: Tensor) -> bytes:
     return values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _read_manifest(path: Path, made_of: Mapping[str, str]) -> Any:
+    stored, problem = None, "it is not a manifest"
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        problem = str(error)
+    if not isinstance(stored, dict) or not stored.keys() >= made_of.keys():
+        raise StorageError(
+            f"{path} is damaged ({problem}), so nobody knows of which teacher the cache is; delete the folder, or "
+            "point `teacher_cache_dir` to another one"
+        )
+    return stored

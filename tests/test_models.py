@@ -7,7 +7,10 @@ from conftest import tiny_model
 from torch import nn
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from srd_lightning.models import Pretrained, check_same_tokenizer, keep_layers
+from srd_lightning.depth_cut import keep_layers
+from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.models import Pretrained
+from srd_lightning.vocabulary import check_same_tokenizer
 
 IDS = torch.tensor([[70, 71, 72, 73, 74]])
 
@@ -89,59 +92,61 @@ class TestKeepLayers:
     @each_architecture
     @pytest.mark.parametrize("kept", [[0], [3], [0, 2], [1, 2, 3]], ids=str)
     def test_kept_layers_have_their_weights(self, make, kept):
-        model, whole = make(), make()
-        keep_layers(model, kept)
-        assert model.config.num_hidden_layers == len(kept)
-        for layer, number in zip(stack(model), kept, strict=True):
+        whole = make()
+        cut = keep_layers(make(), kept)
+        assert cut.config.num_hidden_layers == len(kept)
+        for layer, number in zip(stack(cut), kept, strict=True):
             same_weights(layer, stack(whole)[number])
 
     @each_architecture
     def test_the_rest_of_the_model_is_kept(self, make):
-        model, whole = make(), make().state_dict()
-        keep_layers(model, [1, 3])
-        rest = {name: weights for name, weights in model.state_dict().items() if "layers." not in name}
+        cut, whole = keep_layers(make(), [1, 3]), make().state_dict()
+        rest = {name: weights for name, weights in cut.state_dict().items() if "layers." not in name}
         rest = {name: weights for name, weights in rest.items() if ".h." not in name}
         assert len(rest) > 2
         assert all(torch.equal(weights, whole[name]) for name, weights in rest.items())
 
     @each_architecture
     def test_equals_a_model_whose_other_layers_are_skipped(self, make):
-        model, whole = make(), make()
-        keep_layers(model, [1, 3])
+        cut, whole = keep_layers(make(), [1, 3]), make()
         skip = [stack(whole)[number] for number in (0, 2)]
         as_tensor = isinstance(skip[0](torch.zeros(1, 1, 32), **rotary(whole)), torch.Tensor)
         for layer in skip:
             layer.forward = lambda hidden, *args, **kwargs: hidden if as_tensor else (hidden,)
-        torch.testing.assert_close(model(IDS, use_cache=False).logits, whole(IDS, use_cache=False).logits)
+        torch.testing.assert_close(cut(IDS, use_cache=False).logits, whole(IDS, use_cache=False).logits)
 
     @each_architecture
     def test_generates_with_cache_as_without(self, make):
-        model = make()
-        keep_layers(model, [1, 3])
-        said = say(model, use_cache=True)
-        assert said == say(model, use_cache=False)
+        cut = keep_layers(make(), [1, 3])
+        said = say(cut, use_cache=True)
+        assert said == say(cut, use_cache=False)
         assert said != say(make(), use_cache=True)
 
     @each_architecture
     def test_all_layers_change_nothing(self, make):
-        model = make()
-        keep_layers(model, range(4))
-        torch.testing.assert_close(model(IDS).logits, make()(IDS).logits, rtol=0, atol=0)
+        torch.testing.assert_close(keep_layers(make(), range(4))(IDS).logits, make()(IDS).logits, rtol=0, atol=0)
 
     @each_architecture
     def test_can_be_saved_and_loaded(self, make, tmp_path):
-        model = make()
-        keep_layers(model, [0, 3])
-        model.save_pretrained(tmp_path)
+        cut = keep_layers(make(), [0, 3])
+        cut.save_pretrained(tmp_path)
         loaded = Pretrained(str(tmp_path)).model()
-        same_weights(loaded, model)
-        assert say(loaded) == say(model)
+        same_weights(loaded, cut)
+        assert say(loaded) == say(cut)
 
-    def test_layer_types_follow(self):
-        model = tiny_llama()
-        model.config.layer_types = ["full_attention", "sliding_attention", "full_attention", "chunked_attention"]
-        keep_layers(model, [1, 3])
-        assert model.config.layer_types == ["sliding_attention", "chunked_attention"]
+    def test_weights_stay_tied_trainable_and_in_place(self):
+        whole = tiny_gpt2()
+        before = torch.random.get_rng_state()
+        cut = keep_layers(whole, [0, 3])
+        assert cut.lm_head.weight is cut.transformer.wte.weight is whole.transformer.wte.weight
+        assert all(weight.requires_grad for weight in cut.parameters())
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert not any(module.training for module in cut.modules())
+
+    def test_own_generation_settings_stay(self):
+        whole = tiny_llama()
+        whole.generation_config.eos_token_id = [1, 7]
+        assert keep_layers(whole, [0]).generation_config.eos_token_id == [1, 7]
 
     @pytest.mark.parametrize(
         "layers",
@@ -149,11 +154,9 @@ class TestKeepLayers:
         ids=["empty", "out_of_range", "negative", "unordered", "repeated"],
     )
     def test_layers_that_do_not_fit(self, layers):
-        model = tiny_llama()
-        with pytest.raises(ValueError, match="rising numbers from 0 to 3, but is ") as error:
-            keep_layers(model, layers)
+        with pytest.raises(SettingError, match="rising numbers from 0 to 3, but is ") as error:
+            keep_layers(tiny_llama(), layers)
         assert str(error.value).endswith(str(layers))
-        same_weights(model, tiny_llama())
 
     @pytest.mark.parametrize("number", [0, 2], ids=["none", "two"])
     def test_a_model_without_one_list_of_layers(self, number):
@@ -162,7 +165,7 @@ class TestKeepLayers:
         del model.model.layers
         for name in "ab"[:number]:
             setattr(model, name, nn.ModuleList(layers))
-        with pytest.raises(ValueError, match=f"one list of 4 layers in LlamaForCausalLM, found {number}"):
+        with pytest.raises(ModelError, match=f"one list of 4 layers in LlamaForCausalLM, found {number}"):
             keep_layers(model, [0])
 
 

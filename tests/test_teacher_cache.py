@@ -6,9 +6,11 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import LOSSES, in_other_order, lively_model, make_rows, tokenised
+from transformers import ByT5Tokenizer
 
 from srd_lightning import caching, teacher_cache
 from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses import response_mask
 from srd_lightning.models import Pretrained
 from srd_lightning.rows import collate
@@ -154,29 +156,124 @@ def test_only_new_and_changed_rows_are_asked_for(data, tokenizer, load, tmp_path
 @pytest.mark.parametrize("part", MADE_OF)
 def test_a_cache_of_something_else_is_refused_by_name(part, data, load, tmp_path):
     fill(data, tmp_path, load)
-    with pytest.raises(ValueError, match=f"made with another {part};"):
+    with pytest.raises(StorageError, match=f"made with another {part};"):
         fill(data, tmp_path, load, made_of={**MADE_OF, part: "other"})
 
 
-def test_a_shard_of_another_cache_is_refused(data, load, tmp_path):
+def damaged(file, change):
+    """Change a file, and return where it is put when that is noticed."""
+    content = bytearray(file.read_bytes())
+    file.write_bytes(change(content))
+    return file.with_name(f"{file.name}.damaged")
+
+
+def with_a_flipped_byte(content):
+    content[len(content) // 2] ^= 0xFF
+    return content
+
+
+DAMAGES = {"flipped": with_a_flipped_byte, "cut": lambda content: content[:-100], "empty": lambda content: b""}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", ["part-*.arrow", "head.safetensors", "head.json"])
+def test_what_is_damaged_is_put_aside_and_made_again(pattern, damage, data, load, tmp_path):
+    cache, teacher = fill(data, tmp_path, load)
+    rows = data.to_list()
+    expected, head = cache.batch(rows)["teacher_hidden"].clone(), teacher.head.weight.clone()
+    (file,) = tmp_path.glob(pattern)
+    aside = damaged(file, DAMAGES[damage])
+    with pytest.warns(UserWarning, match=rf"[12] files of the teacher cache in {tmp_path} are damaged .* among them"):
+        cache, teacher = fill(data, tmp_path, load)
+    assert aside.exists()
+    assert load.times == 2
+    torch.testing.assert_close(cache.batch(rows)["teacher_hidden"], expected)
+    assert torch.equal(teacher.head.weight, head)
+    fill(data, tmp_path, load)
+    assert load.times == 2
+
+
+def test_a_changed_scale_of_the_head_is_noticed(data, load, tmp_path):
+    fill(data, tmp_path, load)
+    file = tmp_path / "head.json"
+    file.write_text(file.read_text().replace('"scale": 1.0', '"scale": 2.0'))
+    with pytest.warns(UserWarning, match="are damaged"):
+        _, teacher = fill(data, tmp_path, load)
+    assert teacher.head.scale == 1.0
+
+
+def test_a_shard_of_another_cache_is_not_read(data, load, tmp_path):
     fill(data, tmp_path / "one", load)
     fill(data, tmp_path / "two", load, made_of={**MADE_OF, "teacher": "other"})
     (shard,) = (tmp_path / "two").glob("part-*")
     shutil.copy(shard, tmp_path / "one")
-    with pytest.raises(ValueError, match=f"{shard.name} belongs to another teacher cache"):
-        fill(data, tmp_path / "one", load)
+    with pytest.warns(UserWarning, match=f"{shard.name} among them"):
+        cache, _ = fill(data, tmp_path / "one", load)
+    assert not (tmp_path / "one" / shard.name).exists()
+    assert len(cache.missing(data)) == 0
 
 
-def test_a_damaged_shard_is_put_aside_and_made_again(data, load, tmp_path):
-    cache, _ = fill(data, tmp_path, load)
-    rows = data.to_list()
-    expected = cache.batch(rows)["teacher_hidden"].clone()
+def test_a_cache_of_an_earlier_version_is_made_again(data, load, tmp_path):
+    """It had other names for shards, and nothing that says whether a head is whole."""
+    fill(data, tmp_path, load)
     (shard,) = tmp_path.glob("part-*.arrow")
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="is damaged and was put aside"):
-        cache, _ = fill(data, tmp_path, load)
-    assert shard.with_suffix(".damaged").exists()
-    torch.testing.assert_close(cache.batch(rows)["teacher_hidden"], expected)
+    shard.rename(tmp_path / "part-0123456789abcdef0123456789abcdef.arrow")
+    (tmp_path / "head.json").write_text('{"scale": 1.0, "soft_cap": null}')
+    with pytest.warns(UserWarning, match=r"^3 files .* of an earlier version"):
+        fill(data, tmp_path, load)
+    assert load.times == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"teacher": "a"', "\xff"], ids=["empty", "list", "no", "cut", "odd"]
+)
+def test_a_damaged_manifest_is_named(content, data, load, tmp_path):
+    fill(data, tmp_path, load)
+    (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(
+        StorageError, match=r"manifest\.json is damaged .*; delete the folder, or point `teacher_cache_dir`"
+    ):
+        fill(data, tmp_path, load)
+
+
+def test_leftovers_of_killed_processes_go(data, load, tmp_path):
+    fill(data, tmp_path, load)
+    left = [tmp_path / f".{name}.0123" for name in ("part-1.arrow", "head.json", "head.safetensors", "manifest.json")]
+    for file in left:
+        file.write_text("half")
+    fill(data, tmp_path, load)
+    assert not any(file.exists() for file in left)
+    assert load.times == 1
+
+
+def test_a_second_run_in_the_folder_is_told(data, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "PATIENCE", 0.0)
+    told = pytest.raises(StorageError, match=f"another run is writing to the teacher cache in {tmp_path}")
+    with TeacherCache.locked(tmp_path, EXACT, MADE_OF), told:
+        fill(data, tmp_path, load)
+    fill(data, tmp_path, load)
+    fill(data, tmp_path, load)  # the lock is let go
+
+
+@pytest.mark.parametrize("kind", [EXACT, TopK(5)], ids=["hidden", "topk"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_teacher_that_says_nan_is_refused_with_the_row(kind, value, data, load, tmp_path):
+    """Only the token Z has the broken embedding, and only one row has the token."""
+    rows = make_rows(6)
+    rows[4]["instruction"] = "Say Z."
+    data = tokenised(ByT5Tokenizer(), [{"id": f"row {place}", **row} for place, row in enumerate(rows)])
+    load.model.model.embed_tokens.weight.data[ord("Z") + 3] = value
+    with pytest.raises(ModelError, match="the teacher LlamaForCausalLM gives NaN or inf for row row 4;"):
+        fill(data, tmp_path, load, kind)
+    found = TeacherCache(tmp_path, kind, MADE_OF)
+    assert 4 in found.missing(data)
+    assert found.head() is None
+
+
+def test_states_too_large_for_the_type_of_the_cache_are_refused(data, load, tmp_path):
+    load.model.model.norm.weight.data *= 1e6
+    with pytest.raises(ModelError, match=r"for row .* are too large for teacher_cache_dtype float16; take bfloat16"):
+        fill(data, tmp_path, load, HiddenStates(torch.float16))
 
 
 def test_a_full_disk_loses_nothing(data, load, tmp_path, monkeypatch):
@@ -218,12 +315,29 @@ def test_an_interrupt_keeps_what_there_is(data, load, tmp_path, monkeypatch):
     assert len(TeacherCache(tmp_path, EXACT, MADE_OF).missing(data)) == len(data) - sum(calls)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_it_starts(data, load, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("width", "loaded"), [(None, 1), (32, 0)], ids=["after_loading", "before_loading"])
+def test_a_disk_that_is_too_small_is_refused_before_it_starts(width, loaded, data, load, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"needs .* GB in .*, where 0\.000 GB are free; point `teacher_cache_dir`"):
-        fill(data, tmp_path, load)
+    tokens = sum(row["length"] - row["prompt_length"] for row in data)
+    wanted = f"needs {4 * 32 * tokens / 1000:.3g} kB in .*, where 1 kB are free; point `teacher_cache_dir`"
+    with pytest.raises(StorageError, match=wanted):
+        cache_teacher(data, tmp_path, EXACT, MADE_OF, load, lambda model: None, width)
+    assert load.times == loaded
     assert not list(tmp_path.glob("part-*"))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(0, "0 B"), (999, "999 B"), (21_760, "21.8 kB"), (3e6, "3 MB"), (2.5e12, "2,500.0 GB")]
+)
+def test_sizes_are_said_as_they_are_read(size, said):
+    assert caching._readable(size) == said
+
+
+def test_the_width_of_a_teacher_is_known_from_its_configuration(tmp_path):
+    lively_model().save_pretrained(tmp_path)
+    assert caching.width_of(Pretrained(str(tmp_path))) == caching.width_of(lively_model()) == 32
+    assert caching.width_of(torch.nn.Linear(1, 1)) is None
 
 
 def test_the_estimate_is_what_it_takes(data, load, tmp_path):
