@@ -43,6 +43,8 @@ class RuntimeBenchmark(Callback):
             made it wait. It is the CPU's time; a GPU may have been at work in it.
     """
 
+    logged = ("runtime/padding", "runtime/waiting_seconds")
+
     def __init__(self, path: str | None = None) -> None:
         self.path = None if path is None else Path(path).expanduser()
         self.report: dict[str, Any] = {}

@@ -29,6 +29,8 @@ class CurriculumCallback(Callback):
             planned, or on a number that is not known.
     """
 
+    logged = ("curriculum/stage", "curriculum/rows")
+
     def __init__(self, curriculum: Curriculum | None = None) -> None:
         self.curriculum = curriculum
         self._former_reload: int | None = None

@@ -43,7 +43,7 @@ def check(folder: Path, needed: Mapping[str, Path]) -> None:
     for path in (folder, _older(folder)):
         if path.exists() and not path.is_dir():
             raise StorageError(f"HuggingFaceExport needs a folder, but {path} is a file; name another dirpath")
-        if found := list(itertools.islice(_strangers(path), 3)):
+        if found := sorted(itertools.islice(_strangers(path), 3)):
             raise StorageError(
                 f"HuggingFaceExport replaces its dirpath as a whole, but {path} holds {', '.join(found)}, which no "
                 "export has written; give it a folder of its own, or move this away"

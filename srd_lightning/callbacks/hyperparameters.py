@@ -33,6 +33,7 @@ class HyperparameterScheduler(Callback):
 
     def __init__(self, schedules: dict[str, dict[int, float]]) -> None:
         self.schedules = {name: check_schedule(schedule, name) for name, schedule in schedules.items()}
+        self.logged = [f"schedule/{name}" for name in self.schedules]
         for name, schedule in self.schedules.items():
             if wrong := [value for value in schedule.values() if not isinstance(value, Real) or not isfinite(value)]:
                 raise SettingError(f"the values of {name} must be numbers, but one is {wrong[0]!r}")

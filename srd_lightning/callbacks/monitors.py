@@ -14,7 +14,7 @@ from srd_lightning.errors import SettingError
 def check_monitors(trainer: Trainer, has_teacher: bool) -> None:
     """Refuse what is watched, or stands in the name of a checkpoint, but is never logged, and losses to be maximised.
 
-    Nothing is refused by name where another callback than Lightning's and ours might log it.
+    Nothing is refused by name where another callback than Lightning's and ours might log it. Ours say so in ``logged``.
 
     Args:
         trainer: Of a run that fits a `KDLightningModule`.
@@ -25,8 +25,7 @@ def check_monitors(trainer: Trainer, has_teacher: bool) -> None:
     """
     logged = _logged(trainer, has_teacher)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    known = {*logged, "curriculum/stage", "curriculum/rows", "runtime/padding", "runtime/waiting_seconds"}
-    known |= {f"schedule/{name}" for callback in callbacks for name in getattr(callback, "schedules", ())}
+    known = logged.union(*(getattr(callback, "logged", ()) for callback in callbacks))
     may_log = [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in OURS]
     for callback in callbacks:
         if not isinstance(callback, (EarlyStopping, ModelCheckpoint)):

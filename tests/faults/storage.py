@@ -1,5 +1,144 @@
 """Files and folders that a run cannot write, or that are damaged."""
 
-from faults.fault import Fault
+from typing import Any
 
-FAULTS: list[Fault] = []
+from faults.fault import ROWS, Fault
+from faults.settings import with_callbacks
+
+
+def export_to(dirpath: str) -> dict[str, Any]:
+    """Return settings of a run that exports its student."""
+    return with_callbacks(("HuggingFaceExport", {"dirpath": dirpath}))
+
+
+def answers_to(path: str) -> dict[str, Any]:
+    """Return settings of a run that writes answers."""
+    return with_callbacks(("AnswerWriter", {"path": path}))
+
+
+def report_to(path: str) -> dict[str, Any]:
+    """Return settings of a run that measures itself."""
+    return with_callbacks(("RuntimeBenchmark", {"path": path}))
+
+
+FAULTS: list[Fault] = [
+    Fault(
+        id="export_here",
+        done="`HuggingFaceExport` to the current folder",
+        settings=export_to("."),
+        says="HuggingFaceExport replaces its dirpath as a whole, but {folder} is or holds the current folder; "
+        "give it a folder of its own, such as {folder}/student",
+    ),
+    Fault(
+        id="export_to_the_run",
+        done="`HuggingFaceExport` to the folder of the run itself",
+        settings=export_to("run"),
+        says="HuggingFaceExport replaces its dirpath as a whole, but {folder}/run is or holds default_root_dir "
+        "of the trainer; give it a folder of its own, such as {folder}/run/student",
+    ),
+    Fault(
+        id="export_over_files",
+        done="`HuggingFaceExport` to a folder with other files",
+        files={"runs/thesis.tex": "mine"},
+        settings=export_to("runs"),
+        says="HuggingFaceExport replaces its dirpath as a whole, but {folder}/runs holds thesis.tex, which no "
+        "export has written; give it a folder of its own, or move this away",
+    ),
+    Fault(
+        id="export_over_a_model",
+        done="`HuggingFaceExport` to the folder of a model that is no export",
+        files={"base/config.json": "{}", "base/model.safetensors": b"weights"},
+        settings=export_to("base"),
+        says="HuggingFaceExport replaces its dirpath as a whole, but {folder}/base holds config.json, "
+        "model.safetensors, which no export has written; give it a folder of its own, or move this away",
+    ),
+    Fault(
+        id="export_over_a_file",
+        done="`HuggingFaceExport` to a file",
+        files={"student": "mine"},
+        settings=export_to("student"),
+        says="HuggingFaceExport needs a folder, but {folder}/student is a file; name another dirpath",
+    ),
+    Fault(
+        id="export_beside_older_files",
+        done="`HuggingFaceExport` to `student`, where the user has a folder `student-older`",
+        files={"student-older/weights.pt": "mine"},
+        settings=export_to("student"),
+        says="HuggingFaceExport replaces its dirpath as a whole, but {folder}/student-older holds weights.pt, "
+        "which no export has written; give it a folder of its own, or move this away",
+    ),
+    Fault(
+        id="export_below_a_file",
+        done="`HuggingFaceExport` to a place below a file",
+        files={"file": "mine"},
+        settings=export_to("file/student"),
+        says="HuggingFaceExport(dirpath=...) needs the folder {folder}/file, but {folder}/file is a file; name "
+        "another place",
+    ),
+    Fault(
+        id="export_not_writable",
+        done="`HuggingFaceExport` to a place that cannot be written",
+        settings=export_to("/proc/srd/student"),
+        says="HuggingFaceExport(dirpath=...) needs the folder /proc/srd, but nothing can be written to /proc "
+        "(No such file or directory); name another place, or make room and give yourself the right to "
+        "write there",
+    ),
+    Fault(
+        id="report_over_a_folder",
+        done="`RuntimeBenchmark` to a folder",
+        files={"results/mine.txt": "mine"},
+        settings=report_to("results"),
+        says="RuntimeBenchmark(path=...) must name a file, but results is a folder",
+    ),
+    Fault(
+        id="report_over_other_results",
+        done="`RuntimeBenchmark` to a file with something else",
+        files={"results.json": '{"accuracy": 0.5}'},
+        settings=report_to("results.json"),
+        says="RuntimeBenchmark(path=...) would replace results.json, which does not hold the report of an "
+        "earlier run; name another file, or move this one away",
+    ),
+    Fault(
+        id="report_not_writable",
+        done="`RuntimeBenchmark` to a place that cannot be written",
+        settings=report_to("/proc/srd/report.json"),
+        says="RuntimeBenchmark(path=...) needs the folder /proc/srd, but nothing can be written to /proc (No "
+        "such file or directory); name another place, or make room and give yourself the right to write "
+        "there",
+    ),
+    Fault(
+        id="answers_over_rows",
+        done="`AnswerWriter` to the file of the rows",
+        files={"train.jsonl": ROWS},
+        settings={"data": {"data": "train.jsonl"}, **answers_to("train.jsonl")},
+        argv=("predict",),
+        says="AnswerWriter(path=...) would replace train.jsonl, which does not hold the answers of an earlier "
+        "run; name another file, or move this one away",
+    ),
+    Fault(
+        id="answers_over_a_folder",
+        done="`AnswerWriter` to a folder",
+        files={"answers/mine.txt": "mine"},
+        settings=answers_to("answers"),
+        argv=("predict",),
+        says="AnswerWriter(path=...) must name a file, but answers is a folder",
+    ),
+    Fault(
+        id="answers_not_writable",
+        done="`AnswerWriter` to a place that cannot be written",
+        settings=answers_to("/proc/srd/answers.jsonl"),
+        argv=("predict",),
+        says="AnswerWriter(path=...) needs the folder /proc/srd, but nothing can be written to /proc (No such "
+        "file or directory); name another place, or make room and give yourself the right to write there",
+    ),
+    Fault(
+        id="curate_with_answers",
+        done="`srd curate` with the `AnswerWriter` of a recipe, where answers stand",
+        files={"answers.jsonl": [{"prompt": "a", "response": "b", "answer": "c"}]},
+        settings={"data": {"schedule": {0: 1.0}}, **answers_to("answers.jsonl")},
+        argv=("curate",),
+        says="all 8 rows are trained on from the start; nothing was ranked",
+        code=0,
+        left=("run/config.yaml",),
+    ),
+]
