@@ -40,7 +40,7 @@ from srd_lightning.evaluation import negative_log_likelihood
 from srd_lightning.generation import PAPER_DECODING
 from srd_lightning.ranking import average_ranks
 from srd_lightning.reflection import Reflected, fixed_batches, score_batch
-from srd_lightning.rows import load_rows
+from srd_lightning.splits import load_rows
 from srd_lightning.tokenised import tokenize
 
 CRITERIA = [RougeL(), NegativeLogLikelihood()]

@@ -39,7 +39,8 @@ KD_WEIGHT, TEMPERATURE = 0.8, 1.5
 def choose_rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows, evenly spaced, as they are read and as they are tokenised."""
     from srd_lightning import ALPACA, Pretrained
-    from srd_lightning.rows import load_rows, row_ids
+    from srd_lightning.rows import row_ids
+    from srd_lightning.splits import load_rows
     from srd_lightning.tokenised import tokenize
 
     rows = load_rows(options.data)

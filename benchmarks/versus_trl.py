@@ -141,7 +141,8 @@ def our_batches(rows: list[dict[str, Any]], options: argparse.Namespace) -> list
 def rows_that_fit(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return rows, evenly spaced, of those that need not be cut."""
     from srd_lightning import ALPACA, Pretrained
-    from srd_lightning.rows import load_rows, row_ids
+    from srd_lightning.rows import row_ids
+    from srd_lightning.splits import load_rows
     from srd_lightning.tokenised import tokenize
 
     rows = load_rows(options.data)

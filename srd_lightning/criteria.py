@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from srd_lightning import divergences
+from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.fingerprint import weights_digest
 from srd_lightning.losses import log_probabilities
 from srd_lightning.matching import same_number, same_words
@@ -68,7 +69,7 @@ class Criterion:
         digests = {name: weights_digest(value) for name, value in settings.items() if isinstance(value, nn.Module)}
         text = f"{type(self).__name__} {settings | digests}"
         if " at 0x" in text:
-            raise ValueError(f"{text} holds an object that is another in every run; define settings() for it")
+            raise SettingError(f"{text} holds an object that is another in every run; define settings() for it")
         return text
 
     def finish(self) -> None:
@@ -79,16 +80,16 @@ def check_criteria(criteria: Sequence[Criterion]) -> list[Criterion]:
     """Return the criteria.
 
     Raises:
-        ValueError: Two have one column, a name is taken, or a weight is not positive.
+        SettingError: Two have one column, a name is taken, or a weight is not positive.
     """
     columns = [criterion.column for criterion in criteria]
     if wrong := sorted({column for column in columns if columns.count(column) > 1 or column in ("id", "answer")}):
-        raise ValueError(
+        raise SettingError(
             f"every criterion needs a column of its own that is not called id or answer, but {', '.join(wrong)} stands "
             f"in {columns}; give one another column: criterion.column = …"
         )
     if wrong := [criterion.column for criterion in criteria if not criterion.weight > 0]:
-        raise ValueError(f"weights of criteria must be positive, but those of {', '.join(wrong)} are not")
+        raise SettingError(f"weights of criteria must be positive, but those of {', '.join(wrong)} are not")
     return list(criteria)
 
 
@@ -172,7 +173,7 @@ class TeacherKL(Criterion):
 
 def _kl(_: Tensor, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     if teacher_logits.shape != student_logits.shape:
-        raise ValueError(
+        raise ModelError(
             f"student and teacher give logits of {student_logits.shape[1]} and {teacher_logits.shape[1]} tokens; "
             "TeacherKL needs two models with the same vocabulary"
         )
@@ -266,7 +267,7 @@ def _sacrebleu() -> Any:
     try:
         from sacrebleu import metrics
     except ImportError as error:
-        raise ImportError('ChrF and Bleu need sacrebleu: pip install "srd-lightning[translation]"') from error
+        raise SettingError('ChrF and Bleu need sacrebleu: pip install "srd-lightning[translation]"') from error
     return metrics
 
 
@@ -290,4 +291,4 @@ class Column(Criterion):
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
         """Refuse: there is nothing to compute."""
-        raise ValueError(f"scores of {self.column!r} are read from a file: SRDDataModule(scores='….parquet')")
+        raise SettingError(f"scores of {self.column!r} are read from a file: SRDDataModule(scores='….parquet')")

@@ -1,8 +1,7 @@
-"""From rows and a student to scores and an order: reflection by all processes, scores from elsewhere, ranking."""
+"""From rows and a student to scores and an order: reflection by all processes, and ranking."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,19 +10,19 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.criteria import Criterion
+from srd_lightning.errors import DataError, ModelError, ResumeError, SettingError
 from srd_lightning.fingerprint import fingerprint
 from srd_lightning.generation import Decoding
 from srd_lightning.ranking import reciprocal_rank_fusion
-from srd_lightning.reflection import SCORING_VERSION, Batch, Reflected, fixed_batches, reflect, score_batch
+from srd_lightning.reflection import SCORING_VERSION, Batch, fixed_batches, reflect
 from srd_lightning.rows import ids_of
-from srd_lightning.store import Floats, ScoreStore, answers_by_id, by_id
+from srd_lightning.store import Floats, ScoreStore
 from srd_lightning.team import Team
 
 
@@ -79,8 +78,9 @@ class Reflector:
             The scores, the same in all processes.
 
         Raises:
-            ValueError: The folder holds scores made of something else, or the processes have different students.
-            RuntimeError: Another run writes to the folder, or another process has failed.
+            StorageError: The folder holds scores made of something else, cannot be written, or another run has it.
+            SettingError: The processes have different students.
+            RankError: Another process has failed.
         """
         team, ids = Team(), ids_of(rows)
         made_of = _same_in_all(
@@ -126,7 +126,7 @@ def _same_in_all(made_of: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
     first = made_of[0]
     for rank, other in enumerate(made_of):
         if different := [part for part in first if other[part] != first[part]]:
-            raise ValueError(
+            raise SettingError(
                 f"process {rank} has another {', '.join(different)} than process 0; load the same files in all, and "
                 "call seed_everything before a model is made from a configuration"
             )
@@ -159,70 +159,15 @@ def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) ->
     """Read the scores of an earlier reflection as they are, without the student that made them.
 
     Raises:
-        ValueError: They are not there, or not all.
+        ResumeError: They are not there, or not all.
     """
     if not (folder / "manifest.json").exists():
-        raise ValueError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
+        raise ResumeError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
     store = ScoreStore.reopen(folder)
     columns = store.columns(ids_of(rows), [criterion.column for criterion in criteria])
     if any(np.isnan(values).any() for values in columns.values()):
-        raise ValueError(f"some of the scores that this run was trained with are not in {folder} any more")
+        raise ResumeError(f"some of the scores that this run was trained with are not in {folder} any more")
     return Scores(columns, folder, 0, store.answers)
-
-
-def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokenizer: PreTrainedTokenizerBase) -> Scores:
-    """Take scores from a parquet file of ``id`` and columns, which something else has made.
-
-    Where the file has ``answer``, criteria that look at nothing else are computed from it.
-
-    Args:
-        path: The file.
-        rows: Tokenised rows.
-        criteria: The columns that are wanted.
-        tokenizer: The student's.
-
-    Returns:
-        The scores.
-
-    Raises:
-        ValueError: A column is missing, or a row has no score.
-    """
-    table = pq.read_table(path, memory_map=True)
-    if "id" not in table.column_names:
-        raise ValueError(f"{path} must have the column `id`, but has {', '.join(table.column_names)}")
-    table = table.set_column(table.column_names.index("id"), "id", table["id"].cast(pa.string()))
-    ids = ids_of(rows)
-    here = [criterion.column for criterion in criteria if criterion.column in table.column_names]
-    absent = [criterion for criterion in criteria if criterion.column not in here]
-    columns = by_id(table, ids, here) | _from_answers(path, table, rows, absent, tokenizer)
-    for name, values in columns.items():
-        missing = np.flatnonzero(np.isnan(values))
-        if len(missing):
-            raise ValueError(
-                f"{path} has no {name} for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} among "
-                "them; score every row, or leave it out of `data`"
-            )
-    return Scores(columns, path.with_suffix(""), 0, functools.partial(answers_by_id, table))
-
-
-def _from_answers(
-    path: Path, table: pa.Table, rows: Dataset, criteria: Sequence[Criterion], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Floats]:
-    for criterion in criteria:
-        if not criterion.from_answers or "answer" not in table.column_names:
-            raise ValueError(
-                f"{path} has no column {criterion.column!r} for {type(criterion).__name__}, only "
-                f"{', '.join(table.column_names)}; add it, or leave the criterion out"
-            )
-    if not criteria:
-        return {}
-    ids = ids_of(rows)
-    answers, scores = answers_by_id(table, ids), []
-    for part in rows.with_format("arrow").iter(batch_size=1000):
-        known = [row for row in part.to_pylist() if row["id"] in answers]
-        texts = [answers[row["id"]] for row in known]
-        scores += score_batch(Reflected(nn.Identity(), tokenizer, known, Decoding(), answers=texts), criteria)
-    return by_id(pa.Table.from_pylist(scores), ids, [criterion.column for criterion in criteria])
 
 
 def rank(
@@ -240,10 +185,16 @@ def rank(
         Row numbers ``[N]``, int64.
     """
     for criterion in criteria:
-        missing = int(np.isnan(columns[criterion.column]).sum())
-        if missing:
-            raise ValueError(
-                f"{criterion.column} is NaN for {missing} of {len(ids)} rows; leave the rows or the criterion out"
+        missing = np.flatnonzero(np.isnan(columns[criterion.column]))
+        if len(missing) == len(ids):
+            raise ModelError(
+                f"{criterion.column} is NaN for all {len(ids)} rows, so it is not the rows but the student that gives "
+                f"NaN, or {type(criterion).__name__}; look at its weights"
+            )
+        if len(missing):
+            raise DataError(
+                f"{criterion.column} is NaN for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} "
+                "among them; leave the rows or the criterion out"
             )
     ease = [
         columns[criterion.column] if criterion.higher_is_easier else -columns[criterion.column]

@@ -13,6 +13,7 @@ from srd_lightning.arrangement import Arrangement
 from srd_lightning.criteria import Criterion
 from srd_lightning.curating import CuratedRows
 from srd_lightning.curriculum import PAPER_SCHEDULE
+from srd_lightning.errors import SettingError
 from srd_lightning.generation import Decoding
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
@@ -31,20 +32,21 @@ class SRDDataModule(CuratedRows):
     any LightningModule.
 
     Args:
-        data: Training data, or ``{"train": …, "validation": …, "test": …}``; a source is a jsonl, json, csv or parquet
-            file, a list of files, a ``save_to_disk`` folder, a hub id, a `datasets.Dataset` or a list of rows. Rows
-            have ``instruction`` (and ``input``) and ``output``, or ``prompt`` and ``response``, or ``messages``.
+        data: Training data, or ``{"train": …, "validation": …, "test": …, "predict": …}``; a source is a jsonl, json,
+            csv, tsv or parquet file, a list of files, a folder of files or of ``save_to_disk``, a hub id, a
+            `datasets.Dataset`, a pandas DataFrame, or any iterable of rows. Rows have ``instruction`` (and ``input``)
+            and ``output``, or ``prompt`` and ``response``, or ``messages``, …: docs/data.md has all forms.
         tokenizer: Name, folder or object; by default the student's.
         student: Who reflects; by default the student of the module that is trained.
         template: How a row becomes a prompt: `PromptTemplate` or `ChatTemplate`.
-        schedule: ``{first epoch: share of the rows}``; the last share is what is kept. ``{0: 1.0}`` is all rows from
-            the start, without reflection.
+        schedule: ``{first epoch: share of the rows}``, epochs being whole numbers; the last share is what is kept.
+            ``{0: 1.0}`` is all rows from the start, without reflection.
         criteria: What makes a row hard; by default the paper's, `RougeL` and `NegativeLogLikelihood`.
         arrangement: How the ranked rows enter; `EasyToHard` by default, the others are controls.
         refresh: First epochs of stages at which the student, as trained so far, reflects again on the rows still to
             come; by default never, as in the paper.
         scores: Folder of the scores, which all processes see; by default one in the trainer's ``default_root_dir``,
-            named after what the scores depend on. Or a parquet file of ``id`` and columns that something else made.
+            named after what the scores depend on. Or a file of ``id`` and columns that something else made.
         decontaminate: Drop training rows whose prompt stands in another split; without it they are only reported.
         near_duplicates: Similarity in (0, 1] from which prompts of other splits count as the same; by default only
             equal ones do. Needs the ``near-duplicates`` extra.
@@ -64,7 +66,8 @@ class SRDDataModule(CuratedRows):
         seed: Of the order within an epoch.
 
     Raises:
-        ValueError: A schedule without epoch 0, or lengths that leave no room for a response.
+        SettingError: A schedule without epoch 0, lengths that leave no room for a response, or settings that do not go
+            together. At set-up also `DataError`, `StorageError` and what the student raises.
 
     Example:
         >>> rows = [{"instruction": "Add 1 and 1.", "output": "2"}]
@@ -78,7 +81,7 @@ class SRDDataModule(CuratedRows):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         student: Pretrained | nn.Module | None = None,
         template: PromptTemplate | ChatTemplate = ALPACA,
-        schedule: dict[int, float] = dict(PAPER_SCHEDULE),  # noqa: B006 (never changed)
+        schedule: dict[Any, float] = dict(PAPER_SCHEDULE),  # noqa: B006 (never changed)
         criteria: list[Criterion] | None = None,
         arrangement: Arrangement | None = None,
         refresh: list[int] | None = None,
@@ -99,14 +102,17 @@ class SRDDataModule(CuratedRows):
         seed: int = 0,
     ) -> None:
         if max_prompt_length >= max_length:
-            raise ValueError(
+            raise SettingError(
                 f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
                 f"{max_prompt_length} and {max_length}"
             )
         sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}
         sizes |= {"reflection_threads": reflection_threads, "pad_to_multiple_of": pad_to_multiple_of}
+        sizes |= {"max_prompt_length": max_prompt_length, "eval_batch_size": eval_batch_size or batch_size}
         if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
-            raise ValueError(f"sizes must be at least 1, but {', '.join(wrong)}")
+            raise SettingError(f"sizes must be at least 1, but {', '.join(wrong)}")
+        if num_workers < 0:
+            raise SettingError(f"num_workers must be 0 or more, but is {num_workers}")
         super().__init__(
             data=data,
             tokenizer=tokenizer,
@@ -140,14 +146,19 @@ class SRDDataModule(CuratedRows):
         """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
         if self.trainer is not None:
             run_preflight(self.trainer)
+        self._check_settings(stage)
         if not self.rows:
-            self.read_rows()
+            self.read_rows(stage)
+        self._check_splits(self.rows, stage)
         if stage == "fit":
             if self.trainer is not None:
                 # A loader is as long as it was when it was built: the pool can only grow in a new one.
                 self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-            curated = self.curation or self.curate()
-            self.curriculum = curated.curriculum
+            if self.curation is None or self._curated_for is not self._module():  # another module, another student
+                self.curate()
+                self._order_digest = None
+            assert self.curation is not None
+            self.curriculum = self.curation.curriculum
             self.refresher.begin()
 
     def rows_of_teacher(self) -> Dataset:

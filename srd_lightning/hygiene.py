@@ -11,6 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from srd_lightning.errors import DataError, SettingError
+
 SAMPLE = 1000  # rows, at least, that show what most prompts share
 
 
@@ -116,8 +118,8 @@ def inspect(splits: Mapping[str, Dataset], near: float | None = None) -> Hygiene
         What was found.
 
     Raises:
-        ValueError: There is no split ``train``, or ``near`` is not in (0, 1].
-        ImportError: ``near`` is given and the library datasketch is not installed.
+        DataError: There is no split ``train``.
+        SettingError: ``near`` is not in (0, 1], or is given and the library datasketch is not installed.
 
     Example:
         >>> train = Dataset.from_dict({"prompt": ["Who am I?", "Why?", "who am i", "When?"]})
@@ -129,7 +131,7 @@ def inspect(splits: Mapping[str, Dataset], near: float | None = None) -> Hygiene
         [1]
     """
     if "train" not in splits:
-        raise ValueError(
+        raise DataError(
             f"the splits must have 'train' among them, but are {', '.join(splits)}; name the training data so"
         )
     train = splits["train"]
@@ -149,16 +151,27 @@ def inspect(splits: Mapping[str, Dataset], near: float | None = None) -> Hygiene
     )
 
 
+def check_near(near: float) -> None:
+    """Check that nearly equal prompts can be looked for.
+
+    Raises:
+        SettingError: It is no similarity in (0, 1], or the library datasketch is not installed.
+    """
+    if not 0 < near <= 1:
+        raise SettingError(f"near_duplicates must be a similarity in (0, 1], such as 0.8, but is {near}")
+    try:
+        import datasketch  # noqa: F401
+    except ImportError as error:
+        raise SettingError('near_duplicates needs datasketch: pip install "srd-lightning[near-duplicates]"') from error
+
+
 class _NearPrompts:
     """The prompts of the held-out splits, to be asked which of them nearly equal another prompt."""
 
     def __init__(self, held_out: Mapping[str, Dataset], boilerplate: frozenset[str], near: float) -> None:
-        if not 0 < near <= 1:
-            raise ValueError(f"near must be a similarity in (0, 1], such as 0.8, but is {near}")
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError as error:
-            raise ImportError('near= needs datasketch: pip install "srd-lightning[near-duplicates]"') from error
+        check_near(near)
+        from datasketch import MinHash, MinHashLSH
+
         self.held_out = held_out
         self.boilerplate = boilerplate
         self.near = near

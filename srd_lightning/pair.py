@@ -87,6 +87,11 @@ class StudentAndTeacher(LightningModule):
             self._tokenizer = self._student_source.tokenizer()
         return self._tokenizer
 
+    @property
+    def sources(self) -> dict[str, Pretrained | nn.Module | None]:
+        """Student and teacher by name, as they were given or as they are loaded."""
+        return {"student": self._student_source or self.student, "teacher": self._teacher_source or self.teacher}
+
     def build_student(self) -> nn.Module:
         """Load the student if it is not there yet, and return it."""
         if self.student is None:

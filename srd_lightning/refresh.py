@@ -12,6 +12,7 @@ from torch import Tensor
 from srd_lightning.criteria import Criterion
 from srd_lightning.curation import Scores, stored_scores
 from srd_lightning.curriculum import Curriculum
+from srd_lightning.errors import ResumeError, SettingError
 from srd_lightning.fingerprint import digest
 
 
@@ -27,15 +28,15 @@ class Refresher:
             later has no student any more that could make them again.
 
     Raises:
-        ValueError: One of the epochs is not the first of a later stage.
+        SettingError: One of the epochs is not the first of a later stage.
     """
 
     def __init__(self, first_epochs: Sequence[int], schedule: Mapping[int, float]) -> None:
         later = [epoch for epoch in schedule if epoch > 0]
         if first_epochs and set(schedule.values()) == {1.0}:
-            raise ValueError("refresh needs a schedule that ranks rows, but this one trains on all from the start")
+            raise SettingError("refresh needs a schedule that ranks rows, but this one trains on all from the start")
         if wrong := sorted(set(first_epochs) - set(later)):
-            raise ValueError(f"refresh must name first epochs of later stages, which are {later}, but names {wrong}")
+            raise SettingError(f"refresh must name first epochs of later stages, which are {later}, but names {wrong}")
         self.first_epochs = sorted(set(first_epochs))
         self.begin()
 
@@ -70,12 +71,12 @@ class Refresher:
             reflect: Scores rows; takes a function from what they are made of to a folder.
 
         Raises:
-            ValueError: They were made in a run that this one does not know.
+            ResumeError: They were made in a run that this one does not know.
         """
         if first in self.generations:
             return stored_scores(folder / self.generations[first], rows, criteria)
         if epoch > first:
-            raise ValueError(
+            raise ResumeError(
                 f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume from "
                 f"one that was trained with the same refresh, or from the end of epoch {first - 1}"
             )

@@ -1,4 +1,4 @@
-"""From files to rows, and from tokenised rows to a batch.
+"""Ids of rows, and from tokenised rows to a batch.
 
 A batch has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100
 where no token of the response stands.
@@ -10,77 +10,18 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srd_lightning import sources
+from srd_lightning.errors import DataError
+from srd_lightning.fields import is_missing
 from srd_lightning.losses import IGNORE_INDEX
-
-
-def load_splits(data: Any) -> dict[str, Dataset]:
-    """Read every split.
-
-    Args:
-        data: ``{split: source}``, or one source: a folder or hub id that has several splits, or the training data. A
-            source is a file (jsonl, json, csv, parquet), a list of files, a ``save_to_disk`` folder, a hub id, a
-            `datasets.Dataset`, or a list of rows.
-
-    Returns:
-        Data sets by split; ``train``, ``validation`` and ``test`` are the ones that are used.
-    """
-    if isinstance(data, (str, Path)) and Path(data).suffix not in sources.FORMATS:
-        data = _load_folder_or_hub(str(data))
-    if isinstance(data, Mapping):  # a DatasetDict is one
-        return {split: load_rows(source, split) for split, source in data.items()}
-    return {"train": load_rows(data)}
-
-
-def load_rows(source: Any, split: str = "train") -> Dataset:
-    """Read one source; see `load_splits`. The split is for messages.
-
-    Raises:
-        FileNotFoundError: There is no such file, folder or hub id.
-        ValueError: The source holds several splits, or no rows.
-    """
-    if isinstance(source, (Dataset, DatasetDict)):
-        rows = source
-    elif isinstance(source, (str, Path)) and Path(source).suffix not in sources.FORMATS:
-        rows = _load_folder_or_hub(str(source))
-    elif isinstance(source, (str, Path)):
-        rows = sources.from_files([source])
-    elif source and isinstance(source[0], (str, Path)):
-        rows = sources.from_files(source)
-    else:
-        rows = sources.from_rows(source)
-    if not isinstance(rows, Dataset):
-        raise ValueError(
-            f"{split}: the source holds the splits {', '.join(rows)}; name one, or give it as the whole `data`"
-        )
-    if len(rows) == 0:
-        raise ValueError(f"{split}: {source if isinstance(source, (str, Path)) else 'the source'} holds no rows")
-    return rows
-
-
-def _load_folder_or_hub(name: str) -> Dataset | DatasetDict:
-    if Path(name).is_dir() and any(Path(name).glob("*.json")):
-        try:
-            return load_from_disk(name)
-        except IndexError as error:  # its way to say that no file of rows is there
-            raise ValueError(f"train: {name} holds no rows") from error
-    try:
-        return load_dataset(name)
-    except Exception as error:  # the hub's client raises many kinds
-        raise FileNotFoundError(
-            f"{name!r} is neither a {'/'.join(sources.FORMATS)} file, nor a folder written by save_to_disk, nor a data "
-            f"set that the hub gives: {' '.join(str(error).split())}"
-        ) from error
 
 
 def row_ids(rows: Dataset) -> list[str]:
@@ -93,25 +34,27 @@ def row_ids(rows: Dataset) -> list[str]:
         The ``id`` column as text; without one, a digest of the row's content, numbered where rows repeat.
 
     Raises:
-        ValueError: An id is missing or stands twice.
+        DataError: An id is missing or stands twice.
     """
     if "id" in rows.column_names:
-        ids = [str(row_id) for row_id in rows["id"] if row_id is not None]
+        ids = [str(row_id) for row_id in rows["id"] if not is_missing(row_id)]
         if len(ids) < len(rows):
-            raise ValueError(f"{len(rows) - len(ids)} of {len(rows)} rows have no id; give every row one, or none")
+            raise DataError(f"{len(rows) - len(ids)} of {len(rows)} rows have no id; give every row one, or none")
         repeated = [row_id for row_id, count in Counter(ids).items() if count > 1]
         if repeated:
-            raise ValueError(
+            raise DataError(
                 f"row ids must be unique, but {len(repeated)} stand more than once, {repeated[0]!r} among them; "
                 "give every row its own, or remove the column to use ids made from the content"
             )
         return ids
     seen: Counter[str] = Counter()
     ids = []
-    for row in rows:
-        digest = hashlib.sha256(repr(sorted(row.items())).encode()).hexdigest()[:16]
-        ids.append(digest if not seen[digest] else f"{digest}-{seen[digest]}")
-        seen[digest] += 1
+    for batch in rows.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            content = sorted(zip(batch, values, strict=True))
+            digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+            ids.append(digest if not seen[digest] else f"{digest}-{seen[digest]}")
+            seen[digest] += 1
     return ids
 
 

@@ -1,120 +1,127 @@
-"""Rows out of files, every value as the text that stands there.
+"""Rows out of files and of Python, every value as the text that stands there.
 
 Readers that guess types turn "2020-01-01" into a moment and "1.50" into a number, which no model should have to answer;
-so all fields but ``messages`` are read as text, and a field that only some rows have is empty in the others.
+so all fields but conversations are read as text, and a field that only some rows have is empty in the others. Fields
+that templates look at (`srd_lightning.fields`) must be text; what the others hold is written down as it comes.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import datasets
+import pandas as pd
 from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
+from lightning.pytorch.utilities import rank_zero_info
+
+from srd_lightning.errors import DataError, SRDError, StorageError
+from srd_lightning.fields import TEXT_FIELDS, TURNS_FIELDS, has_turns, is_missing, kind_of, text_of, turns_of
+from srd_lightning.formats import check_there, delimiter_of, names_in, read
 
 Row = dict[str, Any]
+VERSION = 2
+"""Of the code below and of the readers: to be raised whenever they read other text out of the same file."""
+TURNS = List({"role": Value("string"), "content": Value("string")})
 
 
-def from_rows(rows: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Return rows that are in memory as a data set."""
+def from_rows(rows: Iterable[Any], split: str = "train") -> Dataset:
+    """Return rows that are in memory as a data set.
+
+    Args:
+        rows: Mappings, or a pandas DataFrame.
+        split: For messages.
+
+    Raises:
+        DataError: A row has no named fields, or one that must be text is not.
+    """
+    if isinstance(rows, pd.DataFrame):
+        rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     rows = list(rows)
-    features = _features(rows)
-    return Dataset.from_list([_as_text(row, features) for row in rows], features=features)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+            raise DataError(
+                f"{split} row {number} must have named fields, such as {{'instruction': …, 'output': …}}, but is "
+                f"{kind_of(row)}{' with names that are no text' if isinstance(row, Mapping) else ''}"
+            )
+    features = _features(name for row in rows for name in row)
+    return Dataset.from_list(
+        [_as_text(row, features, f"{split} row {number}") for number, row in enumerate(rows)], features=features
+    )
 
 
 def from_files(files: Sequence[str | Path]) -> Dataset:
-    """Return the rows of jsonl, json, csv and parquet files, one after the other, memory-mapped.
+    """Return the rows of files, one after the other, memory-mapped.
+
+    Args:
+        files: Each of one of the forms in `srd_lightning.formats`.
 
     Raises:
-        FileNotFoundError: A file is not there.
-        ValueError: A file is not what its ending says; the message names the line.
+        MissingDataError: A file is not there.
+        DataError: A file is not what its ending says, or a field that must be text is not; names file and line.
+        StorageError: The rows cannot be written to the cache of `datasets`.
     """
-    paths = [Path(file) for file in files]
+    paths = [Path(file).expanduser() for file in files]
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}; `data` takes {', '.join(FORMATS)} files")
-    features = _features(_read(paths))
-    if not features:
+        check_there(path)
+    for path in paths:
+        if (delimiter := delimiter_of(path)) != ",":
+            rank_zero_info(f"{path}: values are separated by {delimiter!r}, as in its first line")
+    if not any(next(read(path), None) for path in paths):
         return Dataset.from_list([])
+    features = _features(name for path in paths for name in names_in(path))
     state = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-    return Dataset.from_generator(_generate, features=features, gen_kwargs={"state": [state], "features": features})
+    arguments = {"state": [state], "features": features, "version": VERSION}
+    try:
+        return Dataset.from_generator(_generate, features=features, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, SRDError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, OSError):
+            raise unwritable_cache(error.__cause__) from error
+        raise
+    except OSError as error:
+        raise unwritable_cache(error) from error
 
 
-def _generate(state: list[list[tuple[str, int, int]]], features: Features) -> Iterator[Row]:
+def unwritable_cache(error: OSError) -> StorageError:
+    """Return the error that says where rows could not be written, and what to do."""
+    return StorageError(
+        f"rows cannot be written to the cache of datasets, {datasets.config.HF_DATASETS_CACHE}: {error}; make room "
+        "there, or set the environment variable HF_DATASETS_CACHE to another folder"
+    )
+
+
+def _generate(state: list[list[tuple[str, int, int]]], features: Features, version: int) -> Iterator[Row]:
     """Yield the rows of files; their times and sizes are arguments so that a changed file is read anew."""
     for files in state:
-        for row in _read(Path(path) for path, *_ in files):
-            yield _as_text(row, features)
+        for path, *_ in files:
+            for place, row in read(Path(path)):
+                yield _as_text(row, features, place)
 
 
-def _read(paths: Iterable[Path]) -> Iterator[Row]:
-    for path in paths:
-        try:
-            for number, row in enumerate(FORMATS[path.suffix](path)):
-                yield _check(row, f"{path} row {number}")
-        except (json.JSONDecodeError, UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
-            raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}") from error
+def _features(names: Iterable[str]) -> Features:
+    """Return what the rows have; all names of a conversation are one."""
+    found = dict.fromkeys("messages" if name in TURNS_FIELDS else name for name in names)
+    return Features({name: TURNS if name == "messages" else Value("string") for name in found})
 
 
-def _check(row: Any, name: str) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"{name} must have named fields, but is {type(row).__name__}")
-    if None in row:  # how the csv module says it
-        raise ValueError(f"{name} has more values than the first line has names")
-    if not isinstance(row.get("messages") or [], list):
-        raise ValueError(f"{name}: messages must be a list of turns, but is {type(row['messages']).__name__}")
-    return row
+def _as_text(row: Mapping[str, Any], features: Features, place: str) -> Row:
+    try:
+        return {name: _value(row, name) for name in features}
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        first = next((line.lstrip() for line in file if line.strip()), "")
-        file.seek(0)
-        if first.startswith("["):
-            yield from json.load(file)
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the module refuses texts over 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    for batch in pq.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
-
-
-FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _features(rows: Iterable[Mapping[str, Any]]) -> Features:
-    names = dict.fromkeys(name for row in rows for name in row)
-    turns = List({"role": Value("string"), "content": Value("string")})
-    return Features({name: turns if name == "messages" else Value("string") for name in names})
-
-
-def _as_text(row: Mapping[str, Any], features: Features) -> Row:
-    return {name: _text(row.get(name)) if name != "messages" else row.get(name) for name in features}
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    if name == "messages":
+        return turns_of(row) if has_turns(row) else None
+    value = row.get(name)
+    if is_missing(value):
+        return None
+    if name in TEXT_FIELDS or isinstance(value, str):
+        return text_of(value, name)
+    return json.dumps(value, default=str) if isinstance(value, (list, dict)) else str(value)

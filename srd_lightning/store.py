@@ -25,6 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from srd_lightning.errors import StorageError
+
 Floats = NDArray[np.float64]
 PATIENCE = 10.0
 """Seconds to wait for a run that holds the lock."""
@@ -36,14 +38,23 @@ ROWS_PER_SHARD = 65_536
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that others see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that others see all of it or nothing.
+
+    Raises:
+        StorageError: It cannot be written: the disk is full, or the folder is not to be written to.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)  # what a full disk left
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # what a full disk left
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror or error}; make room, or use another folder"
+        ) from error
 
 
 class ScoreStore:
@@ -55,7 +66,8 @@ class ScoreStore:
         criteria: What each column depends on besides; columns that are new to the folder are added to it.
 
     Raises:
-        ValueError: The folder holds scores that were made of something else; the message names the parts that differ.
+        StorageError: The folder holds scores that were made of something else (the message names the parts that
+            differ), or cannot be written.
     """
 
     def __init__(self, folder: str | Path, made_of: Mapping[str, str], criteria: Mapping[str, str]) -> None:
@@ -68,7 +80,7 @@ class ScoreStore:
         known = stored["criteria"].keys() & criteria.keys()
         different += [column for column in sorted(known) if stored["criteria"][column] != criteria[column]]
         if different:
-            raise ValueError(
+            raise StorageError(
                 f"the scores in {self.folder} were made with another {', '.join(different)}; "
                 "point `scores` to a new folder, or delete this one, to reflect again"
             )
@@ -87,16 +99,20 @@ class ScoreStore:
         """Open a folder to write to it; other runs are kept from it until this process has done so, or has ended.
 
         Raises:
-            RuntimeError: Another run holds the lock, for longer than one needs to read.
+            StorageError: Another run holds the lock, for longer than one needs to read; or the folder cannot be made.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=PATIENCE)
         except filelock.Timeout as error:
-            raise RuntimeError(
+            raise StorageError(
                 f"another run is writing scores to {folder}; wait until it has ended, or point `scores` to another "
                 "folder"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"scores cannot be written to {folder}: {error.strerror or error}; point `scores` to another folder"
             ) from error
         try:
             yield cls(folder, made_of, criteria)
@@ -214,12 +230,15 @@ def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Flo
 
 def _read_manifest(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(
+        manifest = json.loads(path.read_text())
+        if not all(isinstance(manifest[part], dict) for part in ("made_of", "criteria")):
+            raise TypeError("its parts are of another kind")
+    except (OSError, ValueError, TypeError, KeyError) as error:  # what JSON and UTF-8 raise are the second
+        raise StorageError(
             f"{path} cannot be read ({error}), so nobody knows what the scores beside it were made of; delete the "
             "folder, or point `scores` to another one"
         ) from error
+    return manifest
 
 
 def _one_row_per_id(table: pa.Table) -> pa.Table:

@@ -1,19 +1,20 @@
 """A row of data becomes a prompt and the response that is true for it.
 
-A row says its text in one of three ways: ``instruction`` (with an optional ``input``) and ``output``; ``prompt`` and
-``response``; or ``messages`` as chat models take them. `PromptTemplate` fills a plain text, as the paper does;
-`ChatTemplate` uses the chat format that comes with the tokenizer.
+`srd_lightning.fields` says what the fields of a row may be called. `PromptTemplate` fills a plain text, as the paper
+does; `ChatTemplate` uses the chat format that comes with the tokenizer. A row that asks nothing has the prompt ``""``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-INSTRUCTION_FIELDS = ("instruction", "prompt")
-RESPONSE_FIELDS = ("output", "response", "completion")
+from jinja2 import TemplateError
+
+from srd_lightning.errors import DataError, ModelError, SettingError
+from srd_lightning.fields import Turn, check_only_text, context_of, has_turns, instruction_of, response_of, turns_of
 
 
 class Example(NamedTuple):
@@ -32,7 +33,7 @@ class PromptTemplate:
         without_input: Text for rows that have none; must contain ``{instruction}``.
 
     Raises:
-        ValueError: A placeholder is missing.
+        SettingError: A placeholder is missing.
 
     Example:
         >>> template = PromptTemplate("{instruction}\n{input}\n", "{instruction}\n")
@@ -50,37 +51,40 @@ class PromptTemplate:
         for name, placeholders in (("with_input", ("{instruction}", "{input}")), ("without_input", ("{instruction}",))):
             for placeholder in placeholders:
                 if placeholder not in getattr(self, name):
-                    raise ValueError(f"{name} must contain {placeholder}, but is {getattr(self, name)!r}")
+                    raise SettingError(f"{name} must contain {placeholder}, but is {getattr(self, name)!r}")
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
         """Fill the template with one row.
 
         Args:
-            row: ``instruction | prompt`` and ``output | response | completion``, with an optional ``input``; or
-                ``messages`` of one user turn and its answer.
+            row: With a question and an answer, or ``messages`` of one user turn and its answer; see
+                `srd_lightning.fields`.
 
         Returns:
             The prompt and the response.
 
         Raises:
-            KeyError: The row has none of these fields; the message names what it has.
-            ValueError: ``messages`` has several turns (`ChatTemplate` takes those).
+            DataError: The row lacks one of them (the message names what it has), one is no text, or ``messages`` has
+                several turns (`ChatTemplate` takes those).
         """
-        if row.get("messages") is not None:
-            *context, answer = _messages(row)
-            if [turn["role"] for turn in context] != ["user"]:
-                roles = " ".join(turn["role"] for turn in (*context, answer))
-                raise ValueError(
-                    f"PromptTemplate takes one user turn and its answer, but the roles are {roles!r}; use ChatTemplate"
-                )
-            return Example(self._fill(context[0]["content"], ""), answer["content"])
-        return Example(self._fill(instruction_of(row), _optional(row, "input")), response_of(row))
+        check_only_text(row)
+        if not has_turns(row):
+            return Example(self._fill(instruction_of(row), context_of(row)), response_of(row))
+        *context, answer = _conversation(row)
+        if [turn["role"] for turn in context] != ["user"]:
+            roles = " ".join(turn["role"] for turn in (*context, answer))
+            raise DataError(
+                f"PromptTemplate takes one user turn and its answer, but the roles are {roles!r}; use ChatTemplate"
+            )
+        return Example(self._fill(context[0]["content"], ""), answer["content"])
 
     def bind(self, tokenizer: Any) -> PromptTemplate:
         """Return the template itself: plain text is the same for every tokenizer."""
         return self
 
     def _fill(self, instruction: str, context: str) -> str:
+        if _is_blank(instruction, context):
+            return ""
         text = self.with_input if context else self.without_input
         values = {"{instruction}": instruction, "{input}": context}
         return re.sub(r"\{instruction\}|\{input\}", lambda found: values[found[0]], text)
@@ -121,58 +125,50 @@ class ChatTemplate:
 
         Returns:
             The prompt, ending where the assistant speaks next, and the last turn as the response.
+
+        Raises:
+            DataError: As for `PromptTemplate`, or the tokenizer's template refuses the row.
         """
-        if row.get("messages") is not None:
-            *context, answer = _messages(row)
-            response = answer["content"]
+        check_only_text(row)
+        if has_turns(row):
+            *context, answer = _conversation(row)
+            response, last = answer["content"], context[-1]["content"]
         else:
-            text = "\n\n".join(part for part in (instruction_of(row), _optional(row, "input")) if part)
-            context, response = [{"role": "user", "content": text}], response_of(row)
+            last = "\n\n".join(part for part in (instruction_of(row), context_of(row)) if part)
+            context, response = [{"role": "user", "content": last}], response_of(row)
+        if _is_blank(last):
+            return Example("", response)
         if self.system is not None and context[0]["role"] != "system":
             context = [{"role": "system", "content": self.system}, *context]
-        prompt: str = self.tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt: str = self.tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = " ".join(turn["role"] for turn in context)
+            raise DataError(
+                f"the tokenizer's chat template refuses the row, whose roles before the answer are {roles!r}: {error}"
+            ) from error
         return Example(prompt, response)
 
     def bind(self, tokenizer: Any) -> ChatTemplate:
         """Return the same template with this tokenizer.
 
         Raises:
-            ValueError: The tokenizer has no chat template.
+            ModelError: The tokenizer has no chat template.
         """
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("the tokenizer has no chat template; use a PromptTemplate such as ALPACA")
+            raise ModelError("the tokenizer has no chat template; use a PromptTemplate such as ALPACA")
         return replace(self, tokenizer=tokenizer)
 
 
-def instruction_of(row: Mapping[str, Any]) -> str:
-    """Return what the row asks for, whatever the field is called."""
-    return _field(row, INSTRUCTION_FIELDS)
-
-
-def response_of(row: Mapping[str, Any]) -> str:
-    """Return the true response of the row, whatever the field is called."""
-    return _field(row, RESPONSE_FIELDS)
-
-
-def _field(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    for name in names:
-        if row.get(name) is not None:
-            return str(row[name])
-    present = ", ".join(name for name, value in row.items() if value is not None)
-    raise KeyError(f"expected a field {' or '.join(names)}, but the row has {present or 'no field'}")
-
-
-def _optional(row: Mapping[str, Any], name: str) -> str:
-    return "" if row.get(name) is None else str(row[name])
-
-
-def _messages(row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
-    messages: Sequence[Mapping[str, str]] = row["messages"]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        roles = " ".join(turn["role"] for turn in messages)
-        raise ValueError(
+def _conversation(row: Mapping[str, Any]) -> list[Turn]:
+    turns = turns_of(row)
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        roles = " ".join(turn["role"] for turn in turns)
+        raise DataError(
             f"messages must end with an assistant turn after at least one other, but the roles are {roles!r}"
         )
-    if silent := [turn["role"] for turn in messages if turn.get("content") is None]:
-        raise ValueError(f"every turn of messages needs content, but those of {', '.join(silent)} have none")
-    return messages
+    return turns
+
+
+def _is_blank(*texts: str) -> bool:
+    return not any(text.strip() for text in texts)

@@ -23,27 +23,36 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.errors import DataError
+from srd_lightning.fields import fields_read
 from srd_lightning.rows import row_ids
+from srd_lightning.sources import unwritable_cache
 from srd_lightning.templates import ChatTemplate, Example, PromptTemplate
 
-VERSION = 1
+VERSION = 2
 """Of the code below: to be raised whenever it gives other tokens for the same rows."""
 PROBE = "The  QUICK fox's\n\t12345 \u00e9e\u0301 \ufb01 \u4e2d\u6587 \U0001f642 <s></s> ab "
 """Two spaces, capitals, an apostrophe, digits, composed and decomposed letters, a ligature, tokens that models have."""
 
 
+FIRST_ROWS = 100
+"""Rows that show whether the template fits, before all are tokenised."""
+
+
 @dataclass
 class Report:
-    """What happened to the rows of a split."""
+    """What happened to the rows of a split, and which of their fields no template looks at."""
 
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     cut: int = 0
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Say it in one line."""
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "none"
-        return f"{self.rows} rows; dropped: {dropped}; responses cut to max_length: {self.cut}"
+        unread = f"; fields not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"{self.rows} rows; dropped: {dropped}; responses cut to max_length: {self.cut}{unread}"
 
 
 def tokenize(
@@ -72,9 +81,24 @@ def tokenize(
         Tokenised rows and the report.
 
     Raises:
-        ValueError: A row lacks a field, named with the row; ids repeat; or no row is left.
+        DataError: A row lacks a field, named with the row; ids repeat; or no row is left.
+        StorageError: The cache of `datasets` cannot be written.
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    try:
+        tokenised = _tokenised(rows, tokenizer, template, lengths, split)
+    except OSError as error:
+        raise unwritable_cache(error) from error
+    return _drop(tokenised, split, unread_fields(rows, template))
+
+
+def _tokenised(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate | ChatTemplate,
+    lengths: Mapping[str, int],
+    split: str,
+) -> Dataset:
     file = _file(_rows_digest(rows), _tokenizer_digest(tokenizer), _template_key(template), str(lengths))
     with filelock.FileLock(f"{file}.lock"):  # of several processes the first tokenises, and the others read
         tokenised = _read(file, len(rows)) if _is_known(rows, template) else None
@@ -98,17 +122,43 @@ def tokenize(
                 new_fingerprint=file.stem,
                 desc=f"tokenise {split}",
             ).with_format(None)
-    return _drop(tokenised, split)
+    return tokenised
 
 
-def _drop(tokenised: Dataset, split: str) -> tuple[Dataset, Report]:
+def check_first_rows(rows: Dataset, template: PromptTemplate | ChatTemplate, split: str) -> None:
+    """Fill the template with the first rows, so that one that does not fit is known before all rows are tokenised.
+
+    Raises:
+        DataError: A row lacks a field or has one that is no text; the message names the row and what it has.
+    """
+    for number, row in enumerate(rows.select(range(min(FIRST_ROWS, len(rows))))):
+        _fill(template, row, row.get("id"), f"{split} row {number}")
+
+
+def unread_fields(rows: Dataset, template: PromptTemplate | ChatTemplate) -> tuple[str, ...]:
+    """Return the names of the fields that a template does not look at, as the first rows show it.
+
+    Example:
+        >>> from srd_lightning.templates import ALPACA
+        >>> rows = Dataset.from_list([{"instruction": "Add.", "output": "2", "topic": "mathematics"}])
+        >>> unread_fields(rows, ALPACA)
+        ('topic',)
+    """
+    if type(template) not in (PromptTemplate, ChatTemplate):
+        return ()
+    first = rows.select(range(min(FIRST_ROWS, len(rows))))
+    read = {"id"}.union(*(fields_read(row) for row in first))
+    return tuple(name for name in rows.column_names if name not in read)
+
+
+def _drop(tokenised: Dataset, split: str, unread: tuple[str, ...]) -> tuple[Dataset, Report]:
     columns = tokenised.select_columns(["drop", "cut"]).with_format("arrow")[:]
     reasons = {str(reason["values"]): int(reason["counts"]) for reason in columns["drop"].value_counts().to_pylist()}
     reasons.pop("", None)
-    report = Report(len(tokenised), Counter(reasons), int(columns["cut"].to_numpy().sum()))
+    report = Report(len(tokenised), Counter(reasons), int(columns["cut"].to_numpy().sum()), unread)
     kept = np.flatnonzero(columns["drop"].to_numpy() == "")
     if not len(kept):
-        raise ValueError(f"{split}: no row is left of {report}")
+        raise DataError(f"{split}: no row is left of {report}")
     return tokenised.select(kept).remove_columns(["drop", "cut"]), report
 
 
@@ -213,11 +263,12 @@ def _tokenize_batch(
     return columns
 
 
-def _fill(template: PromptTemplate | ChatTemplate, row: Mapping[str, Any], row_id: str, name: str) -> Example:
+def _fill(template: PromptTemplate | ChatTemplate, row: Mapping[str, Any], row_id: Any, name: str) -> Example:
     try:
         return template(row)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{name} (id {row_id}): {error.args[0]}") from error
+    except (KeyError, ValueError) as error:  # a template of one's own may raise its own
+        known = "" if row_id is None else f" (id {row_id})"
+        raise DataError(f"{name}{known}: {error.args[0]}") from error
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -229,7 +280,7 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _reason_to_drop(example: Example, prompt_length: int, max_prompt_length: int) -> str:
     if not example.response.strip():
         return "empty response"
-    if prompt_length == 0:
+    if prompt_length == 0 or not example.prompt.strip():
         return "empty prompt"
     if prompt_length > max_prompt_length:
         return f"prompt over {max_prompt_length} tokens"

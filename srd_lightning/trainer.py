@@ -50,6 +50,10 @@ class _Bystander(LightningModule):
     def tokenizer(self) -> Any:
         return self.models[0].tokenizer
 
+    @property
+    def sources(self) -> Any:
+        return getattr(self.models[0], "sources", {})
+
     def configure_model(self) -> None:
         """Nothing to shard; strategies that shard ask for it."""
 

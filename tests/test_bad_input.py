@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from srd_lightning import ChatTemplate, Decoding, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning.errors import StorageError
 
 ROWS = make_rows(8)
 NO_OUTPUT = {"instruction": "Say nothing."}
@@ -116,22 +117,25 @@ class TestFields:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            (NO_OUTPUT, "output or response or completion, but the row has instruction$"),
-            (NO_INSTRUCTION, "instruction or prompt, but the row has output$"),
-            ({**NO_OUTPUT, "output": None}, "output or response or completion, but the row has instruction$"),
-            ({**NO_INSTRUCTION, "instruction": None}, "instruction or prompt, but the row has output$"),
+            (NO_OUTPUT, "output or response or completion or answer, but the row has instruction$"),
+            (NO_INSTRUCTION, "instruction or prompt or question or query, but the row has output$"),
+            ({**NO_OUTPUT, "output": None}, "output or response or completion or answer, but the row has instruction$"),
+            (
+                {**NO_INSTRUCTION, "instruction": None},
+                "instruction or prompt or question or query, but the row has output$",
+            ),
         ],
         ids=["no_output", "no_instruction", "null_output", "null_instruction"],
     )
     def test_missing_in_one_row(self, set_up, place, row, message):
-        refused(rf"^train row {place} \(id .+\): .*{message}", set_up, [*ROWS[:place], row, *ROWS[place:]])
+        refused(rf"^train row {place}: .*{message}", set_up, [*ROWS[:place], row, *ROWS[place:]])
 
     def test_missing_in_one_row_of_a_file(self, set_up, tmp_path):
         path = write(tmp_path / "rows.jsonl", jsonl([*ROWS[:5], NO_OUTPUT]))
-        refused(r"^train row 5 \(id .+\): .* but the row has instruction$", set_up, path)
+        refused(r"^train row 5: .* but the row has instruction$", set_up, path)
 
     def test_missing_in_all_rows(self, set_up):
-        refused("instruction or prompt, but the row has question, answer", set_up, [{"question": "a", "answer": "b"}])
+        refused("instruction or prompt .*, but the row has ask, say", set_up, [{"ask": "a", "say": "b"}])
 
     def test_the_split_and_the_id_are_named(self, set_up):
         data = {"train": ROWS, "test": [{"id": "x7", **NO_OUTPUT}]}
@@ -214,7 +218,9 @@ class TestScoresOfAnotherRun:
     )
     def test_are_refused(self, set_up, tmp_path, data, options, part):
         set_up(ROWS)
-        message = refused(f"made with another {part}; point `scores` to a new folder", set_up, data, **options)
+        message = refused(
+            f"made with another {part}; point `scores` to a new folder", set_up, data, error=StorageError, **options
+        )
         assert str(tmp_path / "scores") in message
 
 

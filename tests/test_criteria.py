@@ -372,7 +372,7 @@ class TestAnswersAgainstResponses:
     @pytest.mark.parametrize("kind", [ChrF, Bleu])
     def test_without_sacrebleu_the_extra_is_named(self, kind, monkeypatch):
         monkeypatch.setitem(sys.modules, "sacrebleu", None)
-        with pytest.raises(ImportError, match=r'pip install "srd-lightning\[translation\]"'):
+        with pytest.raises(SettingError, match=r'pip install "srd-lightning\[translation\]"'):
             kind()
 
 

@@ -16,7 +16,9 @@ from srd_lightning.criteria import (
     RankSurprisalRatio,
     RougeL,
 )
-from srd_lightning.curation import Reflector, pinned_threads, rank, read_scores, stored_scores
+from srd_lightning.curation import Reflector, pinned_threads, rank, stored_scores
+from srd_lightning.errors import ModelError, StorageError
+from srd_lightning.external import read_scores
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.rouge import rouge_l
 from srd_lightning.rows import ids_of
@@ -110,14 +112,14 @@ class TestReflector:
         score()
         with torch.no_grad():
             model.lm_head.weight[3, 5] += 1e-4
-        with pytest.raises(ValueError, match="made with another student"):
+        with pytest.raises(StorageError, match="made with another student"):
             score()
 
     def test_one_changed_row_is_noticed(self, score, tokenizer):
         score()
         rows = make_rows(20)
         rows[7]["output"] += "!"
-        with pytest.raises(ValueError, match="made with another rows"):
+        with pytest.raises(StorageError, match="made with another rows"):
             score(rows=tokenised(tokenizer, rows))
 
     def test_the_model_is_back_where_it_was(self, score, model):
@@ -264,7 +266,7 @@ class TestRank:
 
     def test_a_score_that_is_no_number_is_named(self):
         columns = {**COLUMNS, "nll": np.array([1.0, np.nan, 2.0, np.nan, 0.0])}
-        with pytest.raises(ValueError, match="nll is NaN for 2 of 5 rows"):
+        with pytest.raises(ValueError, match="nll is NaN for 2 of 5 rows, 'b' among them"):
             rank(columns, PAPER, pa.array(list("abcde")), "average")
 
     def test_one_row(self):
@@ -281,7 +283,7 @@ class TestACriterionThatGivesNaN:
 
     def test_is_named_when_rows_are_ranked(self, score, data):
         columns = {"broken": np.array([scores["broken"] for scores in score(criteria=[self.Broken()]).values()])}
-        with pytest.raises(ValueError, match="broken is NaN for 20 of 20 rows"):
+        with pytest.raises(ModelError, match="broken is NaN for all 20 rows, so it is not the rows but the student"):
             rank(columns, [self.Broken()], ids_of(data), "average")
 
 

@@ -7,6 +7,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srd_lightning.errors import SettingError
 from srd_lightning.hygiene import Hygiene, inspect, normalize
 from srd_lightning.templates import ALPACA
 
@@ -164,7 +165,7 @@ class TestNearPrompts:
     def test_the_missing_library_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasketch", None)
         found(train=["a"], test=["a"])
-        with pytest.raises(ImportError, match=r'pip install "srd-lightning\[near-duplicates\]"$'):
+        with pytest.raises(SettingError, match=r'pip install "srd-lightning\[near-duplicates\]"$'):
             found(0.8, train=["a"], test=["a"])
 
 

@@ -8,7 +8,8 @@ from conftest import in_other_order, make_rows, tokenised
 from datasets import Dataset, DatasetDict
 from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq
 
-from srd_lightning.rows import collate, lengths_of, load_rows, load_splits, row_ids
+from srd_lightning.rows import collate, lengths_of, row_ids
+from srd_lightning.splits import load_rows, load_splits
 
 ROWS = make_rows(6)
 
@@ -120,10 +121,10 @@ class TestSources:
         assert splits(source(tmp_path, rows)) == {"train": rows}
 
     @each(as_jsonl, as_json, as_list)
-    def test_values_that_are_no_text_become_text(self, tmp_path, source):
-        rows = [{"instruction": "Hi", "output": output} for output in (7, 1.5, True, [1, "a"], {"a": None})]
+    def test_fields_that_no_template_reads_become_text(self, tmp_path, source):
+        rows = [{"prompt": "Hi", "answer": "a", "note": note} for note in (7, 1.5, True, ["1", "a"], {"a": None})]
         found = splits(source(tmp_path, rows))["train"]
-        assert [row["output"] for row in found] == ["7", "1.5", "True", '[1, "a"]', '{"a": null}']
+        assert [row["note"] for row in found] == ["7", "1.5", "True", '["1", "a"]', '{"a": null}']
 
     def test_turns_of_a_file_are_kept(self, tmp_path):
         rows = [{"messages": [{"role": "user", "content": "é"}, {"role": "assistant", "content": "7"}]}]
@@ -146,14 +147,14 @@ class TestSources:
         ids=["one_split", "several_splits"],
     )
     def test_hub_id(self, monkeypatch, found, expected):
-        monkeypatch.setattr("srd_lightning.rows.load_dataset", {"owner/name": found}.__getitem__)
+        monkeypatch.setattr("srd_lightning.splits.load_dataset", {"owner/name": found}.__getitem__)
         assert splits("owner/name") == expected
 
     def test_hub_that_does_not_answer(self, monkeypatch):
         def unreachable(name):
             raise ConnectionError("no route")
 
-        monkeypatch.setattr("srd_lightning.rows.load_dataset", unreachable)
+        monkeypatch.setattr("srd_lightning.splits.load_dataset", unreachable)
         with pytest.raises(FileNotFoundError, match=r"^'owner/name' is neither .* that the hub gives: no route$"):
             load_splits("owner/name")
 
@@ -161,7 +162,7 @@ class TestSources:
     def test_a_split_cannot_hold_splits(self, tmp_path, saved):
         data = DatasetDict(easy=Dataset.from_list(ROWS), hard=Dataset.from_list(ROWS))
         data.save_to_disk(tmp_path / "saved")
-        with pytest.raises(ValueError, match="holds the splits easy, hard; name one"):
+        with pytest.raises(ValueError, match="holds the splits easy, hard"):
             load_splits({"train": str(tmp_path / "saved") if saved else data})
 
     @each(as_jsonl, as_json, as_csv)

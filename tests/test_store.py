@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from srd_lightning import store as store_module
+from srd_lightning.errors import StorageError
 from srd_lightning.store import ScoreStore, by_id, write_atomically
 
 MADE_OF = {"rows": "r1", "student": "s1", "decoding": "d1"}
@@ -191,10 +192,14 @@ class TestDamage:
         assert len(shards(full)) == 1
 
 
-@pytest.mark.parametrize("text", ["", '{"made_of": {"rows"'], ids=["empty", "cut"])
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"made_of": {"rows"', "[]", "{}", '{"made_of": 1, "criteria": {}}', "null"],
+    ids=["empty", "cut", "list", "object", "number", "null"],
+)
 def test_a_damaged_manifest_is_named(full, text):
     (full.folder / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match=r"manifest.json cannot be read .* delete the folder"):
+    with pytest.raises(StorageError, match=r"manifest.json cannot be read .* delete the folder"):
         ScoreStore(full.folder, MADE_OF, CRITERIA)
 
 
@@ -209,15 +214,15 @@ class TestFingerprint:
         ids=["one", "two", "unknown_before"],
     )
     def test_another_one_names_what_differs(self, store, changed, named):
-        with pytest.raises(ValueError, match=f"were made with another {named}; point `scores` to a new folder"):
+        with pytest.raises(StorageError, match=f"were made with another {named}; point `scores` to a new folder"):
             ScoreStore(store.folder, {**MADE_OF, **changed}, CRITERIA)
 
     def test_a_criterion_with_other_settings_is_named(self, store):
-        with pytest.raises(ValueError, match="were made with another nll;"):
+        with pytest.raises(StorageError, match="were made with another nll;"):
             ScoreStore(store.folder, MADE_OF, {"nll": "another", "ifd": "IFD"})
 
     def test_a_refused_store_is_left_as_it_was(self, full):
-        with pytest.raises(ValueError, match="another student"):
+        with pytest.raises(StorageError, match="another student"):
             ScoreStore(full.folder, {**MADE_OF, "student": "s2"}, {"ifd": "IFD"})
         assert nll(ScoreStore(full.folder, MADE_OF, {"ifd": "other"}))[:3] == [1 / 3, 2.5, 0.7]
 
@@ -238,7 +243,7 @@ class TestLock:
         )
         try:
             assert other.stdout.readline() == "locked\n"
-            with pytest.raises(RuntimeError, match="another run is writing scores to"):
+            with pytest.raises(StorageError, match="another run is writing scores to"):
                 ScoreStore.locked(store.folder, MADE_OF, {"ifd": "IFD"}).__enter__()
             assert "ifd" not in (store.folder / "manifest.json").read_text()
         finally:
@@ -254,7 +259,7 @@ class TestLock:
 
     def test_is_free_again_where_a_store_was_refused(self, store):
         for _ in range(2):
-            with pytest.raises(ValueError, match="another student"):
+            with pytest.raises(StorageError, match="another student"):
                 ScoreStore.locked(store.folder, {**MADE_OF, "student": "s2"}, CRITERIA).__enter__()
 
 

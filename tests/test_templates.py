@@ -1,5 +1,6 @@
 import pytest
 
+from srd_lightning.errors import DataError
 from srd_lightning.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 
 PLAIN = PromptTemplate(with_input="Q: {instruction} [{input}]\nA: ", without_input="Q: {instruction}\nA: ")
@@ -68,7 +69,7 @@ def test_an_empty_answer_is_an_empty_response():
 
 def test_a_null_is_a_missing_field():
     with pytest.raises(
-        KeyError, match="expected a field output or response or completion, but the row has instruction"
+        DataError, match="expected a field output or response or completion or answer, but the row has instruction"
     ):
         PLAIN({"instruction": "Hi", "output": None})
 
@@ -144,14 +145,14 @@ def test_bind_keeps_the_system_message_and_leaves_the_original():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "Hi", "output": "Hello"}, "instruction or prompt, but the row has question, output"),
-        ({"prompt": "Hi", "answer": "Hello"}, "output or response or completion, but the row has prompt, answer"),
+        ({"ask": "Hi", "output": "Hello"}, "instruction or prompt or question or query, but the row has ask, output"),
+        ({"prompt": "Hi", "say": "Hello"}, "output or response or completion or answer, but the row has prompt, say"),
         ({}, "the row has no field"),
     ],
     ids=["no_instruction", "no_response", "empty_row"],
 )
 def test_missing_field_names_what_the_row_has(template, row, message):
-    with pytest.raises(KeyError, match=message):
+    with pytest.raises(DataError, match=message):
         template(row)
 
 
