@@ -16,6 +16,7 @@ import srd_lightning.checkpoint
 import srd_lightning.criteria
 import srd_lightning.runtime
 import srd_lightning.strategy  # noqa: F401 (short names on the command line)
+from srd_lightning.callbacks.settings_file import SettingsFile
 from srd_lightning.cli import SUBCOMMANDS
 from srd_lightning.console import Ending
 from srd_lightning.data import SRDDataModule
@@ -47,6 +48,7 @@ class SRDCLI(LightningCLI):
             SRDDataModule,
             trainer_class=SRDTrainer,
             parser_class=SRDParser,
+            save_config_callback=SettingsFile,
             save_config_kwargs={"overwrite": True},
             args=args,
             run=run,

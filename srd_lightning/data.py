@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
@@ -22,6 +23,9 @@ from srd_lightning.resume import check_same_rows, order_digest
 from srd_lightning.rows import ids_of, lengths_of
 from srd_lightning.teacher_cache import TeacherCache
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
+
+OF_TUNERS = (".scale_batch_size_", ".lr_find_")
+"""How Lightning (tested with 2.6.6) names the checkpoints that its tuners go back to after trying other batches."""
 
 
 class SRDDataModule(CuratedRows):
@@ -139,6 +143,7 @@ class SRDDataModule(CuratedRows):
         self.num_workers = num_workers
         self.seed = seed
         self._order_digest: str | None = None
+        self._former_reload: int | None = None
         self.teacher_cache: TeacherCache | None = None
         """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
 
@@ -153,6 +158,7 @@ class SRDDataModule(CuratedRows):
         if stage == "fit":
             if self.trainer is not None:
                 # A loader is as long as it was when it was built: the pool can only grow in a new one.
+                self._former_reload = self.trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
                 self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
             if self.curation is None or self._curated_for is not self._module():  # another module, another student
                 self.curate()
@@ -160,6 +166,12 @@ class SRDDataModule(CuratedRows):
             assert self.curation is not None
             self.curriculum = self.curation.curriculum
             self.refresher.begin()
+
+    def teardown(self, stage: str) -> None:
+        """Let the trainer build its loaders as it did before."""
+        if self.trainer is not None and self._former_reload is not None:
+            self.trainer.reload_dataloaders_every_n_epochs = self._former_reload  # type: ignore[attr-defined]
+            self._former_reload = None
 
     def rows_of_teacher(self) -> Dataset:
         """Return the rows on which a teacher is asked in ``fit``: those that are kept, and the validation's."""
@@ -180,8 +192,8 @@ class SRDDataModule(CuratedRows):
             ValueError: Its rows, or their order, are not those of this run.
         """
         self.refresher.generations = state_dict["generations"]
-        resumed = self.trainer is not None and self.trainer.state.fn == "fit" and self.trainer.ckpt_path is not None
-        if resumed:  # and not restored by a tuner that tries other batches
+        path = self.trainer and self.trainer.state.fn == "fit" and self.trainer.ckpt_path
+        if path and not Path(path).name.startswith(OF_TUNERS):
             check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
 
     def _rows_to_come(self) -> dict[str, Any]:

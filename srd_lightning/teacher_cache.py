@@ -236,7 +236,7 @@ class TeacherCache:
 
 
 def file_digest(path: Path, salt: str) -> str:
-    """Return a digest of the bytes of a file, and of what they belong to: 0.8 s per GB of one core, where it was measured."""
+    """Return a digest of the bytes of a file, and of what they belong to: 0.8 s per GB of one core, where measured."""
     content = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):

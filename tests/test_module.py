@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import QUIET, make_rows, tiny_model
 from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.tuner import Tuner
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -282,3 +283,23 @@ def test_what_lightning_does_to_loaders(options, student, teacher, tokenizer, ro
     trainer.fit(module, datamodule=data)
     assert trainer.global_step > 0
     assert torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("way", ["callback", "tuner"])
+def test_another_batch_size_that_lightning_finds(way, student, teacher, tokenizer, rows, tmp_path):
+    """What it goes back to was saved with the batch size before: no run that is resumed."""
+    data = everything(tokenizer, rows)
+    data.batch_size = 2
+    finder = [BatchSizeFinder("power", init_val=2, max_trials=2, steps_per_trial=1)] if way == "callback" else []
+    trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=finder, **QUIET)
+    module = KDLightningModule(student, teacher, optimizer=sgd)
+    if way == "tuner":
+        Tuner(trainer).scale_batch_size(module, datamodule=data, init_val=2, max_trials=2, steps_per_trial=1)
+    trainer.fit(module, datamodule=data)
+    assert (data.batch_size, trainer.global_step) == (4, 4)
+
+
+def test_the_trainer_builds_its_loaders_afterwards_as_before(student, teacher, tokenizer, rows, tmp_path):
+    trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, reload_dataloaders_every_n_epochs=4, **QUIET)
+    trainer.fit(KDLightningModule(student, teacher, optimizer=sgd), datamodule=everything(tokenizer, rows))
+    assert trainer.reload_dataloaders_every_n_epochs == 4

@@ -141,4 +141,14 @@ FAULTS: list[Fault] = [
         code=0,
         left=("run/config.yaml",),
     ),
+    Fault(
+        id="settings_over_a_recipe",
+        done="A file `config.yaml` of the user's in the folder of the run, where Lightning saves the settings",
+        files={"run/config.yaml": "mine: 1\n"},
+        settings={"data": {"schedule": {0: 1.0}}},
+        argv=("curate",),
+        says="all 8 rows are trained on from the start; nothing was ranked",
+        code=0,
+        left=("run/srd-config.yaml",),
+    ),
 ]
