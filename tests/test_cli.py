@@ -52,7 +52,7 @@ def test_configuration_is_read_as_it_stands(config, monkeypatch, tmp_path):
 
 
 @each_config
-@pytest.mark.filterwarnings("ignore:.*never hold", "ignore:.*never trained on")
+@pytest.mark.filterwarnings("ignore:.*never hold")
 def test_configuration_trains(config, tiny):
     options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
     run = cli.run(["fit", "--config", str(config), "--trainer.accelerator=cpu", *tiny_options(config), *options])
