@@ -83,14 +83,19 @@ class TeacherCache:
         Raises:
             StorageError: Another run holds the lock, for longer than one needs to look; or as for the class.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=PATIENCE)
         except filelock.Timeout as error:
             raise StorageError(
                 f"another run is writing to the teacher cache in {folder}; wait until it has ended, or point "
                 "`teacher_cache_dir` to another folder"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"the teacher cache cannot be kept in {folder}: {error.strerror or error}; point `teacher_cache_dir` to "
+                "another folder"
             ) from error
         try:
             cache = cls(folder, kind, made_of)

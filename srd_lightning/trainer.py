@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from srd_lightning.data import SRDDataModule
 from srd_lightning.module import KDLightningModule
+from srd_lightning.preflight import Preflight
 
 
 class SRDTrainer(Trainer):
@@ -53,6 +54,11 @@ class _Bystander(LightningModule):
     @property
     def sources(self) -> Any:
         return getattr(self.models[0], "sources", {})
+
+    def preflight(self, trainer: Trainer) -> None:
+        """Let the module that it stands for check, if it can."""
+        if isinstance(self.models[0], Preflight):
+            self.models[0].preflight(trainer)
 
     def configure_model(self) -> None:
         """Nothing to shard; strategies that shard ask for it."""

@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch.optim import SGD
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from srd_lightning import Decoding, HuggingFaceExport, KDLightningModule, Pretrained, RuntimeBenchmark, SRDDataModule
 from srd_lightning.callbacks import export, export_folder
@@ -37,7 +37,7 @@ def fit(datamodule, folder, *callbacks, model=None, **options):
 
 def refused(tmp_path, *callbacks, model=None, **options):
     """Begin a run whose rows cannot even be counted."""
-    datamodule = SRDDataModule([], tokenizer="none", schedule={0: 1.0})
+    datamodule = SRDDataModule([], tokenizer=ByT5Tokenizer(), schedule={0: 1.0})
     datamodule.read_rows = lambda: pytest.fail("rows were read")
     fit(datamodule, tmp_path, *callbacks, model=model, **options)
 

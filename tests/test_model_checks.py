@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BertConfig, ByT5Token
 from srd_lightning import KDLightningModule, Pretrained, SRDDataModule
 from srd_lightning.errors import MissingDataError, ModelError, SettingError, SRDError
 from srd_lightning.soundness import check_weights
+from srd_lightning.trainer import SRDTrainer
 from srd_lightning.vocabulary import check_tokens
 
 
@@ -262,6 +263,14 @@ class TestBeforeRowsAreRead:
         cut_file(folder)
         with pytest.raises(ModelError, match=f"{folder}/model.safetensors is damaged"):
             self.fit(Pretrained(str(whole)), Pretrained(str(folder)), tmp_path)
+
+    @pytest.mark.parametrize("subcommand", ["curate", "cache_teacher"])
+    def test_also_where_nothing_is_trained(self, subcommand, whole, folder, tmp_path):
+        cut_file(folder)
+        module = KDLightningModule(Pretrained(str(whole)), Pretrained(str(folder)), teacher_cache="hidden")
+        data = SRDDataModule(str(tmp_path / "no_such.jsonl"), schedule={0: 1.0})
+        with pytest.raises(ModelError, match=f"{folder}/model.safetensors is damaged"):
+            getattr(SRDTrainer(**QUIET, default_root_dir=tmp_path), subcommand)(module, data)
 
     def test_tokenizers_that_differ(self, whole, folder, tmp_path):
         tokenizer = ByT5Tokenizer()

@@ -334,6 +334,13 @@ def test_sizes_are_said_as_they_are_read(size, said):
     assert caching._readable(size) == said
 
 
+def test_a_folder_that_cannot_be_made(data, load, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=f"cache cannot be kept in {tmp_path}/file/cache: Not a directory; point"):
+        fill(data, tmp_path / "file" / "cache", load)
+    assert load.times == 0
+
+
 def test_the_width_of_a_teacher_is_known_from_its_configuration(tmp_path):
     lively_model().save_pretrained(tmp_path)
     assert caching.width_of(Pretrained(str(tmp_path))) == caching.width_of(lively_model()) == 32
