@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.loss_checks import check_loss
-from srd_lightning.losses import DistillationLoss
+from srd_lightning.losses import DistillationLoss, needs_all_logits
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import POWERS
 from srd_lightning.placement import check_placement, shards_student
@@ -38,7 +39,8 @@ def check_run(module: Any, trainer: Trainer) -> None:
     if trains:
         if type(module.loss).forward is DistillationLoss.forward:
             check_loss(module.loss)
-        check_schedules(schedules, module.loss, live, module.teacher_cache)
+        if module.teacher_cache == "topk":
+            check_likeliest(schedules, module.loss, module.chunk)
         check_precision(trainer, module.optimizer)
 
 
@@ -172,38 +174,29 @@ def check_kd_weight(kd_weight: float, has_teacher: bool) -> None:
         raise SettingError(f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning")
 
 
-def check_schedules(
-    schedules: Iterable[Mapping[str, Mapping[int, float]]],
-    loss: DistillationLoss,
-    has_teacher: bool,
-    teacher_cache: str,
+def check_likeliest(
+    schedules: Iterable[Mapping[str, Mapping[int, float]]], loss: DistillationLoss, chunk: int | None
 ) -> None:
-    """Check values that come in later epochs against the teacher.
+    """Check what ``teacher_cache: topk`` cannot do.
 
     Args:
         schedules: Of attributes of the module, ``{name: {first epoch: value}}``.
         loss: The distillation loss.
-        has_teacher: Whether there is one.
-        teacher_cache: Of the module.
+        chunk: Of the module.
 
     Raises:
-        SettingError: A share of the distillation loss without a teacher, or a temperature that ``topk`` does not know.
+        SettingError: All logits are needed, or a temperature that was not kept.
     """
-    by_name = {name: dict(values) for schedule in schedules for name, values in schedule.items()}
-    weights = by_name.get("kd_weight", {})
-    if not has_teacher and (rising := [epoch for epoch, weight in weights.items() if weight > 0]):
+    if chunk is None or needs_all_logits(loss):
+        why = "chunk null" if chunk is None else f"the loss {type(loss).__name__}"
+        raise SettingError(f"teacher_cache topk keeps no logits, but {why} needs all of them; use teacher_cache hidden")
+    later = [schedule["loss.temperature"].values() for schedule in schedules if "loss.temperature" in schedule]
+    least, most = 1 / POWERS[0], 1 / POWERS[-1]
+    if wrong := [value for value in (loss.temperature, *itertools.chain(*later)) if not least <= value <= most]:
         raise SettingError(
-            f"kd_weight is {weights[rising[0]]} from epoch {rising[0]} on, but there is no teacher to learn from; give "
-            "one, or leave kd_weight at 0"
+            f"teacher_cache topk knows temperatures from {least:g} to {most:g}, but the loss comes to "
+            f"{wrong[0]:g}; use such temperatures, or teacher_cache hidden"
         )
-    if teacher_cache == "topk":
-        temperatures = {0: loss.temperature, **by_name.get("loss.temperature", {})}
-        least, most = 1 / POWERS[0], 1 / POWERS[-1]
-        if wrong := [value for value in temperatures.values() if not least <= value <= most]:
-            raise SettingError(
-                f"teacher_cache topk knows temperatures from {least:g} to {most:g}, but the loss comes to "
-                f"{wrong[0]:g}; use such temperatures, or teacher_cache hidden"
-            )
 
 
 def check_parts(trainer: Trainer, micro_batch_tokens: int | None, teacher_placement: str) -> None:

@@ -173,6 +173,12 @@ class DistillationLoss(nn.Module):
         return self.scale * values.sum() / mask.sum().clamp(min=1)
 
 
+def needs_all_logits(loss: DistillationLoss) -> bool:
+    """Return whether a loss is more than a divergence of each token: then it gets what it asks for."""
+    changed = type(loss).forward is not DistillationLoss.forward
+    return changed or loss.ignore_index != IGNORE_INDEX or any(True for _ in loss.parameters())
+
+
 class ForwardKL(DistillationLoss):
     """KL(teacher ‖ student), the classic distillation loss; see `divergences.forward_kl`."""
 

@@ -15,7 +15,7 @@ from srd_lightning.calling import logits_of
 from srd_lightning.diagnosis import cause_of
 from srd_lightning.errors import SettingError
 from srd_lightning.loss_checks import check_scalar
-from srd_lightning.losses import IGNORE_INDEX, DistillationLoss, cross_entropy, response_mask
+from srd_lightning.losses import DistillationLoss, cross_entropy, needs_all_logits, response_mask
 from srd_lightning.micro_batches import in_parts, micro_batches
 from srd_lightning.objective import CHUNK, Likeliest, Objective, chunked_objective
 from srd_lightning.sharding import inside, release
@@ -204,12 +204,6 @@ class Step:
         full = logits.new_zeros(*like.shape[:2], logits.shape[-1])
         full[:, :-1][response_mask(batch["labels"])] = logits
         return full
-
-
-def needs_all_logits(loss: DistillationLoss) -> bool:
-    """Return whether a loss is more than a divergence of each token: then it gets what it asks for."""
-    changed = type(loss).forward is not DistillationLoss.forward
-    return changed or loss.ignore_index != IGNORE_INDEX or any(True for _ in loss.parameters())
 
 
 def _all_logits(what: object, reason: str) -> str:

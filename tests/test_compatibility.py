@@ -112,8 +112,10 @@ class Empty(DistillationLoss):
         ({"teacher_placement": "shard"}, "teacher_placement shard needs a strategy of several processes"),
         ({"optimizer": lambda params: SGD(params, lr=-1)}, "optimizer cannot be made: Invalid learning rate: -1"),
         ({"teacher_cache": "topk", "loss": ForwardKL(5)}, "topk knows temperatures from 0.5 to 4, .* comes to 5"),
+        ({"teacher_cache": "topk", "chunk": None}, "topk keeps no logits, but chunk null needs all of them; use"),
+        ({"teacher_cache": "topk", "loss": ForwardKL(ignore_index=-1)}, "topk keeps no logits, but the loss ForwardKL"),
     ],
-    ids=["scalar", "no divergence", "placement", "learning rate", "topk"],
+    ids=["scalar", "no divergence", "placement", "learning rate", "topk", "topk whole", "topk mask"],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_rows_are_read(options, said):
     refused(KDLightningModule(tiny_model(0), tiny_model(1), **options), said)
@@ -125,7 +127,7 @@ def test_settings_that_cannot_be_trained_are_refused_before_rows_are_read(option
         (
             {"kd_weight": 0.0},
             {"kd_weight": {0: 0.0, 1: 0.5}},
-            "kd_weight is 0.5 from epoch 1 on, but there is no",
+            "kd_weight cannot begin 0.5 at epoch 1: kd_weight 0.5 needs a teacher",
         ),
         (
             {"teacher": tiny_model(1), "teacher_cache": "topk"},

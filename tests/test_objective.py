@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -200,6 +201,14 @@ def test_without_weight_there_is_no_cross_entropy(temperature):
     found, _ = Case().chunked(ForwardKL(temperature), 1.0)
     assert found.ce == 0
     assert found.loss == found.kd > 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_sums_are_divided_by_the_number_of_tokens(tokens):
+    """Each costs ln 2; where there is none, nothing is divided by 0."""
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    found = chunked_objective(torch.ones(tokens, 1), Head(torch.zeros(2, 1)), targets, ForwardKL(), None, 0.0)
+    assert float(found.ce) == pytest.approx(math.log(2) if tokens else 0)
 
 
 def test_gradients_of_the_head_are_summed_in_fp32():

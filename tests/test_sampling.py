@@ -149,3 +149,18 @@ def test_batches_are_of_like_length():
     batches = list(of_like_length(lengths, 120))
     assert sorted(np.concatenate(batches)) == list(range(200))
     assert all(len(batch) * lengths[batch].max() <= 120 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "expected"),
+    [
+        ([2, 2], 4, [[0, 1]]),  # exactly as many as may be
+        ([2, 2, 2], 4, [[0, 1], [2]]),
+        ([5], 4, [[0]]),  # a row that is longer goes alone
+        ([5, 5], 4, [[0], [1]]),
+        ([3, 1, 1], 3, [[1, 2], [0]]),
+    ],
+    ids=str,
+)
+def test_a_batch_holds_as_many_rows_as_fit(lengths, tokens, expected):
+    assert [batch.tolist() for batch in of_like_length(np.array(lengths), tokens)] == expected

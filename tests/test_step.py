@@ -281,6 +281,18 @@ def test_a_forward_that_is_no_number_is_named(make):
         objective(KDLightningModule(lively_model(0), lively_model(1), Own()), batch_of())
 
 
+@pytest.mark.parametrize("chunk", [7, None])
+def test_a_teacher_is_not_run_where_it_has_no_weight(chunk):
+    teacher, times = lively_model(1), []
+    step = Step(lively_model(0), teacher, chunk=chunk)
+    step.objective(batch_of(), ForwardKL(), 0.5)  # looks at the models first
+    teacher.model.register_forward_hook(lambda *_: times.append(1))
+    assert step.objective(batch_of(), ForwardKL(), 0.0).kd == 0
+    assert not times
+    assert step.objective(batch_of(), ForwardKL(), 1.0).ce == 0
+    assert len(times) == 1
+
+
 def nan(model):
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)

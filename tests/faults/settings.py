@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from faults.fault import ROWS, Fault
+from faults.fault import ROWS, TINY, Fault, laid_over
 
 
 def with_callbacks(*callbacks: tuple[str, dict[str, Any]]) -> dict[str, Any]:
@@ -17,6 +17,10 @@ def scheduled(**schedules: dict[int, float]) -> dict[str, Any]:
 
 
 WATCHED = "train_ce, train_kd, train_loss"
+NAMED_ROWS = [{"id": f"row {number}", **row} for number, row in enumerate(ROWS)]
+NAN = laid_over(TINY, {"init_args": {"config": {"init_args": {"rms_norm_eps": float("nan")}}}})
+"""A model whose logits are NaN whatever its weights are."""
+IN_FP16 = "check its weights, and load it in float32 or bfloat16, for float16 overflows"
 
 FAULTS = [
     Fault(
@@ -128,5 +132,120 @@ FAULTS = [
         done="`EarlyStopping` with `mode: max` on a loss",
         settings=with_callbacks(("EarlyStopping", {"monitor": "train_loss", "mode": "max"})),
         says="EarlyStopping(monitor='train_loss', mode='max') would look for the highest loss; set mode to 'min'",
+        id="temperature_0",
+        done="`--model.loss.temperature 0`",
+        argv=("fit", "--model.loss", "ForwardKL", "--model.loss.temperature", "0"),
+        says="temperature must be positive and finite, but is 0.0",
+    ),
+    Fault(
+        id="alpha_out_of_range",
+        done="`--model.loss.alpha -0.1`",
+        argv=("fit", "--model.loss", "SkewForwardKL", "--model.loss.alpha=-0.1"),
+        says="alpha must lie in [0, 1), but is -0.1",
+    ),
+    Fault(
+        id="sizes_below_1",
+        done="`--model.chunk 0 --model.micro_batch_tokens 0`",
+        argv=("fit", "--model.chunk", "0", "--model.micro_batch_tokens", "0"),
+        says="sizes must be at least 1, but micro_batch_tokens=0, chunk=0",
+    ),
+    Fault(
+        id="no_teacher_to_cache",
+        done="`teacher_cache: hidden` without a teacher",
+        settings={"model": {"teacher": None, "kd_weight": 0.0, "teacher_cache": "hidden"}},
+        says="teacher_cache hidden needs a teacher, but none is given",
+    ),
+    Fault(
+        id="topk_and_temperature",
+        done="A temperature of 5 with `teacher_cache: topk`",
+        settings={
+            "model": {"teacher_cache": "topk", "loss": {"class_path": "ForwardKL", "init_args": {"temperature": 5}}}
+        },
+        says="teacher_cache topk knows temperatures from 0.5 to 4, but the loss comes to 5; use such temperatures, or "
+        "teacher_cache hidden",
+    ),
+    Fault(
+        id="topk_and_all_logits",
+        done="`chunk: null` with `teacher_cache: topk`",
+        settings={"model": {"teacher_cache": "topk", "chunk": None}},
+        says="teacher_cache topk keeps no logits, but chunk null needs all of them; use teacher_cache hidden",
+    ),
+    Fault(
+        id="placement_on_one_device",
+        done="`--model.teacher_placement shard` on one device",
+        argv=("fit", "--model.teacher_placement", "shard"),
+        says="teacher_placement shard needs a strategy of several processes, such as ddp (on one device too), but this is "
+        "SingleDeviceStrategy; choose one, or replicate",
+    ),
+    Fault(
+        id="weights_in_fp16",
+        done="`--trainer.precision 16-true`",
+        argv=("fit", "--trainer.precision", "16-true"),
+        says="precision 16-true keeps the weights in fp16, in which small updates and gradients vanish; use bf16-mixed or "
+        "16-mixed, whose weights are fp32, or bf16-true",
+    ),
+    Fault(
+        id="learning_rate_below_0",
+        done="A negative learning rate",
+        argv=("fit", "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr=-0.1"),
+        says="the optimizer cannot be made: Invalid learning rate: -0.1; correct this setting of it",
+    ),
+    Fault(
+        id="weight_that_needs_a_teacher_later",
+        done="A schedule of `kd_weight` that rises in a run without a teacher",
+        settings={
+            "model": {"teacher": None, "kd_weight": 0.0},
+            "trainer": {
+                "max_epochs": 2,
+                "callbacks": [
+                    {
+                        "class_path": "HyperparameterScheduler",
+                        "init_args": {"schedules": {"kd_weight": {0: 0.0, 1: 0.5}}},
+                    }
+                ],
+            },
+        },
+        says="the schedule of kd_weight cannot begin 0.5 at epoch 1: kd_weight 0.5 needs a teacher; give one, or set "
+        "kd_weight to 0 for fine-tuning",
+    ),
+    Fault(
+        id="decoding_no_tokens",
+        done="`--data.decoding.max_new_tokens 0`",
+        argv=("fit", "--data.decoding.max_new_tokens", "0"),
+        says="decoding: max_new_tokens must be a whole number of at least 1, but is 0",
+    ),
+    Fault(
+        id="decoding_top_p",
+        done="`--data.decoding.top_p 0`",
+        argv=("fit", "--data.decoding.top_p", "0"),
+        says="decoding: top_p must lie in (0, 1], where 1 is all tokens, but is 0.0",
+    ),
+    Fault(
+        id="decoding_temperature",
+        done="`--data.decoding.temperature=-1`",
+        argv=("fit", "--data.decoding.temperature=-1"),
+        says="decoding: temperature must be 0 (greedy) or positive, finite too, but is -1.0",
+    ),
+    Fault(
+        id="decoding_two_that_exclude_each_other",
+        done="`continuous_batching` with `no_repeat_ngram_size`",
+        settings={"data": {"decoding": {"continuous_batching": True, "no_repeat_ngram_size": 6}}},
+        says="decoding: continuous_batching knows no no_repeat_ngram_size; leave one of the two out",
+    ),
+    Fault(
+        id="student_of_nan",
+        done="A student whose logits are NaN",
+        settings={"model": {"student": NAN}, "data": {"data": NAMED_ROWS[:2], "schedule": {0: 1.0}}},
+        left=("run/config.yaml",),
+        says="the loss is nan in batch 0 of epoch 0; its rows: row 0, row 1. No step was made with it, so what is saved is "
+        f"sound: the student's logits are NaN or infinite before its first step: {IN_FP16}",
+    ),
+    Fault(
+        id="teacher_of_nan",
+        done="A teacher whose logits are NaN",
+        settings={"model": {"teacher": NAN}, "data": {"data": NAMED_ROWS[:2], "schedule": {0: 1.0}}},
+        left=("run/config.yaml",),
+        says="the loss is nan in batch 0 of epoch 0; its rows: row 0, row 1. No step was made with it, so what is saved is "
+        f"sound: the teacher's logits are NaN or infinite: {IN_FP16}",
     ),
 ]
