@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained
-from srd_lightning.errors import ModelError
+from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.placement import shard_student
 from srd_lightning.rows import collate
 from srd_lightning.sharding import blocks, inside, release, shard, with_weights, without_weights
@@ -138,6 +138,21 @@ def test_fsdp1_learns_of_blocks_and_sums_in_full_precision(given, mesh):
 )
 def test_all_processes_see_different_rows_unless_told_otherwise(options, expected):
     assert FSDP2(**options).sizes(num_processes=8) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data_parallel_size": 3}, "data_parallel_size 3 times tensor_parallel_size 1 must be .* which is 8"),
+        ({"tensor_parallel_size": 3}, "data_parallel_size auto times tensor_parallel_size 3 must be .* which is 8"),
+        ({"tensor_parallel_size": 0}, "at least 1, but tensor_parallel_size=0"),
+        ({"data_parallel_size": "all"}, "whole numbers of at least 1, but data_parallel_size='all'"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_make_up_the_processes(options, said):
+    with pytest.raises(SettingError, match=said):
+        FSDP2(**options).sizes(num_processes=8)
 
 
 def test_a_sharded_student_does_not_reflect(mesh):
