@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.loss_checks import check_loss
 from srd_lightning.losses import DistillationLoss, needs_all_logits
-from srd_lightning.models import Pretrained
 from srd_lightning.objective import POWERS
 from srd_lightning.placement import check_placement, shards_student
 
@@ -30,78 +30,29 @@ def check_run(module: Any, trainer: Trainer) -> None:
     trains = trainer.state.fn == "fit"
     live = module.teacher is not None or module._teacher_source is not None
     if module.student is not None and trains:
-        check_student(module.student)
+        check_student(module.student, module.activation_checkpointing)
+    if module.student is not None and module.teacher is not None:
+        module.shared_vocabulary(module.teacher)
     if live and (module.teacher_cache == "none" or not trains):
         check_placement(trainer, module.teacher_placement)
-        check_parts(trainer, module.micro_batch_tokens, module.teacher_placement)
+        check_parts(trainer, module.micro_batch_tokens, module.loss, module.teacher_placement)
     else:
-        check_parts(trainer, module.micro_batch_tokens, "replicate")
+        check_parts(trainer, module.micro_batch_tokens, module.loss, "replicate")
     if trains:
         if type(module.loss).forward is DistillationLoss.forward:
             check_loss(module.loss)
         if module.teacher_cache == "topk":
             check_likeliest(schedules, module.loss, module.chunk)
         check_precision(trainer, module.optimizer)
+        if module.compile_step:
+            check_compiler(trainer)
 
 
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Check an argument that is one of several words.
-
-    Args:
-        name: Of the argument.
-        value: What was given.
-        choices: A `typing.Literal`.
-
-    Raises:
-        SettingError: It is none of them; lists them.
-    """
-    words = get_args(choices)
-    if value not in words:
-        raise SettingError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, but is {value!r}")
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Check arguments that are whole numbers of at least 1, or ``None``.
-
-    Raises:
-        SettingError: One is not; names all that are wrong.
-    """
-    whole = {name: isinstance(size, int) and not isinstance(size, bool) for name, size in sizes.items()}
-    if wrong := [f"{name}={size!r}" for name, size in sizes.items() if size is not None and not whole[name]]:
-        raise SettingError(f"sizes must be whole numbers, but {', '.join(wrong)}")
-    if wrong := [f"{name}={size}" for name, size in sizes.items() if size is not None and size < 1]:
-        raise SettingError(f"sizes must be at least 1, but {', '.join(wrong)}")
-
-
-def check_models(student: object, teacher: object) -> None:
-    """Check that student and teacher are models, and two: the teacher is frozen, and with it all that it shares.
-
-    Raises:
-        SettingError: One is something else, such as a name.
-        ModelError: They share weights, or are one.
-    """
-    for name, model in (("student", student), ("teacher", teacher)):
-        if isinstance(model, str):
-            raise SettingError(f'{name} must be a model, but is the text {model!r}; give {name}=Pretrained("{model}")')
-        if not isinstance(model, (Pretrained, nn.Module)) and not (name == "teacher" and model is None):
-            raise SettingError(f"{name} must be a Pretrained or a torch.nn.Module, but is {model!r}")
-    if not (isinstance(student, nn.Module) and isinstance(teacher, nn.Module)):
-        return
-    remedy = "give the teacher weights of its own, such as copy.deepcopy(student)"
-    if student is teacher:
-        raise ModelError(f"student and teacher are one object, which would be frozen as a whole; {remedy}")
-    frozen = {id(weight) for weight in teacher.parameters()}
-    if shared := [name for name, weight in student.named_parameters() if id(weight) in frozen]:
-        raise ModelError(
-            f"student and teacher share {len(shared)} weights, such as {shared[0]}, which would be frozen; {remedy}"
-        )
-
-
-def check_student(student: nn.Module) -> None:
+def check_student(student: nn.Module, activation_checkpointing: bool) -> None:
     """Check that something is to be trained, and say what is not trained of a mixture of experts that asks for it.
 
     Raises:
-        ModelError: All weights are frozen.
+        ModelError: All weights are frozen, or activations cannot be made again.
     """
     if not any(weight.requires_grad for weight in student.parameters()):
         raise ModelError(
@@ -109,6 +60,11 @@ def check_student(student: nn.Module) -> None:
             "call student.requires_grad_(True), or unfreeze those that shall be trained"
         )
 
+    if activation_checkpointing and not getattr(student, "supports_gradient_checkpointing", False):
+        raise ModelError(
+            f"activation_checkpointing needs a model of transformers that supports it, which {type(student).__name__} "
+            "does not; set it to false"
+        )
     config: Any = getattr(student, "config", None)
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
         rank_zero_warn(
@@ -116,62 +72,6 @@ def check_student(student: nn.Module) -> None:
             f"coef {config.router_aux_loss_coef}), but the objective is CE and distillation loss only: experts are not "
             "kept in balance; set output_router_logits to false in its configuration to agree"
         )
-
-
-def check_loss_type(loss: object) -> None:
-    """Check that the loss is one.
-
-    Raises:
-        SettingError: It is a class, or no `DistillationLoss` that was made by its constructor.
-    """
-    if isinstance(loss, type) and issubclass(loss, DistillationLoss):
-        raise SettingError(f"loss must be an object, but is the class {loss.__name__}; give {loss.__name__}()")
-    if not isinstance(loss, DistillationLoss):
-        raise SettingError(
-            f"loss must be a DistillationLoss, such as ForwardKL(), but is {loss!r}; a loss of your own derives from "
-            "DistillationLoss and defines divergence(teacher_logp, student_logp)"
-        )
-    if not hasattr(loss, "_temperature"):
-        raise SettingError(f"{type(loss).__name__}.__init__ must call super().__init__(), and did not")
-
-
-def check_tokenizer(tokenizer: object) -> None:
-    """Check that a tokenizer is an object.
-
-    Raises:
-        SettingError: It is a name.
-    """
-    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise SettingError(
-            f"tokenizer must be a tokenizer of transformers, but is {tokenizer!r}; give "
-            "AutoTokenizer.from_pretrained(...), or leave it out: by default it is the student's, or the data module's"
-        )
-
-
-def check_makers(**makers: object) -> None:
-    """Check arguments that make something later.
-
-    Raises:
-        SettingError: One cannot be called, such as an optimizer that is made already.
-    """
-    for name, maker in makers.items():
-        if maker is not None and not callable(maker):
-            raise SettingError(
-                f"{name} must be a function that makes one, such as lambda params: AdamW(params, lr=1e-4), but is a "
-                f"{type(maker).__name__}"
-            )
-
-
-def check_kd_weight(kd_weight: float, has_teacher: bool) -> None:
-    """Check the share of the distillation loss, also where it is set later.
-
-    Raises:
-        SettingError: It is outside [0, 1], or needs a teacher that is not there.
-    """
-    if not 0 <= kd_weight <= 1:
-        raise SettingError(f"kd_weight must lie in [0, 1], but is {kd_weight}")
-    if kd_weight > 0 and not has_teacher:
-        raise SettingError(f"kd_weight {kd_weight} needs a teacher; give one, or set kd_weight to 0 for fine-tuning")
 
 
 def check_likeliest(
@@ -199,12 +99,15 @@ def check_likeliest(
         )
 
 
-def check_parts(trainer: Trainer, micro_batch_tokens: int | None, teacher_placement: str) -> None:
+def check_parts(
+    trainer: Trainer, micro_batch_tokens: int | None, loss: DistillationLoss, teacher_placement: str
+) -> None:
     """Check that batches can be taken in parts, of which ranks may have unlike numbers.
 
     Args:
         trainer: Of the run.
         micro_batch_tokens: Of the module.
+        loss: The distillation loss.
         teacher_placement: Of a teacher that runs within the steps.
 
     Raises:
@@ -214,6 +117,11 @@ def check_parts(trainer: Trainer, micro_batch_tokens: int | None, teacher_placem
     if micro_batch_tokens is None:
         return
     other = "take a smaller batch_size, and accumulate_grad_batches of the trainer"
+    if type(loss).forward is not DistillationLoss.forward:
+        raise SettingError(
+            f"micro_batch_tokens takes batches in parts, but {type(loss).__name__}.forward is made for whole ones; "
+            f"leave it out, and {other}, or define divergence instead of forward"
+        )
     if shards_student(trainer):
         raise SettingError(
             "micro_batch_tokens needs a student whose weights are whole, but the strategy "
@@ -254,6 +162,19 @@ def check_precision(trainer: Trainer, make_optimizer: Callable[[Any], Any]) -> N
             f"gradient_clip_val {trainer.gradient_clip_val} and precision 16-mixed need an optimizer that leaves "
             f"gradients to be unscaled first, which a fused {type(optimizer).__name__} does not; set fused to "
             "false for the optimizer, or use precision bf16-mixed"
+        )
+
+
+def check_compiler(trainer: Trainer) -> None:
+    """Check that there is what compiles for a CPU.
+
+    Raises:
+        SettingError: There is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if trainer.strategy.root_device.type == "cpu" and shutil.which(compiler) is None:
+        raise SettingError(
+            f"compile needs the compiler {compiler} on a CPU, which is not there; install it, or leave it out"
         )
 
 

@@ -109,8 +109,9 @@ def check_loss(loss: Any) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     teacher_logp, student_logp = torch.randn(2, 3, 7, generator=generator).log_softmax(-1)
+    given = student_logp.clone()
     try:
-        values, gradient = loss.value_and_gradient(teacher_logp, student_logp.clone())
+        values, gradient = loss.value_and_gradient(teacher_logp, given)
     except NotImplementedError as error:
         raise SettingError(str(error)) from error
     except SettingError:
@@ -118,6 +119,10 @@ def check_loss(loss: Any) -> None:
     except (RuntimeError, IndexError, ValueError):  # made for one vocabulary or device: the first batch will tell
         return
     check_gradient(loss, values, gradient, student_logp)
+    if not torch.equal(given, student_logp):
+        raise SettingError(
+            f"{type(loss).__name__}.value_and_gradient must not change student_logp, which is used after it"
+        )
     for name, found in (("values", values), ("gradients", gradient)):
         if not bool(found.isfinite().all()):
             raise SettingError(

@@ -51,7 +51,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_IND
     """
     mask = response_mask(labels, ignore_index)
     selected = upcast(logits[:, :-1][mask])
-    return nn.functional.cross_entropy(selected, labels[:, 1:][mask], reduction="sum") / mask.sum().clamp(min=1)
+    return nn.functional.cross_entropy(selected, labels[:, 1:][mask].long(), reduction="sum") / mask.sum().clamp(min=1)
 
 
 def upcast(logits: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class DistillationLoss(nn.Module):
         teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], self.temperature)
         values = self.divergence(teacher_logp, student_logp)
         values = check_values(self, values, len(student_logp), torch.is_grad_enabled() and student_logp.requires_grad)
-        return self.scale * values.sum() / mask.sum().clamp(min=1)
+        return self.scale * upcast(values).sum() / mask.sum().clamp(min=1)
 
 
 def needs_all_logits(loss: DistillationLoss) -> bool:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning import compatibility
+from srd_lightning import arguments, compatibility
 from srd_lightning.answers import answers
 from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.calling import logits_of
@@ -114,14 +114,14 @@ class KDLightningModule(StudentAndTeacher):
         teacher_placement: TeacherPlacement = "replicate",
     ) -> None:
         loss = loss if loss is not None else ForwardKL()
-        compatibility.check_loss_type(loss)
-        compatibility.check_models(student, teacher)
-        compatibility.check_tokenizer(tokenizer)
-        compatibility.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        compatibility.check_choice("teacher_cache", teacher_cache, TeacherCaching)
-        compatibility.check_choice("teacher_placement", teacher_placement, TeacherPlacement)
-        compatibility.check_sizes(top_k=top_k, micro_batch_tokens=micro_batch_tokens, chunk=chunk)
-        compatibility.check_kd_weight(kd_weight, has_teacher=teacher is not None)
+        arguments.check_loss_type(loss)
+        arguments.check_models(student, teacher)
+        arguments.check_tokenizer(tokenizer)
+        arguments.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        arguments.check_choice("teacher_cache", teacher_cache, TeacherCaching)
+        arguments.check_choice("teacher_placement", teacher_placement, TeacherPlacement)
+        arguments.check_sizes(top_k=top_k, micro_batch_tokens=micro_batch_tokens, chunk=chunk)
+        arguments.check_kd_weight(kd_weight, has_teacher=teacher is not None)
         if teacher is None and teacher_cache != "none":
             raise SettingError(f"teacher_cache {teacher_cache} needs a teacher, but none is given")
         super().__init__(
@@ -164,7 +164,7 @@ class KDLightningModule(StudentAndTeacher):
 
     @kd_weight.setter
     def kd_weight(self, kd_weight: float) -> None:
-        compatibility.check_kd_weight(kd_weight, self._has_teacher)
+        arguments.check_kd_weight(kd_weight, self._has_teacher)
         self._kd_weight = kd_weight
 
     def preflight(self, trainer: Trainer) -> None:
@@ -194,9 +194,9 @@ class KDLightningModule(StudentAndTeacher):
                 f"{type(self).__name__}.configure_callbacks leaves out what this class brings along, without which it "
                 "trains wrongly: return [*super().configure_callbacks(), ...]"
             )
-        super().configure_model()
         if self._trainer and self._trainer.state.fn == "fit":
-            compatibility.check_student(cast(nn.Module, self.student))
+            compatibility.check_student(self.build_student(), self.activation_checkpointing)
+        super().configure_model()
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the student's logits, ``[B, T, V]``."""

@@ -216,7 +216,7 @@ class _Work:
                 teacher_logp = _log_probabilities(teacher, loss.temperature)
             values, gradient = loss.value_and_gradient(teacher_logp, logp)
             check_gradient(loss, values, gradient, logp)
-            kd = values.sum() * loss.scale
+            kd = upcast(values).sum() * loss.scale
             gradient = gradient.mul_(weight * loss.scale / loss.temperature)
         if own is not None:
             part = own.exp_()

@@ -114,7 +114,7 @@ class Step:
         try:
             student = LiveTeacher(self.student, self.parts).logits(batch, self.vocabulary)
             teacher = None if self.teacher is None else self.teacher.logits(batch, self.vocabulary)
-            return cause_of(student, teacher, batch["labels"][:, 1:][response_mask(batch["labels"])], trained)
+            return cause_of(student, teacher, batch["labels"][:, 1:][response_mask(batch["labels"])].long(), trained)
         except Exception:  # what it is to explain must not be hidden by it
             return None
 
@@ -137,7 +137,7 @@ class Step:
         kd_weight: float,
         num_tokens: Tensor | None,
     ) -> Objective:
-        targets = batch["labels"][:, 1:][response_mask(batch["labels"])]
+        targets = batch["labels"][:, 1:][response_mask(batch["labels"])].long()
         logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
 
         def work() -> Objective:

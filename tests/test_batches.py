@@ -100,6 +100,17 @@ def test_an_epoch_without_anything_to_learn_is_no_training():
         L.Trainer(max_epochs=5, **QUIET).fit(KDLightningModule(tiny_model(0), tiny_model(1)), own_loader(change))
 
 
+@pytest.mark.parametrize("chunk", [8, None])
+def test_numbers_may_be_of_any_whole_type(chunk):
+    found = []
+    for change in (lambda batch: batch, with_(labels=torch.Tensor.int, attention_mask=torch.Tensor.bool)):
+        module = KDLightningModule(lively_model(0), lively_model(1), kd_weight=0.5, chunk=chunk, micro_batch_tokens=50)
+        trainer = L.Trainer(max_epochs=1, **QUIET)
+        trainer.fit(module, own_loader(change))
+        found.append(trainer.callback_metrics["train_loss"])
+    assert found[0] == found[1] > 0
+
+
 def test_models_that_say_nothing_of_their_vocabulary_know_any_token():
     class Model(torch.nn.Module):
         def __init__(self):

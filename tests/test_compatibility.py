@@ -104,9 +104,16 @@ class Empty(DistillationLoss):
     pass
 
 
+class WholeBatch(ForwardKL):
+    def forward(self, student_logits, teacher_logits, labels):
+        return super().forward(student_logits, teacher_logits, labels)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"micro_batch_tokens": 50, "loss": WholeBatch()}, r"in parts, but WholeBatch\.forward is made for whole ones"),
+        ({"teacher": tiny_model(1, vocab_size=448)}, "student and teacher give logits of 384 and 448 tokens"),
         ({"loss": Mean()}, "Mean.divergence must return one floating-point value per token"),
         ({"loss": Empty()}, r"Empty must define divergence\(teacher_logp, student_logp\)"),
         ({"teacher_placement": "shard"}, "teacher_placement shard needs a strategy of several processes"),
@@ -115,10 +122,20 @@ class Empty(DistillationLoss):
         ({"teacher_cache": "topk", "chunk": None}, "topk keeps no logits, but chunk null needs all of them; use"),
         ({"teacher_cache": "topk", "loss": ForwardKL(ignore_index=-1)}, "topk keeps no logits, but the loss ForwardKL"),
     ],
-    ids=["scalar", "no divergence", "placement", "learning rate", "topk", "topk whole", "topk mask"],
+    ids=[
+        "parts",
+        "vocabularies",
+        "scalar",
+        "no divergence",
+        "placement",
+        "learning rate",
+        "topk",
+        "topk whole",
+        "topk mask",
+    ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_rows_are_read(options, said):
-    refused(KDLightningModule(tiny_model(0), tiny_model(1), **options), said)
+    refused(KDLightningModule(**{"student": tiny_model(0), "teacher": tiny_model(1), **options}), said)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +164,22 @@ def test_a_student_that_is_frozen_trains_nothing():
     refused(KDLightningModule(tiny_model(0).requires_grad_(False), tiny_model(1)), said, ModelError)
 
 
+def test_a_student_that_cannot_make_activations_again():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model(0)
+
+    said = "activation_checkpointing needs a model of transformers that supports it, which Plain does not"
+    refused(KDLightningModule(Plain(), tiny_model(1), activation_checkpointing=True), said, ModelError)
+
+
+def test_compiling_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    module = KDLightningModule(tiny_model(0), tiny_model(1), compile=True)
+    refused(module, "compile needs the compiler no-such-compiler on a CPU, which is not there; install it")
+
+
 def test_weights_in_fp16_are_refused():
     refused(
         KDLightningModule(tiny_model(0), tiny_model(1)),
@@ -164,8 +197,8 @@ def on_a_gpu(**options):
 
 def test_16_mixed_and_what_it_cannot_do():
     with pytest.raises(SettingError, match=r"micro_batch_tokens does not go with precision 16-mixed: .* bf16-mixed"):
-        check_parts(on_a_gpu(), 100, "replicate")
-    check_parts(on_a_gpu(), None, "replicate")
+        check_parts(on_a_gpu(), 100, ForwardKL(), "replicate")
+    check_parts(on_a_gpu(), None, ForwardKL(), "replicate")
     fused = KDLightningModule(tiny_model(0), tiny_model(1)).optimizer
     with pytest.raises(SettingError, match=r"gradient_clip_val 1.0 .* a fused AdamW does not; set fused to false"):
         check_precision(on_a_gpu(gradient_clip_val=1.0), fused)
@@ -182,9 +215,9 @@ def test_optimizers_of_certain_weights_are_left_to_be_made_later():
 def test_parts_and_a_teacher_that_is_gathered_do_not_go_together_on_several_ranks(placement):
     trainer = SimpleNamespace(strategy=None, world_size=2, precision_plugin=None)
     with pytest.raises(SettingError, match=f"micro_batch_tokens and teacher_placement {placement} do not go together"):
-        check_parts(trainer, 100, placement)
-    check_parts(trainer, 100, "replicate")
-    check_parts(SimpleNamespace(**{**vars(trainer), "world_size": 1}), 100, placement)
+        check_parts(trainer, 100, ForwardKL(), placement)
+    check_parts(trainer, 100, ForwardKL(), "replicate")
+    check_parts(SimpleNamespace(**{**vars(trainer), "world_size": 1}), 100, ForwardKL(), placement)
 
 
 def test_a_mixture_that_asks_for_its_auxiliary_loss_is_told():

@@ -425,6 +425,27 @@ def test_a_gradient_of_another_shape_is_named():
         check_loss(Short())
 
 
+def test_a_loss_that_changes_what_it_is_given_is_named():
+    """The gradient of the cross-entropy is made of it afterwards."""
+
+    class Overwrites(ForwardKL):
+        def value_and_gradient(self, teacher_logp, student_logp):
+            value = self.divergence(teacher_logp, student_logp)
+            return value, student_logp.exp_() - teacher_logp.exp()
+
+    with pytest.raises(SettingError, match=r"Overwrites\.value_and_gradient must not change student_logp"):
+        check_loss(Overwrites())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_values_of_another_precision_are_summed_in_at_least_fp32(dtype):
+    batch = random_batch()
+    exact = OfAll(lambda values: values.sum(-1))(*batch)
+    rounded = OfAll(lambda values: values.sum(-1).to(dtype))(*batch)
+    assert rounded.dtype == torch.promote_types(torch.float32, dtype)
+    assert rounded.item() == pytest.approx(exact.item(), rel=2**-9)
+
+
 @each_loss
 def test_the_losses_pass_their_own_check(make_loss):
     check_loss(make_loss())
@@ -461,6 +482,7 @@ def test_cross_entropy_equals_torch_on_the_response(dtype):
     selected = torch.stack([logits[row, position] for row, position in positions]).float()
     targets = torch.stack([labels[row, position + 1] for row, position in positions])
     torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(selected, targets))
+    assert cross_entropy(logits, labels.int()) == cross_entropy(logits, labels)
 
 
 def test_cross_entropy_ignore_index_can_be_another_number():

@@ -382,6 +382,19 @@ def test_it_says_that_it_cannot_be_differentiated_twice():
         loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_a_loss_of_ones_own_may_return_another_precision(dtype):
+    class Rounded(ForwardKL):
+        def divergence(self, teacher_logp, student_logp):
+            return super().divergence(teacher_logp, student_logp).to(dtype)
+
+    found, gradients = Case().chunked(Rounded(), 0.5)
+    exact, expected = Case().chunked(ForwardKL(), 0.5)
+    assert found.loss.dtype == torch.float32
+    assert found.kd.item() == pytest.approx(exact.kd.item(), rel=2**-9)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_loss_derived_from_another_does_not_inherit_its_gradient():
     class Half(ForwardKL):
         def divergence(self, teacher_logp, student_logp):

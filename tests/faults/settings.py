@@ -248,4 +248,18 @@ FAULTS = [
         says="the loss is nan in batch 0 of epoch 0; its rows: row 0, row 1. No step was made with it, so what is saved is "
         f"sound: the teacher's logits are NaN or infinite: {IN_FP16}",
     ),
+    Fault(
+        id="two_vocabularies",
+        done="A student and a teacher with other vocabularies",
+        settings={"model": {"teacher": laid_over(TINY, {"init_args": {"config": {"init_args": {"vocab_size": 448}}}})}},
+        says="student and teacher give logits of 384 and 448 tokens, and their tokenizers are not known to be the same; "
+        "give both as Pretrained, so that this can be checked, or choose two models of one family",
+    ),
+    Fault(
+        id="no_compiler",
+        done="`--model.compile true` where there is no compiler",
+        argv=("fit", "--model.compile", "true"),
+        environment={"CXX": "no-such-compiler"},
+        says="compile needs the compiler no-such-compiler on a CPU, which is not there; install it, or set compile to false",
+    ),
 ]
