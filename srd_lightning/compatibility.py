@@ -174,7 +174,7 @@ def check_compiler(trainer: Trainer) -> None:
     compiler = os.environ.get("CXX", "g++")
     if trainer.strategy.root_device.type == "cpu" and shutil.which(compiler) is None:
         raise SettingError(
-            f"compile needs the compiler {compiler} on a CPU, which is not there; install it, or leave it out"
+            f"compile needs the compiler {compiler} on a CPU, which is not there; install it, or set compile to false"
         )
 
 

@@ -21,7 +21,7 @@ from srd_lightning import (
     SRDDataModule,
 )
 from srd_lightning.compatibility import check_parts, check_precision
-from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.errors import ModelError, SettingError, SRDError
 
 
 class NoSuper(DistillationLoss):
@@ -135,7 +135,7 @@ class WholeBatch(ForwardKL):
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_rows_are_read(options, said):
-    refused(KDLightningModule(**{"student": tiny_model(0), "teacher": tiny_model(1), **options}), said)
+    refused(KDLightningModule(**{"student": tiny_model(0), "teacher": tiny_model(1), **options}), said, SRDError)
 
 
 @pytest.mark.parametrize(

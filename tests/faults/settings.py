@@ -132,6 +132,8 @@ FAULTS = [
         done="`EarlyStopping` with `mode: max` on a loss",
         settings=with_callbacks(("EarlyStopping", {"monitor": "train_loss", "mode": "max"})),
         says="EarlyStopping(monitor='train_loss', mode='max') would look for the highest loss; set mode to 'min'",
+    ),
+    Fault(
         id="temperature_0",
         done="`--model.loss.temperature 0`",
         argv=("fit", "--model.loss", "ForwardKL", "--model.loss.temperature", "0"),
