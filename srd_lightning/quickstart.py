@@ -19,6 +19,7 @@ from rich.text import Text
 from srd_lightning import fetch
 from srd_lightning.callbacks import HyperparameterScheduler
 from srd_lightning.cli import SRDCLI, find_config, parse
+from srd_lightning.console import Ending
 from srd_lightning.generation import generate
 from srd_lightning.runtime import RuntimeBenchmark
 from srd_lightning.store import write_atomically
@@ -28,7 +29,13 @@ NUM_SHOWN = 3
 
 
 def main() -> None:
-    """Run the quickstart in the current folder."""
+    """Run the quickstart in the current folder; what the user can put right is said in one paragraph."""
+    with Ending("quickstart") as ending:
+        ending.begin_run(RUN)
+        _run()
+
+
+def _run() -> None:
     start = time.perf_counter()
     console = Console()
     _quiet()

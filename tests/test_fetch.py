@@ -202,6 +202,27 @@ class TestDownload:
                 work()
 
 
+def test_the_quickstart_says_what_is_missing_in_one_paragraph(tmp_path, monkeypatch, capsys):
+    from srd_lightning import quickstart
+
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
+    monkeypatch.setattr(quickstart, "_quiet", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said[0].startswith(
+        "quickstart: error: pip could not download chatterbot-corpus==1.3.3, which the quickstart"
+    )
+    assert said[1:] == [
+        "ERROR: no route to host",
+        "(The traceback is in runs/quickstart/srd-error.log; --traceback shows it.)",
+    ]
+    assert [path.name for path in (tmp_path / "runs/quickstart").iterdir()] == ["srd-error.log"]
+
+
 class TestKeptFiles:
     def test_pairs_that_are_there_are_left(self, tmp_path, no_download):
         for name in ("train.jsonl", "heldout.jsonl"):
