@@ -94,8 +94,8 @@ class TeacherCache:
             ) from error
         except OSError as error:
             raise StorageError(
-                f"the teacher cache cannot be kept in {folder}: {error.strerror or error}; point `teacher_cache_dir` to "
-                "another folder"
+                f"the teacher cache cannot be kept in {folder}: {error.strerror or error}; point `teacher_cache_dir` "
+                "to another folder"
             ) from error
         try:
             cache = cls(folder, kind, made_of)
