@@ -17,12 +17,12 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.fingerprint import weights_digest
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import Head
+from srd_lightning.progress import progress_bar
 from srd_lightning.rows import collate, lengths_of
 from srd_lightning.sampling import of_like_length
 from srd_lightning.split import NotSplit, SplitModel, split
@@ -147,7 +147,7 @@ def _fill(
     check: Callable[[], None],
     show: bool,
 ) -> None:
-    progress = tqdm(total=sum(map(len, batches)), desc="teacher cache", unit="row", disable=not show or not batches)
+    progress = progress_bar(sum(map(len, batches)), "teacher cache", show and len(batches) > 0)
     try:
         for batch in batches:
             check()

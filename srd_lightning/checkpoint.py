@@ -96,6 +96,8 @@ class ResumeCheckpoint(ModelCheckpoint):
                 f"{newest} is sharded, which {type(trainer.strategy).__name__} cannot read; make a file of it, python "
                 f"-m srd_lightning.consolidate {newest} FILE, and give that as ckpt_path, or resume with FSDP2"
             )
+        if newest is None:
+            rank_zero_info(f"no checkpoint in {self._folder(trainer)} yet: the run begins anew")
         self._resumed_from = str(newest) if newest else None
         return {str(newest)} if newest else set()
 

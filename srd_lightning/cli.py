@@ -45,6 +45,7 @@ def main() -> None:
     with Ending(name, show_traceback) as ending:
         if name == "srd":
             _answer_without_subcommand(arguments)
+        importlib.import_module("srd_lightning.noise").quiet(name)
         _cli(arguments, run=True, ending=ending)
 
 

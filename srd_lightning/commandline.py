@@ -22,6 +22,7 @@ from srd_lightning.console import Ending
 from srd_lightning.data import SRDDataModule
 from srd_lightning.errors import SettingError, SRDError
 from srd_lightning.module import KDLightningModule
+from srd_lightning.noise import OneLineSummary
 from srd_lightning.parse_errors import in_one_line, of_value
 from srd_lightning.parser import SRDParser
 from srd_lightning.settings_help import AllHelp
@@ -47,6 +48,7 @@ class SRDCLI(LightningCLI):
             KDLightningModule,
             SRDDataModule,
             trainer_class=SRDTrainer,
+            trainer_defaults={"enable_model_summary": False, "callbacks": [OneLineSummary()]},
             parser_class=SRDParser,
             save_config_callback=SettingsFile,
             save_config_kwargs={"overwrite": True},

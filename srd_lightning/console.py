@@ -71,7 +71,7 @@ class Ending:
     def __init__(self, name: str, show_traceback: bool = False) -> None:
         self.name = name
         self.show_traceback = show_traceback
-        self._folder: Path | None = None
+        self._folder: str | None = None
 
     def begin_run(self, folder: str | Path) -> None:
         """From now on tracebacks are kept: what the user has written was understood, and work begins.
@@ -79,7 +79,7 @@ class Ending:
         Args:
             folder: For their file; where it cannot be written, a folder for temporary files is taken.
         """
-        self._folder = Path(folder)
+        self._folder = str(folder)
 
     def __enter__(self) -> Ending:
         """Give the run a name, unless it has one from the process that started this one."""
@@ -183,7 +183,7 @@ def _in_one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _write_traceback(error: BaseException, folder: Path) -> Path | OSError:
+def _write_traceback(error: BaseException, folder: str) -> Path | OSError:
     """Write what a developer needs to know; return where it is, or why it is nowhere."""
     number = rank()
     name = f"srd-error-rank{number}.log" if number else "srd-error.log"
@@ -191,18 +191,18 @@ def _write_traceback(error: BaseException, folder: Path) -> Path | OSError:
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "lightning", "transformers"))
     text = "\n".join([when, shlex.join(sys.argv), versions, "", *traceback.format_exception(error)])
     try:
-        if "://" in str(folder):
-            raise OSError("is no folder of a file system")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-        return folder / name
+        if "://" in folder:
+            raise OSError(f"{folder} is no folder of a file system")
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
     except OSError:
         pass
     try:
-        descriptor, path = tempfile.mkstemp(prefix="srd-error-", suffix=".log")
-        with open(descriptor, "w") as file:
+        with tempfile.NamedTemporaryFile("w", prefix="srd-error-", suffix=".log", delete=False) as file:
             file.write(text)
-        return Path(path)
+        return Path(file.name)
     except OSError as reason:
         return reason
 

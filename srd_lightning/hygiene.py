@@ -60,12 +60,12 @@ class Hygiene:
     def __str__(self) -> str:
         """Say it in lines."""
         size = self.rows["train"]
-        lines = [f"train: {len(self.duplicates)} of {size} prompts stand there already"]
+        lines = [f"train: {len(self.duplicates) or 'none'} of {size} prompts repeat that of an earlier row"]
         for split, rows in self.leaks.items():
-            hit = f"{self.leaked_prompts[split]} of its {self.rows[split]} prompts"
-            lines.append(f"{split}: {len(rows)} of {size} train rows equal {hit}")
+            hit = f"{self.leaked_prompts[split] or 'none'} of its {self.rows[split]} prompts"
+            lines.append(f"{split}: {hit} also in train" + (f", in {len(rows)} of {size} rows" if rows else ""))
         for split, rows in self.near_leaks.items():
-            lines.append(f"{split}: {len(rows)} of {size} train rows nearly equal one of its prompts")
+            lines.append(f"{split}: {len(rows) or 'none'} of {size} train rows nearly equal one of its prompts")
         return "\n".join(lines)
 
 
@@ -125,8 +125,8 @@ def inspect(splits: Mapping[str, Dataset], near: float | None = None) -> Hygiene
         >>> train = Dataset.from_dict({"prompt": ["Who am I?", "Why?", "who am i", "When?"]})
         >>> found = inspect({"train": train, "test": Dataset.from_dict({"prompt": ["WHY", "Where?"]})})
         >>> print(found)
-        train: 1 of 4 prompts stand there already
-        test: 1 of 4 train rows equal 1 of its 2 prompts
+        train: 1 of 4 prompts repeat that of an earlier row
+        test: 1 of its 2 prompts also in train, in 1 of 4 rows
         >>> found.contaminated()
         [1]
     """

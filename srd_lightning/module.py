@@ -23,6 +23,7 @@ from srd_lightning.clipping import clip
 from srd_lightning.errors import SettingError
 from srd_lightning.failures import Failures, check_finite
 from srd_lightning.generation import Decoding
+from srd_lightning.hardware import Hardware
 from srd_lightning.losses import DistillationLoss, ForwardKL, response_mask
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import CHUNK
@@ -185,7 +186,7 @@ class KDLightningModule(StudentAndTeacher):
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what is done around the steps, and what explains failures."""
         known = {type(callback) for callback in callbacks_of(self.trainer)}
-        return [kind() for kind in (Upkeep, Failures) if kind not in known]
+        return [kind() for kind in (Upkeep, Failures, Hardware) if kind not in known]
 
     def configure_model(self) -> None:
         """Load what is not there yet, and shard it where the strategy leaves that to the module."""

@@ -14,13 +14,13 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.criteria import Criterion
 from srd_lightning.evaluation import response_logits
 from srd_lightning.generation import Decoding, eval_mode, generate
 from srd_lightning.losses import IGNORE_INDEX, upcast
+from srd_lightning.progress import progress_bar
 from srd_lightning.rows import collate, ids_of
 from srd_lightning.sampling import of_like_length
 from srd_lightning.store import ScoreStore
@@ -194,7 +194,7 @@ def reflect(
     """
     mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
     known = store.answers(ids_of(rows.select(mine))) if len(mine) else {}
-    progress = tqdm(total=len(mine), desc="reflection", unit="row", disable=not show_progress or not batches)
+    progress = progress_bar(len(mine), "reflection", show_progress and len(batches) > 0)
     try:
         for number, batch in batches:
             check()

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import make_rows, tiny_model
+from test_faults import run_cli
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli
@@ -125,6 +127,41 @@ def test_help_names_the_subcommands(command):
     for subcommand in ("fit", "validate", "test", "predict", "curate"):
         assert subcommand in done.stdout
     assert "let the student answer every prompt" in " ".join(done.stdout.split())
+
+
+SAID = r"""
+Seed set to 0
+GPU available: (False|True \(.*\)), used: False
+train: 8 rows; dropped: none; responses cut to max_length: 0
+validation: 8 rows; dropped: none; responses cut to max_length: 0
+test: 8 rows; dropped: none; responses cut to max_length: 0
+train: none of 8 prompts repeat that of an earlier row
+validation: 8 of its 8 prompts also in train, in 8 of 8 rows
+test: 8 of its 8 prompts also in train, in 8 of 8 rows
+reflection: +\d+%\|.*
+from epoch 0: 2 of 8 rows
+from epoch 2: 4 of 8 rows
+from epoch 4: 6 of 8 rows
+teacher cache: 14 rows with 139 response tokens take .* in runs/debug/teacher/[0-9a-f]+
+teacher cache: +\d+%\|.*
+student: 45,216 parameters, all of them trained
+stage 0 begins at epoch 0 with 2 rows
+stage 1 begins at epoch 2 with 4 rows
+stage 2 begins at epoch 4 with 6 rows
+`Trainer.fit` stopped: `max_epochs=6` reached.
+student saved to runs/debug/student
+Epoch 5/5 .* train_loss: .*
+val_nll: .*
+""".strip().splitlines()
+"""All that a good run says: each line at least once, and no other."""
+
+
+def test_all_that_a_good_run_says(tmp_path):
+    code, out, error = run_cli(["fit", "--config", str(ROOT / "configs" / "debug.yaml")], tmp_path)
+    assert code == 0
+    said = [line.strip() for line in re.split(r"[\r\n]+", out + error) if line.strip()]
+    assert [line for line in said if not any(re.fullmatch(expected, line) for expected in SAID)] == []
+    assert [expected for expected in SAID if not any(re.fullmatch(expected, line) for line in said)] == []
 
 
 def test_print_config_is_a_configuration(tiny):

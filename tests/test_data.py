@@ -86,9 +86,9 @@ class TestHygiene:
         with caplog.at_level("INFO"):
             module = make(self.DATA)
         assert len(module.rows["train"]) == 21
-        assert "train: 1 of 21 prompts stand there already" in caplog.text
-        assert "test: 2 of 21 train rows equal 1 of its 2 prompts" in caplog.text
-        assert "validation: 1 of 21 train rows equal 1 of its 1 prompts" in caplog.text
+        assert "train: 1 of 21 prompts repeat that of an earlier row" in caplog.text
+        assert "test: 1 of its 2 prompts also in train, in 2 of 21 rows" in caplog.text
+        assert "validation: 1 of its 1 prompts also in train, in 1 of 21 rows" in caplog.text
 
     def test_contaminated_rows_are_dropped_and_counted(self, make):
         module = make(self.DATA, decontaminate=True)

@@ -18,7 +18,7 @@ FAULTS = [fault for faults in AREAS.values() for fault in faults]
 KEPT = re.compile(r"\n\(The traceback is in (.+); --traceback shows it\.\)$")
 
 
-def run_cli(args, cwd, env):
+def run_cli(args, cwd, env=None):
     """Run the command line in a forked process; return the exit code, and what was written."""
     out, error = cwd.parent / f"{cwd.name}.out", cwd.parent / f"{cwd.name}.err"
     child = os.fork()
@@ -26,7 +26,7 @@ def run_cli(args, cwd, env):
         code = 1
         try:
             os.chdir(cwd)
-            os.environ |= env
+            os.environ |= env or {}
             for number, path in ((1, out), (2, error)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")

@@ -191,9 +191,9 @@ class TestHygiene:
 
     def test_in_lines(self):
         assert str(self.HYGIENE).splitlines() == [
-            "train: 2 of 9 prompts stand there already",
-            "dev: 1 of 9 train rows equal 1 of its 3 prompts",
-            "test: 2 of 9 train rows equal 3 of its 4 prompts",
+            "train: 2 of 9 prompts repeat that of an earlier row",
+            "dev: 1 of its 3 prompts also in train, in 1 of 9 rows",
+            "test: 3 of its 4 prompts also in train, in 2 of 9 rows",
             "dev: 3 of 9 train rows nearly equal one of its prompts",
             "test: 1 of 9 train rows nearly equal one of its prompts",
         ]
