@@ -158,7 +158,7 @@ val_nll: .*
 
 def test_all_that_a_good_run_says(tmp_path):
     code, out, error = run_cli(["fit", "--config", str(ROOT / "configs" / "debug.yaml")], tmp_path)
-    assert code == 0
+    assert code == 0, error
     said = [line.strip() for line in re.split(r"[\r\n]+", out + error) if line.strip()]
     assert [line for line in said if not any(re.fullmatch(expected, line) for expected in SAID)] == []
     assert [expected for expected in SAID if not any(re.fullmatch(expected, line) for line in said)] == []

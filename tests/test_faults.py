@@ -1,5 +1,6 @@
 """The table of faults, run through the command line; see `faults.fault`."""
 
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,10 @@ def run_cli(args, cwd, env=None):
             for number, path in ((1, out), (2, error)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+                for handler in logging.getLogger(name).handlers:
+                    if type(handler) is logging.StreamHandler:  # and not pytest's
+                        handler.stream = sys.stderr
             sys.argv = ["srd", *args]
             cli.main()
             code = 0
