@@ -38,8 +38,13 @@ from srd_lightning.templates import ChatTemplate, PromptTemplate
 from srd_lightning.tokenised import Report, check_first_rows, tokenize
 from srd_lightning.writable import check_folder, check_room
 
-NEEDED = {"fit": ("train",), "validate": ("validation",), "test": ("test",), "predict": ("predict", "test")}
-"""Splits of which a stage needs one."""
+NEEDED = {
+    "fit": ("training", ("train",)),
+    "validate": ("validation", ("validation",)),
+    "test": ("testing", ("test",)),
+    "predict": ("prediction", ("predict", "test")),
+}
+"""What a stage does, and the splits of which it needs one."""
 BYTES_PER_ROW = 1024
 """That the scores of a row and the answer to it may take; more than they take as a rule."""
 
@@ -117,11 +122,10 @@ class CuratedRows(LightningDataModule):
 
     def _check_splits(self, splits: Iterable[str], stage: str) -> None:
         """Check that there is something to run on."""
-        needed, there = NEEDED[stage], list(splits)
+        (work, needed), there = NEEDED[stage], list(splits)
         if not set(needed).intersection(there):
             names = " or ".join(repr(split) for split in needed)
-            verb = "training" if stage == "fit" else stage
-            raise DataError(f"{verb} needs the split {names}, but `data` has {', '.join(there)}")
+            raise DataError(f"{work} needs the split {names}, but `data` has {', '.join(there)}")
 
     def _check_settings(self, stage: str) -> None:
         """Check what can be known before rows are read."""

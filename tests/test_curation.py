@@ -17,7 +17,7 @@ from srd_lightning.criteria import (
     RougeL,
 )
 from srd_lightning.curation import Reflector, pinned_threads, rank, stored_scores
-from srd_lightning.errors import ModelError, StorageError
+from srd_lightning.errors import DataError, ModelError, StorageError
 from srd_lightning.external import read_scores
 from srd_lightning.generation import Decoding, generate
 from srd_lightning.rouge import rouge_l
@@ -211,6 +211,60 @@ class TestReadScores:
     def test_a_file_without_ids(self, write, rows, tokenizer):
         with pytest.raises(ValueError, match="must have the column `id`, but has nll"):
             read_scores(write(nll=[0.5]), rows, PAPER, tokenizer)
+
+    def test_the_same_score_may_stand_twice(self, write, rows, tokenizer):
+        path = write(id=["1", "0", "1"], nll=[1.5, 0.5, 1.5])
+        assert read_scores(path, rows, [NegativeLogLikelihood()], tokenizer).columns["nll"].tolist() == [0.5, 1.5]
+
+    @pytest.mark.parametrize(
+        ("columns", "name"),
+        [
+            ({"nll": [1.5, 0.5, 2.5]}, "nll"),
+            ({"nll": [1.5, 0.5, 1.5], "answer": ["a", "b", "c"]}, "answer"),
+        ],
+        ids=["score", "answer"],
+    )
+    def test_two_scores_for_one_row_are_refused(self, write, rows, tokenizer, columns, name):
+        path = write(id=["1", "0", "1"], **columns)
+        with pytest.raises(DataError, match=f"has more than one {name} for 1 rows, '1' among them; keep one"):
+            read_scores(path, rows, [NegativeLogLikelihood()], tokenizer)
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("scores.csv", "id,nll,answer\n1,1.5,two\n0,.5,one\n"),
+            ("scores.tsv", "id\tnll\tanswer\n1\t1.5\ttwo\n0\t.5\tone\n"),
+            ("scores.jsonl", '{"id": 1, "nll": 1.5, "answer": "two"}\n{"id": 0, "nll": 0.5, "answer": "one"}\n'),
+            ("scores.json", '[{"id": 1, "nll": 1.5, "answer": "two"}, {"id": 0, "nll": 0.5, "answer": "one"}]'),
+        ],
+    )
+    def test_other_forms_of_file(self, tmp_path, rows, tokenizer, name, text, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        (tmp_path / name).write_text(text)
+        found = read_scores(tmp_path / name, rows, PAPER, tokenizer)
+        assert (found.columns["nll"].tolist(), found.columns["rouge_l"].tolist()) == ([0.5, 1.5], [1.0, 1.0])
+        assert found.answers(pa.array(["1"])) == {"1": "two"}
+
+    @pytest.mark.parametrize(
+        ("columns", "message"),
+        [
+            ({"id": [["0"], ["1"]], "nll": [0.5, 1.5]}, "ids must be text or numbers, but are list"),
+            ({"id": ["0", "1"], "nll": ["a", "b"]}, "the column 'nll' must hold numbers, but does not: .*'[ab]'"),
+            ({"id": ["0", "1"], "nll": [[0.5], [1.5]]}, "the column 'nll' must hold numbers"),
+            ({"id": ["0", "1"], "nll": [0.5, float("nan")]}, "has no nll for 1 of 2 rows, '1' among them"),
+            ({"id": [None, "1"], "nll": [0.5, 1.5]}, "has no nll for 1 of 2 rows, '0' among them"),
+        ],
+        ids=["ids", "texts", "lists", "nan", "null_id"],
+    )
+    def test_what_is_no_score_is_refused(self, write, rows, tokenizer, columns, message):
+        with pytest.raises(DataError, match=message):
+            read_scores(write(**columns), rows, [NegativeLogLikelihood()], tokenizer)
+
+    def test_a_file_that_is_cut(self, write, rows, tokenizer):
+        path = write(id=["0"], nll=[0.5])
+        path.write_bytes(path.read_bytes()[:30])
+        with pytest.raises(DataError, match=r"scores\.parquet cannot be read as parquet"):
+            read_scores(path, rows, [NegativeLogLikelihood()], tokenizer)
 
 
 class TestStoredScores:

@@ -455,9 +455,9 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("validate", "^validate needs the split 'validation', but `data` has train$"),
-        ("test", "^test needs the split 'test', but `data` has train$"),
-        ("predict", "^predict needs the split 'predict' or 'test', but `data` has train$"),
+        ("validate", "^validation needs the split 'validation', but `data` has train$"),
+        ("test", "^testing needs the split 'test', but `data` has train$"),
+        ("predict", "^prediction needs the split 'predict' or 'test', but `data` has train$"),
     ],
 )
 def test_a_stage_without_rows(stage, message):
