@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,27 +56,93 @@ LOSSES = {
 """Each loss with the reference of its divergence."""
 
 
-PROJECTS = Path(__file__).parent / "projects"
+TESTS = Path(__file__).parent
+PROJECTS = TESTS / "projects"
+FORKS = "SRD_TEST_FORKS"
+HANGS = 600
+"""Seconds after which something hangs: no machine is that slow."""
 
 
-def of_project(name, *arguments, **environment):
-    """Return what `subprocess` takes to run a project in a process of its own."""
+def pytest_configure(config):
+    if getattr(config.option, "tx", None):  # of pytest-xdist: its workers share one process that is forked
+        forks()
+
+
+def forks():
+    """Return the socket of the process that programs are forked from (`forked.py`); start it if there is none yet."""
+    if FORKS not in os.environ:
+        path = Path(CACHE.name) / "forks"
+        with socket.socket(socket.AF_UNIX) as listener, path.with_suffix(".txt").open("w") as said:
+            listener.bind(str(path))
+            listener.listen(128)  # who comes while it imports waits
+            STARTED.append(
+                subprocess.Popen(
+                    [sys.executable, TESTS / "forked.py", str(listener.fileno())],
+                    env=surroundings(),
+                    stdin=subprocess.PIPE,  # whose end is the other one's end
+                    stdout=said,
+                    stderr=said,
+                    pass_fds=[listener.fileno()],
+                    start_new_session=True,
+                )
+            )
+        os.environ[FORKS] = str(path)
+    return os.environ[FORKS]
+
+
+STARTED = []
+
+
+def surroundings(**environment):
+    """Return the environment of a process that tests start: what can be imported here can be imported there."""
+    path = os.pathsep.join([str(PROJECTS), *sys.path])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+
+
+def of_program(program, *arguments, ranks=1, **environment):
+    """Return what `subprocess` takes to run a Python file in forks of a process that has imported everything.
+
+    What differs from `python program`: some milliseconds until it begins, and with several ranks one command is all of
+    them, each a process with its rank in the environment, as launchers start them; it ends when all have, with the
+    first exit code that is not 0. Variables that libraries read when they are imported come too late.
+    """
+    command = [sys.executable, "-I", "-S", TESTS / "forked.py", forks(), ranks, program, *arguments]
+    return {"args": list(map(str, command)), "env": surroundings(**environment), "text": True}
+
+
+def of_project(name, *arguments, ranks=1, **environment):
+    """Return what `subprocess` takes to run a project, of as many processes as there are ranks (see `of_program`)."""
+    return of_program(PROJECTS / f"{name}.py", *arguments, ranks=ranks, **environment)
+
+
+def of_launcher(name, *arguments, **environment):
+    """Return what `subprocess` takes to run a project in an interpreter of its own; Lightning starts the others."""
     command = [sys.executable, str(PROJECTS / f"{name}.py"), *map(str, arguments)]
-    surroundings = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(PROJECTS), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    return {"args": command, "env": surroundings, "text": True}
+    return {"args": command, "env": surroundings(**environment), "text": True}
 
 
-def run_project(name, *arguments, code=0, timeout=300, **environment):
+def run_project(name, *arguments, ranks=1, code=0, timeout=HANGS, **environment):
     """Run a project to its end, with the exit code that is expected."""
-    running = of_project(name, *arguments, **environment)
+    running = of_project(name, *arguments, ranks=ranks, **environment)
     done = subprocess.run(**running, capture_output=True, timeout=timeout, check=False)
     assert done.returncode == code, done.stderr[-3000:]
     return done
+
+
+def run_cli(args, cwd, env=None):
+    """Run the command line, `srd_lightning.cli.main`, in a forked process.
+
+    Args:
+        args: Arguments, subcommand first.
+        cwd: Folder to run in.
+        env: Variables on top of those of the tests.
+
+    Returns:
+        The exit code (-9 if it was killed so), and what was written to stdout and stderr.
+    """
+    running = of_program(TESTS.parent / "cli.py", *args, **(env or {}))
+    done = subprocess.run(**running, cwd=cwd, capture_output=True, timeout=HANGS, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 def records_of(folder, devices):
@@ -86,7 +153,7 @@ def records_of(folder, devices):
 def train_equally(folder, devices, strategy, settings, accelerator="cpu", **environment):
     """Run `projects/equal.py`; return what each process recorded, and the weights that were exported."""
     folder.mkdir()
-    run_project("equal", folder, devices, strategy, json.dumps(settings), accelerator, **environment)
+    run_project("equal", folder, devices, strategy, json.dumps(settings), accelerator, ranks=devices, **environment)
     return records_of(folder, devices), load_file(folder / "student" / "model.safetensors")
 
 

@@ -8,19 +8,20 @@ import subprocess
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, make_rows, of_project, tiny_model
+from conftest import HANGS, QUIET, make_rows, of_launcher, of_project, tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, SRDDataModule
 
 
-def run(folder, devices, strategy, what, rank):
-    """Return what all processes wrote; all have ended within the time, or this fails."""
-    running = of_project("fail", folder, devices, strategy, what, rank)
+def run(folder, devices, strategy, what, rank, launched=False):
+    """Return what all processes wrote; all have ended, or this fails. Lightning has started the second, or we did."""
+    arguments = ("fail", folder, devices, strategy, what, rank)
+    running = of_launcher(*arguments) if launched else of_project(*arguments, ranks=devices)
     process = subprocess.Popen(**running, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        _, error = process.communicate(timeout=90)  # open until the last process that writes to it has ended
+        _, error = process.communicate(timeout=HANGS)  # open until the last process that writes to it has ended
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -28,13 +29,14 @@ def run(folder, devices, strategy, what, rank):
     return error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("ddp", 1), ("fsdp2", 1)])
-def test_one_process_that_fails_ends_all_with_its_message(strategy, rank, tmp_path):
-    assert f"[rank{rank}]: LookupError: something went wrong here" in run(tmp_path, 2, strategy, "raise", rank)
+@pytest.mark.parametrize(
+    ("strategy", "rank", "launched"), [("ddp", 0, True), ("ddp", 1, False), ("fsdp2", 1, True)], ids=str
+)
+def test_one_process_that_fails_ends_all_with_its_message(strategy, rank, launched, tmp_path):
+    error = run(tmp_path, 2, strategy, "raise", rank, launched)
+    assert f"[rank{rank}]: LookupError: something went wrong here" in error
 
 
-@pytest.mark.slow
 def test_what_helps_is_said_where_memory_is_out(tmp_path):
     error = run(tmp_path, 2, "ddp", "memory", 1)
     assert re.search(
@@ -42,7 +44,6 @@ def test_what_helps_is_said_where_memory_is_out(tmp_path):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "strategy", "rank"), [(1, "auto", 0), (2, "ddp", 1), (2, "fsdp2", 1)])
 def test_a_loss_that_is_no_number_names_its_rows_on_all_processes(devices, strategy, rank, tmp_path):
     error = run(tmp_path, devices, strategy, "nan", rank)

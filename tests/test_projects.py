@@ -16,7 +16,7 @@ both = pytest.mark.parametrize("devices", [1, 2], ids=["one_process", "two_proce
 
 def run(project, devices, folder):
     """Return what each process saw."""
-    run_project("drive", project, devices, folder)
+    run_project("drive", project, devices, folder, ranks=devices)
     return records_of(folder, devices)
 
 

@@ -86,7 +86,7 @@ def test_scores_of_an_earlier_refreshment_that_are_gone(whole_run, tmp_path):
 
 def run(folder, *arguments):
     folder.mkdir(exist_ok=True)
-    run_project("refresh", folder, 2, *arguments)
+    run_project("refresh", folder, 2, *arguments, ranks=2)
     first, second = records_of(folder, 2)
     assert first == second
     return first

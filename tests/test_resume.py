@@ -3,10 +3,11 @@
 import json
 import signal
 import subprocess
-import sys
 
 import pytest
-from conftest import run_project
+from conftest import HANGS, of_launcher, run_project
+
+from srd_lightning.consolidate import main as consolidate
 
 LAST_BATCHES = [1, 5, 9, 14]
 """Of the epochs, which have 2, 4, 4 and 5 batches."""
@@ -15,7 +16,7 @@ LAST_BATCHES = [1, 5, 9, 14]
 def run(folder, runs):
     """Run one after the other; return how their processes ended."""
     folder.mkdir(exist_ok=True)
-    run_project("resume", folder, json.dumps(runs), timeout=200)
+    run_project("resume", folder, json.dumps(runs))
     return json.loads((folder / "ends.json").read_text())
 
 
@@ -122,7 +123,9 @@ def test_a_run_that_is_told_to_end(whole, strategy):
 def test_the_launcher_waits_for_all_when_the_first_process_is_told_to_end(whole):
     root, expected = whole("ddp")
     (root / "launched").mkdir()
-    done = run_project("resume", root / "launched", code=143, timeout=200)
+    launcher = of_launcher("resume", root / "launched")
+    done = subprocess.run(**launcher, capture_output=True, timeout=HANGS, check=False)
+    assert done.returncode == 143
     assert "SIGTERM: saved after step 4" in done.stderr
     assert [path.name for path in (root / "launched" / "checkpoints").iterdir()] == ["epoch=2-step=4.ckpt"]
     assert run(root / "launched", [{"devices": 2, "strategy": "ddp"}]) == [[0, 0]]
@@ -151,8 +154,7 @@ def test_one_process_goes_on_from_a_sharded_checkpoint_that_was_made_one_file(tm
     settings = {"devices": 2, "strategy": "fsdp2", "dropout": 0.0}
     run(tmp_path / "whole", [{**settings, "saves": {"save_top_k": -1}}])
     sharded, file = tmp_path / "whole" / "checkpoints" / "epoch=2-step=4.ckpt", tmp_path / "one" / "file.ckpt"
-    command = [sys.executable, "-m", "srd_lightning.consolidate", str(sharded), str(file)]
-    subprocess.run(command, check=True, timeout=100)
+    consolidate([str(sharded), str(file)])
     assert [path.name for path in file.parent.iterdir()] == ["file.ckpt"]
     run(tmp_path / "one", [{"dropout": 0.0, "ckpt_path": str(file)}])
     (((*_, expected),), _), (((*batches_of_one, found),),) = seen_by(tmp_path / "whole", 2), seen_by(tmp_path / "one")

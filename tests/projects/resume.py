@@ -7,16 +7,14 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import distil
 import drive
 import lightning as L
 import torch
+from forked import start
 from fsdp1_on_cpu import FSDP1OnCPU
 from transformers import ByT5Tokenizer
 
@@ -167,44 +165,20 @@ def main(
 
 def processes(folder, settings):
     """Run one after the other; where one is killed the others are too. Return how they ended."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    ranks = {}
-    for rank in range(settings.get("devices", 1)):
-        process = os.fork()
-        if process == 0:
-            end_of(rank, port, folder, settings)
-        ranks[process] = rank
-    ends, patience = {}, time.monotonic() + 60
-    while len(ends) < len(ranks):
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if process:
-            ends[ranks[process]] = os.waitstatus_to_exitcode(status)
-        if -signal.SIGKILL in ends.values() or time.monotonic() > patience:
-            for process in [process for process in ranks if ranks[process] not in ends]:
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.01)
-    return [ends[rank] for rank in sorted(ends)]
 
-
-def end_of(rank, port, folder, settings):
-    """Be one process of a run, and leave."""
-    code = 1
-    try:
-        if settings.get("devices", 1) > 1:
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-            os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(settings["devices"])}
+    def program():
         main(folder, **settings)
         drive.end_together()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+
+    ranks = start(program, settings.get("devices", 1))
+    ends = {}
+    while len(ends) < len(ranks):
+        process, status = os.wait()
+        ends[process] = os.waitstatus_to_exitcode(status)
+        if ends[process] == -signal.SIGKILL:
+            for process in [process for process in ranks if process not in ends]:
+                os.kill(process, signal.SIGKILL)
+    return [ends[process] for process in ranks]
 
 
 if __name__ == "__main__":
