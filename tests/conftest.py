@@ -68,6 +68,11 @@ def pytest_configure(config):
         forks()
 
 
+def pytest_unconfigure():
+    for process in STARTED:
+        process.communicate()  # its time is a part of ours
+
+
 def forks():
     """Return the socket of the process that programs are forked from (`forked.py`); start it if there is none yet."""
     if FORKS not in os.environ:
@@ -78,7 +83,7 @@ def forks():
             STARTED.append(
                 subprocess.Popen(
                     [sys.executable, TESTS / "forked.py", str(listener.fileno())],
-                    env=surroundings(),
+                    env=surroundings(JE_ARROW_MALLOC_CONF="background_thread:false"),  # pyarrow's only thread
                     stdin=subprocess.PIPE,  # whose end is the other one's end
                     stdout=said,
                     stderr=said,

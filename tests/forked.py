@@ -32,7 +32,7 @@ def serve(number):
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [])
             if sys.stdin in ready:
-                return
+                return reap()
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()
@@ -132,7 +132,7 @@ def run_and_end(program):
         sys.stdout.flush()
         sys.stderr.flush()
         if code < 0:
-            signal.signal(-code, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         os._exit(code)
 
@@ -166,21 +166,22 @@ def run_program(program, *arguments):
 
 def ask(path, ranks, *command):
     """Be the client: let a program run, and end as it does."""
+    request = {"command": command, "ranks": int(ranks), "folder": os.getcwd(), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(path)
-        except OSError as error:
-            sys.exit(f"{error}: {Path(path).with_suffix('.txt').read_text()}")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: connection.send(bytes([number])))
-        socket.send_fds(connection, [b"3"], [0, 1, 2])
-        request = {"command": command, "ranks": int(ranks), "folder": os.getcwd(), "environment": dict(os.environ)}
-        connection.sendall(json.dumps(request).encode() + b"\n")
-        answer = connection.makefile().readline()
+        try:
+            connection.connect(path)
+            socket.send_fds(connection, [b"3"], [0, 1, 2])
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            answer = connection.makefile().readline()
+        except OSError as error:
+            sys.exit(f"{error}: {Path(path).with_suffix('.txt').read_text()}")
     if not answer:
-        sys.exit("the process that programs are forked from, or the one that started this program, is gone")
+        sys.exit("the process that started this program is gone")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     if (code := int(answer)) < 0:
-        signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
