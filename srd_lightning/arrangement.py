@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from srd_lightning.errors import SettingError
+
 
 class Arrangement(ABC):
     """Base class: a way to rearrange an order of rows before a `Curriculum` cuts it into stages."""
@@ -25,6 +27,31 @@ class Arrangement(ABC):
         Returns:
             The row numbers ``[N]`` again. The first ``kept`` of them are trained on and enter in this order.
         """
+
+
+def arranged(arrangement: Arrangement, order: Tensor, kept: int) -> Tensor:
+    """Return what an arrangement makes of an order, if that names the same rows.
+
+    Args:
+        arrangement: Perhaps one of the user's own.
+        order: Row numbers ``[N]``, easiest first.
+        kept: Number of rows in the last stage.
+
+    Raises:
+        SettingError: It names others: a shorter order would silently be cut once more.
+
+    Example:
+        >>> arranged(HardToEasy(), torch.tensor([3, 0, 2, 1]), kept=3)
+        tensor([2, 0, 3, 1])
+    """
+    found = torch.as_tensor(arrangement(order.clone(), kept))
+    if found.shape != order.shape or not torch.equal(found.sort().values, order.sort().values):
+        raise SettingError(
+            f"{type(arrangement).__name__} must return the {len(order)} row numbers that it is given in another order, "
+            f"but returned {'others' if found.shape == order.shape else f'shape {list(found.shape)}'}; those that are "
+            "not to be trained on come last"
+        )
+    return found
 
 
 class EasyToHard(Arrangement):

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.arrangement import Arrangement, EasyToHard
+from srd_lightning.arrangement import Arrangement, EasyToHard, arranged
 from srd_lightning.criteria import Column, Criterion, NegativeLogLikelihood, RougeL, check_criteria
 from srd_lightning.curated import Curated
 from srd_lightning.curation import Reflector, Scores, rank
@@ -184,7 +184,7 @@ class CuratedRows(LightningDataModule):
             self.found = self._find_scores(rows)
             order, columns = self._order(rows, self.found), self.found.columns
         kept = Curriculum(order, self.schedule).kept
-        self.curriculum = Curriculum(self.arrangement(order, kept), self.schedule)
+        self.curriculum = Curriculum(arranged(self.arrangement, order, kept), self.schedule)
         self.curation = Curated(
             ids=ids_of(rows),
             columns=columns,
@@ -266,7 +266,7 @@ class CuratedRows(LightningDataModule):
     def _order_again(self, first: int, epoch: int, rows: Dataset, kept: int) -> Tensor:
         assert self.found is not None
         scores = self.refresher.scores(first, epoch, self.found.folder, rows, self.criteria, self._reflect_again)
-        return self.arrangement(self._order(rows, scores), kept)
+        return arranged(self.arrangement, self._order(rows, scores), kept)
 
     def _reflect_again(self, rows: Dataset, folder: Callable[[Mapping[str, str]], Path]) -> Scores:
         return self._reflect(rows, trained_student(self.student, self._module()), folder)

@@ -159,6 +159,10 @@ class Curriculum:
             >>> dict(Curriculum.uniform(torch.arange(8)).schedule)
             {0: 0.25, 8: 0.5, 16: 0.75}
         """
+        if num_stages < 1 or epochs_per_stage < 1:
+            raise SettingError(
+                f"num_stages and epochs_per_stage must be at least 1, but are {num_stages} and {epochs_per_stage}"
+            )
         return cls(order, {stage * epochs_per_stage: keep * (stage + 1) / num_stages for stage in range(num_stages)})
 
     def size(self, epoch: int) -> int:

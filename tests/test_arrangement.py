@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_lightning.arrangement import Arrangement, EasyToHard, HardToEasy, RandomOrder, RandomSubset
+from srd_lightning.arrangement import Arrangement, EasyToHard, HardToEasy, RandomOrder, RandomSubset, arranged
+from srd_lightning.errors import SettingError
 
 ORDER = torch.tensor([5, 2, 7, 0, 1, 6, 4, 3])
 
@@ -101,3 +102,33 @@ def test_the_given_order_is_left_as_it_was(arrangement):
 def test_an_own_arrangement_must_say_how_it_arranges():
     with pytest.raises(TypeError, match="__call__"):
         type("Nothing", (Arrangement,), {})()
+
+
+class Cuts(Arrangement):
+    """Forgets what is dropped: its half would be halved again."""
+
+    def __call__(self, order, kept):
+        return order[:kept]
+
+
+class Repeats(Arrangement):
+    def __call__(self, order, kept):
+        return order[:1].expand(len(order))
+
+
+@pytest.mark.parametrize(("own", "said"), [(Cuts(), r"shape \[4\]"), (Repeats(), "others")])
+def test_an_arrangement_that_is_none_is_refused(own, said):
+    name = type(own).__name__
+    with pytest.raises(SettingError, match=f"{name} must return the 8 row numbers .* but returned {said}; those that"):
+        arranged(own, torch.arange(8), kept=4)
+
+
+def test_an_arrangement_may_work_in_place():
+    class Turns(Arrangement):
+        def __call__(self, order, kept):
+            order[:kept] = order[:kept].flip(0)
+            return order
+
+    order = torch.arange(4)
+    assert arranged(Turns(), order, kept=3).tolist() == [2, 1, 0, 3]
+    assert order.tolist() == [0, 1, 2, 3]

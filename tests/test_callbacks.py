@@ -400,7 +400,7 @@ class TestAnswerWriter:
     def test_each_of_two_processes_has_one_file_however_often_it_predicts(self, tmp_path):
         """The path was renamed at every run: answers.0.jsonl, answers.0.0.jsonl."""
         writer = AnswerWriter(str(tmp_path / "answers.jsonl"))
-        place = SimpleNamespace(world_size=2, global_rank=1, state=SimpleNamespace(fn="predict"))
+        place = SimpleNamespace(world_size=2, global_rank=1, is_global_zero=False, state=SimpleNamespace(fn="predict"))
         for _ in range(2):
             writer.setup(place, Plain(), "predict")
             writer.on_predict_start(place, Plain())
@@ -426,6 +426,15 @@ class TestAnswerWriter:
             trainer.predict(Answers(), datamodule=Untouched())
         if content is not None:
             assert (tmp_path / path).read_text() == content
+
+    def test_answers_of_a_run_on_more_processes_are_named(self, tmp_path):
+        """Whoever reads answers.*.jsonl would take them for answers of this run."""
+        for rank in range(3):
+            (tmp_path / f"answers.{rank}.jsonl").write_text('{"answer": "a"}\n')
+        (tmp_path / "answers.2024.jsonl").write_text("mine")
+        place = SimpleNamespace(world_size=2, global_rank=0, is_global_zero=True)
+        with pytest.warns(UserWarning, match=r"^answers\.2\.jsonl in .* hold answers of an earlier run"):
+            AnswerWriter(str(tmp_path / "answers.jsonl")).on_predict_start(place, Plain())
 
     def test_a_run_that_predicts_nothing_leaves_the_answers(self, tmp_path):
         """As ``srd curate`` does."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum, check_schedule, value_at
-from srd_lightning.errors import DataError
+from srd_lightning.errors import DataError, SettingError
 
 DOLLY_ROWS = 11_435
 EPOCHS = range(30)
@@ -222,3 +222,10 @@ def test_an_order_of_other_rows_is_refused():
     curriculum = Curriculum(torch.tensor([0, 1, 8]), {0: 0.5, 4: 1.0})
     with pytest.raises(DataError, match="the order names row 8, but the data set has 8 rows; it was made of other"):
         curriculum.subset(range(8), epoch=0)
+
+
+@pytest.mark.parametrize("wrong", [{"num_stages": 0}, {"epochs_per_stage": 0}])
+def test_uniform_stages_have_a_number_and_a_length(wrong):
+    """With no epochs per stage the last one would silently be all."""
+    with pytest.raises(SettingError, match="num_stages and epochs_per_stage must be at least 1, but are"):
+        Curriculum.uniform(torch.arange(8), **wrong)

@@ -9,6 +9,7 @@ import torch
 from conftest import QUIET, tiny_model
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -109,6 +110,19 @@ class TestNothingOfTheUsersIsLost:
     def test_the_folder_of_the_run(self, tmp_path):
         with pytest.raises(SettingError, match=r"run is or holds default_root_dir of the trainer"):
             refused(tmp_path, HuggingFaceExport(str(tmp_path / "run")))
+
+    @pytest.mark.parametrize(
+        ("writes", "said"),
+        [
+            (lambda folder: {"callbacks": [RuntimeBenchmark(str(folder / "report.json"))]}, "RuntimeBenchmark"),
+            (lambda folder: {"callbacks": [HuggingFaceExport(str(folder))]}, "HuggingFaceExport"),
+            (lambda folder: {"logger": CSVLogger(folder / "logs")}, "CSVLogger"),
+        ],
+    )
+    def test_what_the_run_writes_besides(self, writes, said, tmp_path):
+        others = {"callbacks": [], **writes(tmp_path / "out")}
+        with pytest.raises(SettingError, match=f"out is or holds what {said} writes"):
+            refused(tmp_path, HuggingFaceExport(str(tmp_path / "out")), *others.pop("callbacks"), **others)
 
     def test_the_root_of_a_disk(self, tmp_path, monkeypatch):
         monkeypatch.setattr(export_folder.os.path, "ismount", lambda path: path == tmp_path / "disk")

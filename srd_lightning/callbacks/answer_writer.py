@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning.errors import SettingError, StorageError
 from srd_lightning.store import write_atomically
@@ -37,8 +39,10 @@ class AnswerWriter(BasePredictionWriter):
         Args:
             trainer: Of the run.
         """
-        rank = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
-        return self.path.with_name(f"{self.path.stem}{rank}{self.path.suffix}")
+        return self._of_rank(trainer.global_rank) if trainer.world_size > 1 else self.path
+
+    def _of_rank(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}.{rank}{self.path.suffix}")
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse a file that cannot be written, or that is something else, before models are loaded."""
@@ -52,6 +56,16 @@ class AnswerWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new file; not before, since ``srd curate`` predicts nothing."""
         write_atomically(self.file(trainer), b"")
+        if trainer.is_global_zero and (others := self._of_other_runs(trainer.world_size)):
+            rank_zero_warn(
+                f"{', '.join(others)} in {self.path.parent} hold answers of an earlier run with another number of "
+                "processes, not of this one; do not read them together"
+            )
+
+    def _of_other_runs(self, world_size: int) -> list[str]:
+        own = {self.path.name} if world_size == 1 else {self._of_rank(rank).name for rank in range(world_size)}
+        found = [self.path, *self.path.parent.glob(f"{glob.escape(self.path.stem)}.[0-9]*{self.path.suffix}")]
+        return sorted(path.name for path in found if path.name not in own and path.is_file() and _are_answers(path))
 
     def write_on_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *_: Any, **__: Any

@@ -54,7 +54,7 @@ class HuggingFaceExport(Callback):
         if not hasattr(module, "student"):
             raise SettingError(f"HuggingFaceExport saves `student`, which {type(module).__name__} does not have")
         if trainer.is_global_zero:
-            export_folder.check(self.folder, _needed_by(trainer))
+            export_folder.check(self.folder, _needed_by(trainer, self))
             check_folder(self.folder.parent, SETTING)
             _check_student(module.student, self.folder)
 
@@ -84,7 +84,7 @@ class HuggingFaceExport(Callback):
         if trainer.is_global_zero:
             student, tokenizer = _merged(student), _tokenizer(trainer)
             try:
-                export_folder.check(self.folder, _needed_by(trainer))
+                export_folder.check(self.folder, _needed_by(trainer, self))
                 export_folder.replace(self.folder, student, tokenizer)
             except Exception as error:
                 where = self._rescue(trainer, student, tokenizer)
@@ -113,13 +113,22 @@ class HuggingFaceExport(Callback):
         return "its weights are lost, since no other place took them and this run has saved no checkpoint"
 
 
-def _needed_by(trainer: Trainer) -> dict[str, Path]:
-    """Return the folders that a run reads or writes, which an export may not replace."""
-    found: dict[str, Any] = {"the current folder": Path.cwd(), "your home": Path.home()}
-    found["default_root_dir of the trainer"] = trainer.default_root_dir
-    for callback in trainer.checkpoint_callbacks:
-        found["the checkpoints"] = getattr(callback, "dirpath", None)
-    return {name: Path(path).expanduser().resolve() for name, path in found.items() if path}
+def _needed_by(trainer: Trainer, own: Callback) -> list[tuple[str, Path]]:
+    """Return the places that a run reads or writes, which an export may not replace, and what they are."""
+    data, module = getattr(trainer, "datamodule", None), trainer.lightning_module
+    found: list[tuple[str, Any]] = [
+        ("the current folder", Path.cwd()),
+        ("your home", Path.home()),
+        ("default_root_dir of the trainer", trainer.default_root_dir),
+        ("the scores", getattr(data, "scores", None)),
+        ("the teacher's cache", getattr(module, "teacher_cache_dir", None)),
+        *((f"what {type(logger).__name__} writes", logger.save_dir) for logger in trainer.loggers),
+    ]
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is not own:
+            paths = (getattr(other, "dirpath", None), getattr(other, "path", None))
+            found += [(f"what {type(other).__name__} writes", path) for path in paths]
+    return [(name, Path(path).expanduser().resolve()) for name, path in found if isinstance(path, (str, Path))]
 
 
 def _check_student(student: Any, folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ CONTENTS = "srd_export.json"
 """Names of the files that an export has written, beside them: what stands in no such list is the user's."""
 
 
-def check(folder: Path, needed: Mapping[str, Path]) -> None:
+def check(folder: Path, needed: Iterable[tuple[str, Path]]) -> None:
     """Refuse a folder that cannot be replaced without loss.
 
     Args:
         folder: Absolute, without links.
-        needed: Folders that are to stay, by what they are.
+        needed: What is to stay, and where it is.
 
     Raises:
         SettingError: It is one of them, or holds one.
         StorageError: It is a file, the root of a disk, or holds what no export has written.
     """
-    for name, path in needed.items():
+    for name, path in needed:
         if folder == path or folder in path.parents:
             raise SettingError(
                 f"HuggingFaceExport replaces its dirpath as a whole, but {folder} is or holds {name}; give it a folder "
