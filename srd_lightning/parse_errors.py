@@ -44,6 +44,8 @@ NOT_ACCEPTED = re.compile(
 )
 LITERAL = re.compile(r"typing\.Literal\[(.*)\]")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: (?P<first>\S+).*", re.DOTALL)
+PACKAGES = ("srd_lightning", "lightning", "torch", "transformers")
+"""Whose classes are listed by name: others may have been imported by chance."""
 REQUIRED = re.compile(r"the following arguments are required: (?P<names>.+)")
 NO_FILE = re.compile(r"File does not exist: '(?P<path>.+)'")
 NOT_YAML = re.compile(
@@ -154,7 +156,7 @@ def _of_union(errors: list[str], value: str, typehint: Any) -> str:
 
 def _no_class(name: str, reason: str | None, typehint: Any) -> str:
     """Return the sentence for a class that is none, or not of the kind that is wanted."""
-    choices = {kind.__name__ for kind in _subclasses(typehint)}
+    choices = {kind.__name__ for kind in _subclasses(typehint) if kind.__module__.partition(".")[0] in PACKAGES}
     near = difflib.get_close_matches(name, sorted(choices), 1, cutoff=0.7)
     if reason and not name:
         return in_one_line(reason.partition(". Got value: ")[0])
