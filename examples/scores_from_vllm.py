@@ -50,9 +50,7 @@ def main() -> None:
     template, decoding = TEMPLATES[args.template], Decoding(max_new_tokens=args.max_new_tokens)
     lengths = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
     data = SRDDataModule(args.data, tokenizer=args.model, template=template, **lengths)
-    data.setup("validate")  # reads and tokenises, no more
-    if "train" not in data.rows:
-        raise SystemExit(f"{args.data} must be one file or have the split 'train', but has {', '.join(data.rows)}")
+    data.read_rows("fit")
     rows = data.rows["train"]
     made_of = fingerprint(rows, nn.Identity(), data.tokenizer, template, decoding, SCORING_VERSION)
     made_of["student"] = f"{args.model} in {args.dtype}"

@@ -139,7 +139,7 @@ def test_what_cannot_be_trained_on_is_refused(home):
     DatasetDict(test=Dataset.from_list(make_rows())).save_to_disk(home / "no_train")
     for output, data, message in [
         ("scores.csv", "train.jsonl", "--output must end in .parquet, but is scores.csv"),
-        ("none.parquet", "no_train", "no_train must be one file or have the split 'train', but has test"),
+        ("none.parquet", "no_train", "training needs the split 'train', but `data` has test"),
     ]:
         done, calls = score(home, output, f"--data={data}")
         assert done.returncode != 0
