@@ -29,7 +29,10 @@ def check_files(name: str, gguf_file: str | None) -> None:
         raise ModelError(f"the model {name} is a file, where a folder or a hub id is expected; {remedy}")
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip():
-            raise MissingDataError(f"there is no folder {name!r} to load a model from, seen from {Path.cwd()}")
+            raise MissingDataError(
+                f"there is no folder {name!r} to load a model from (seen from {Path.cwd()}); name one that an "
+                "export has written, or a model on the Hugging Face hub"
+            )
         return
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
@@ -45,7 +48,7 @@ def check_files(name: str, gguf_file: str | None) -> None:
 
 def _instead(folder: Path, suffix: str) -> str:
     found = sorted(path.name for path in folder.glob(f"*{suffix}"))
-    return f", but {', '.join(found[:5])}" if found else ""
+    return f", but {', '.join(found[:5])}; name one of these" if found else "; copy it there, or name another folder"
 
 
 def _within(folder: Path) -> str:

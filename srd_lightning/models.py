@@ -99,7 +99,10 @@ class Pretrained:
             raise SettingError(f"{self.name} needs a package that is not installed: {_in_short(error)}") from error
         except Exception as error:
             if Path(self.name).is_dir():
-                raise ModelError(f"the configuration of {self.name} cannot be used: {_in_short(error)}") from error
+                file = Path(self.name) / (self.gguf_file or CONFIG)
+                raise ModelError(
+                    f"{file} cannot be used ({_in_short(error)}); copy it again, or name another folder"
+                ) from error
             raise _not_found(self.name, error) from error
         own_code = self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
@@ -214,8 +217,10 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         check_files(name, options.get("gguf_file"))
         if not Path(name).is_dir():
             raise _not_found(name, error) from error
+        there = any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+        reason = _in_short(error) if there else "the folder has no tokenizer.json"
         raise ModelError(
-            f"no tokenizer can be loaded from {name} ({_in_short(error)}); save it there with "
+            f"no tokenizer can be loaded from {name} ({reason}); save it there with "
             "tokenizer.save_pretrained, or name another one with data.tokenizer"
         ) from error
     check_ends(tokenizer)
@@ -255,6 +260,8 @@ def dtype_named(name: str) -> torch.dtype:
         torch.bfloat16
     """
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise SettingError(f"dtype must name a torch type such as float32 or bfloat16, but is {name!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingError(
+            f"dtype must name a floating-point type of torch, such as float32 or bfloat16, but is {name!r}"
+        )
     return dtype

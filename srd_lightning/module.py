@@ -174,6 +174,8 @@ class KDLightningModule(StudentAndTeacher):
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
             check_monitors(trainer, self._has_teacher)
         self.check_models(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self.teacher_cache != "none":
+            self.check_cache(trainer)
 
     def setup(self, stage: str) -> None:
         """Begin anew; before training, let the teacher be cached, where that is asked for."""

@@ -8,7 +8,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +27,7 @@ from srd_lightning.placement import (
 from srd_lightning.sharding import is_sharded, with_weights, without_weights
 from srd_lightning.soundness import check_module
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
+from srd_lightning.teacher_cache import MANIFEST, check_manifest
 from srd_lightning.team import Team
 from srd_lightning.vocabulary import check_same_tokenizer, shared_vocabulary, vocabulary_size
 from srd_lightning.writable import check_folder
@@ -72,6 +72,7 @@ class StudentAndTeacher(LightningModule):
         self.teacher_placement = teacher_placement
         self._cached: CachedTeacher | None = None
         self._models_checked = False
+        self._teacher_digest: str | None = None
 
     def keep(self, name: str, model: nn.Module | None) -> None:
         """Hold a model without registering it: no parameter of this module, in no state dict."""
@@ -108,10 +109,6 @@ class StudentAndTeacher(LightningModule):
         Raises:
             SRDError: They cannot, with the reason.
         """
-        if trainer.state.fn == TrainerFn.FITTING and self.teacher_cache != "none":
-            check_folder(
-                self._cache_folder(trainer, {}), "teacher_cache_dir" if self.teacher_cache_dir else "default_root_dir"
-            )
         if self._models_checked:
             return
         tokenizer = self._tokenizer_of_rows(trainer)
@@ -122,6 +119,33 @@ class StudentAndTeacher(LightningModule):
                 check_module(model, f"the {name}", tokenizer)
         self._check_same_family()
         self._models_checked = True
+
+    def check_cache(self, trainer: Trainer) -> None:
+        """See whether the teacher can be cached where it is to be, and that nothing else is cached there.
+
+        Args:
+            trainer: Of the run.
+
+        Raises:
+            StorageError: Nothing can be written there, or the cache there is another one's, or damaged.
+        """
+        folder = self._cache_folder(trainer, {})
+        check_folder(folder, "teacher_cache_dir" if self.teacher_cache_dir else "default_root_dir")
+        if self.teacher_cache_dir is not None:  # else it is named after what it is made of
+
+            def look() -> None:
+                if (folder / MANIFEST).exists():
+                    check_manifest(folder, self._cache_made_of())
+
+            Team().from_first(look)
+
+    def _cache_made_of(self) -> dict[str, str]:
+        if self._teacher_digest is None or self._teacher_source is None:  # files stay, weights may change
+            self._teacher_digest = teacher_digest(cast(Any, self._teacher_of()))
+        return {"teacher": self._teacher_digest, "kind": repr(self._cache_kind())}
+
+    def _cache_kind(self) -> HiddenStates | TopK:
+        return HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
 
     def _teacher_of(self) -> Pretrained | nn.Module | None:
         return self._teacher_source or self.teacher
@@ -169,17 +193,15 @@ class StudentAndTeacher(LightningModule):
             raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
         if is_sharded(self.teacher):
             raise ModelError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
-        kind = HiddenStates(self.teacher_cache_dtype) if self.teacher_cache == "hidden" else TopK(self.top_k)
-        source = self._teacher_source or cast(nn.Module, self.teacher)
-        made_of = Team().from_first(lambda: {"teacher": teacher_digest(source), "kind": repr(kind)})
+        made_of = Team().from_first(self._cache_made_of)
         data.teacher_cache, cached = cache_teacher(
             data.rows_of_teacher(),
             self._cache_folder(self.trainer, made_of),
-            kind,
+            self._cache_kind(),
             made_of,
             self._teacher_on_device,
             self.shared_vocabulary,
-            width_of(source),
+            width_of(cast(Any, self._teacher_of())),
         )
         if self._teacher_source is not None:  # it can be loaded again
             self.keep("teacher", None)

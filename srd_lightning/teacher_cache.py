@@ -37,7 +37,7 @@ from srd_lightning.store import write_atomically
 from srd_lightning.teacher import HiddenStates, TopK
 
 Row = Mapping[str, Any]
-SHARDS, HEAD, WEIGHTS = "part-*.arrow", "head.json", "head.safetensors"
+MANIFEST, SHARDS, HEAD, WEIGHTS = "manifest.json", "part-*.arrow", "head.json", "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Written at a time."""
 PATIENCE = 10.0
@@ -64,16 +64,10 @@ class TeacherCache:
         self.kind = kind
         self._digest = digest(made_of)
         self._buffer: list[tuple[int, dict[str, bytes]]] = []
-        manifest = folder / "manifest.json"
-        if manifest.exists():
-            stored = _read_manifest(manifest, made_of)
-            if different := sorted(part for part in made_of if stored[part] != made_of[part]):
-                raise StorageError(
-                    f"the teacher cache in {folder} was made with another {', '.join(different)}; point "
-                    "`teacher_cache_dir` to a new folder, or delete this one, to make it again"
-                )
+        if (folder / MANIFEST).exists():
+            check_manifest(folder, made_of)
         else:
-            write_atomically(manifest, json.dumps(dict(made_of), indent=2).encode())
+            write_atomically(folder / MANIFEST, json.dumps(dict(made_of), indent=2).encode())
 
     @classmethod
     @contextmanager
@@ -125,9 +119,10 @@ class TeacherCache:
         for path in damaged:
             path.replace(path.with_name(f"{path.name}.damaged"))
         if damaged:
+            others = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             warnings.warn(
-                f"{len(damaged)} files of the teacher cache in {self.folder} are damaged or of an earlier version, "
-                f"{damaged[0].name} among them; they were renamed to *.damaged, and the teacher is asked again",
+                f"in the teacher cache in {self.folder}, {damaged[0].name}{others} is damaged or of an earlier "
+                "version; it was renamed to *.damaged, and the teacher is asked again for what was in it",
                 stacklevel=2,
             )
 
@@ -259,8 +254,17 @@ def _to_bytes(values: Tensor) -> bytes:
     return values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _read_manifest(path: Path, made_of: Mapping[str, str]) -> Any:
-    stored, problem = None, "it is not a manifest"
+def check_manifest(folder: Path, made_of: Mapping[str, str]) -> None:
+    """Check that a cache was made of something.
+
+    Args:
+        folder: Of the cache.
+        made_of: By name of the part.
+
+    Raises:
+        StorageError: It was made of something else (names the parts), or nobody knows of what.
+    """
+    path, stored, problem = folder / MANIFEST, None, "it is not a manifest"
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
@@ -270,4 +274,8 @@ def _read_manifest(path: Path, made_of: Mapping[str, str]) -> Any:
             f"{path} is damaged ({problem}), so nobody knows of which teacher the cache is; delete the folder, or "
             "point `teacher_cache_dir` to another one"
         )
-    return stored
+    if different := sorted(part for part in made_of if stored[part] != made_of[part]):
+        raise StorageError(
+            f"the teacher cache in {folder} was made with another {', '.join(different)}; point `teacher_cache_dir` to "
+            "a new folder, or delete this one, to make it again"
+        )

@@ -69,6 +69,11 @@ class _Bystander(LightningModule):
 class _Cacher(_Bystander):
     """Lets the teacher of the module that it stands for be cached, on every process."""
 
+    def preflight(self, trainer: Trainer) -> None:
+        super().preflight(trainer)
+        if self.models[0].teacher_cache != "none":
+            self.models[0].check_cache(trainer)
+
     def setup(self, stage: str) -> None:
         self.models[0].trainer = self.trainer
         self.models[0].cache(self.trainer.datamodule.datamodule)  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, ByT5Tokenizer, LlavaConfig
 
 from srd_lightning import KDLightningModule, Pretrained, SRDDataModule
-from srd_lightning.errors import MissingDataError, ModelError, SettingError, SRDError
+from srd_lightning.errors import MissingDataError, ModelError, SettingError, SRDError, StorageError
 from srd_lightning.soundness import check_weights
 from srd_lightning.trainer import SRDTrainer
 from srd_lightning.vocabulary import check_tokens
@@ -74,9 +74,9 @@ FOLDERS = {
     "no_config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json, so it holds no model"),
     "config_cut": (
         lambda folder: (folder / "config.json").write_text("{"),
-        r"model cannot be used: .*not a valid JSON",
+        r"config\.json cannot be used .*not a valid JSON",
     ),
-    "unknown_type": (set_type, "model cannot be used: .* model type `none_such`"),
+    "unknown_type": (set_type, r"config\.json cannot be used .* model type `none_such`"),
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), r"but no weights \(\*\.safetensors\)"),
     "cut": (cut_file, r"model\.safetensors is damaged or was cut off"),
     "flipped": (flip_header, r"model\.safetensors is damaged or was cut off"),
@@ -267,7 +267,7 @@ class TestBeforeRowsAreRead:
     @pytest.mark.parametrize("subcommand", ["curate", "cache_teacher"])
     def test_also_where_nothing_is_trained(self, subcommand, whole, folder, tmp_path):
         cut_file(folder)
-        module = KDLightningModule(Pretrained(str(whole)), Pretrained(str(folder)), teacher_cache="hidden")
+        module = KDLightningModule(Pretrained(str(whole)), Pretrained(str(folder)))
         data = SRDDataModule(str(tmp_path / "no_such.jsonl"), schedule={0: 1.0})
         with pytest.raises(ModelError, match=f"{folder}/model.safetensors is damaged"):
             getattr(SRDTrainer(**QUIET, default_root_dir=tmp_path), subcommand)(module, data)
@@ -288,7 +288,7 @@ class TestBeforeRowsAreRead:
 
     def test_tokens_of_a_module(self, tmp_path):
         with pytest.raises(ModelError, match=r"^the student knows 100 tokens, but the tokenizer goes up to 258"):
-            self.fit(tiny_model(0, vocab_size=100), tiny_model(1), tmp_path)
+            self.fit(tiny_model(0, vocab_size=100), tiny_model(1, vocab_size=100), tmp_path)
 
     def test_the_folder_of_the_cache(self, tmp_path):
         (tmp_path / "file").write_text("")
@@ -298,6 +298,16 @@ class TestBeforeRowsAreRead:
                 teacher_cache="hidden",
                 teacher_cache_dir=str(tmp_path / "file" / "cache"),
             )
+
+    @pytest.mark.parametrize("run", ["fit", "cache_teacher"])
+    def test_the_cache_of_another_teacher(self, run, whole, tmp_path):
+        (tmp_path / "manifest.json").write_text('{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}')
+        settings = {"teacher_cache": "hidden", "teacher_cache_dir": str(tmp_path)}
+        module = KDLightningModule(tiny_model(0), Pretrained(str(whole)), **settings)
+        data = SRDDataModule(str(tmp_path / "no_such.jsonl"), tokenizer=ByT5Tokenizer(), schedule={0: 1.0})
+        start = getattr(SRDTrainer(**QUIET, default_root_dir=tmp_path, max_epochs=1), run)
+        with pytest.raises(StorageError, match="was made with another teacher; point"):
+            start(module, datamodule=data)
 
     def test_one_model_twice_is_said(self, whole, tmp_path):
         source = Pretrained(str(whole))

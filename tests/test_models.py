@@ -82,9 +82,11 @@ class TestPretrained:
     def test_nothing_is_loaded_before_it_is_asked_for(self):
         assert Pretrained("no/such/model").name == "no/such/model"
 
-    @pytest.mark.parametrize("dtype", ["float31", "bf16", "nn", ""], ids=["unknown", "short", "no_type", "empty"])
+    @pytest.mark.parametrize(
+        "dtype", ["float31", "bf16", "nn", "", "int8"], ids=["unknown", "short", "no_type", "empty", "whole"]
+    )
     def test_unknown_dtype(self, dtype):
-        with pytest.raises(ValueError, match=f"dtype must name a torch type .* but is '{dtype}'"):
+        with pytest.raises(ValueError, match=f"dtype must name a floating-point type .* but is '{dtype}'"):
             Pretrained("gpt2", dtype=dtype)
 
 

@@ -123,7 +123,10 @@ def test_after_a_cached_run_the_module_evaluates_with_the_teacher_itself(tokeniz
         ({"teacher": None, "kd_weight": 0.0, "teacher_cache": "hidden"}, "teacher_cache hidden needs a teacher"),
         ({"chunk": 0}, "sizes must be at least 1, but chunk=0"),
         ({"micro_batch_tokens": -1, "top_k": 0}, "at least 1, but top_k=0, micro_batch_tokens=-1"),
-        ({"teacher_cache_dtype": "bf16"}, "must name a torch type such as float32 or bfloat16, but is 'bf16'"),
+        (
+            {"teacher_cache_dtype": "bf16"},
+            "must name a floating-point type of torch, such as float32 or bfloat16, but is 'bf16'",
+        ),
     ],
     ids=str,
 )

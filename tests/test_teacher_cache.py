@@ -183,7 +183,7 @@ def test_what_is_damaged_is_put_aside_and_made_again(pattern, damage, data, load
     expected, head = cache.batch(rows)["teacher_hidden"].clone(), teacher.head.weight.clone()
     (file,) = tmp_path.glob(pattern)
     aside = damaged(file, DAMAGES[damage])
-    with pytest.warns(UserWarning, match=rf"[12] files of the teacher cache in {tmp_path} are damaged .* among them"):
+    with pytest.warns(UserWarning, match=rf"^in the teacher cache in {tmp_path}, .* is damaged"):
         cache, teacher = fill(data, tmp_path, load)
     assert aside.exists()
     assert load.times == 2
@@ -197,7 +197,7 @@ def test_a_changed_scale_of_the_head_is_noticed(data, load, tmp_path):
     fill(data, tmp_path, load)
     file = tmp_path / "head.json"
     file.write_text(file.read_text().replace('"scale": 1.0', '"scale": 2.0'))
-    with pytest.warns(UserWarning, match="are damaged"):
+    with pytest.warns(UserWarning, match="is damaged"):
         _, teacher = fill(data, tmp_path, load)
     assert teacher.head.scale == 1.0
 
@@ -207,7 +207,7 @@ def test_a_shard_of_another_cache_is_not_read(data, load, tmp_path):
     fill(data, tmp_path / "two", load, made_of={**MADE_OF, "teacher": "other"})
     (shard,) = (tmp_path / "two").glob("part-*")
     shutil.copy(shard, tmp_path / "one")
-    with pytest.warns(UserWarning, match=f"{shard.name} among them"):
+    with pytest.warns(UserWarning, match=f"{shard.name} is damaged"):
         cache, _ = fill(data, tmp_path / "one", load)
     assert not (tmp_path / "one" / shard.name).exists()
     assert len(cache.missing(data)) == 0
@@ -219,7 +219,7 @@ def test_a_cache_of_an_earlier_version_is_made_again(data, load, tmp_path):
     (shard,) = tmp_path.glob("part-*.arrow")
     shard.rename(tmp_path / "part-0123456789abcdef0123456789abcdef.arrow")
     (tmp_path / "head.json").write_text('{"scale": 1.0, "soft_cap": null}')
-    with pytest.warns(UserWarning, match=r"^3 files .* of an earlier version"):
+    with pytest.warns(UserWarning, match=r" and 2 more is damaged or of an earlier version"):
         fill(data, tmp_path, load)
     assert load.times == 2
 

@@ -21,6 +21,11 @@ def report_to(path: str) -> dict[str, Any]:
     return with_callbacks(("RuntimeBenchmark", {"path": path}))
 
 
+def caching(folder: str, **settings: str) -> dict[str, Any]:
+    """Return settings of a run that caches its teacher."""
+    return {"model": {"teacher_cache": "hidden", "teacher_cache_dir": folder, **settings}}
+
+
 FAULTS: list[Fault] = [
     Fault(
         id="export_here",
@@ -150,5 +155,51 @@ FAULTS: list[Fault] = [
         says="all 8 rows are trained on from the start; nothing was ranked",
         code=0,
         left=("run/srd-config.yaml",),
+    ),
+    Fault(
+        id="cache_below_a_file",
+        done="`teacher_cache_dir` below a file",
+        files={"notes.txt": "mine"},
+        settings=caching("notes.txt/cache"),
+        says="teacher_cache_dir needs the folder notes.txt/cache, but {folder}/notes.txt is a file; name another place",
+    ),
+    Fault(
+        id="cache_manifest_cut",
+        done="a teacher's cache whose manifest was cut off",
+        files={"cache/manifest.json": '{"teacher": "0123'},
+        settings=caching("cache"),
+        says="cache/manifest.json is damaged (Unterminated string starting at: line 1 column 13 (char "
+        "12)), so nobody knows of which teacher the cache is; delete the folder, or point "
+        "`teacher_cache_dir` to another one",
+    ),
+    Fault(
+        id="cache_manifest_none",
+        done="a teacher's cache with another file as manifest",
+        files={"cache/manifest.json": "[]"},
+        settings=caching("cache"),
+        says="cache/manifest.json is damaged (it is not a manifest), so nobody knows of which teacher the "
+        "cache is; delete the folder, or point `teacher_cache_dir` to another one",
+    ),
+    Fault(
+        id="cache_of_another",
+        done="`teacher_cache_dir` with the cache of another teacher",
+        files={"cache/manifest.json": '{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}'},
+        settings=caching("cache"),
+        says="the teacher cache in cache was made with another teacher; point `teacher_cache_dir` to a new "
+        "folder, or delete this one, to make it again",
+    ),
+    Fault(
+        id="cache_of_another_kind",
+        done="`teacher_cache_dir` with a cache of another kind",
+        files={"cache/manifest.json": '{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}'},
+        settings=caching("cache", teacher_cache="topk"),
+        says="the teacher cache in cache was made with another kind, teacher; point `teacher_cache_dir` to "
+        "a new folder, or delete this one, to make it again",
+    ),
+    Fault(
+        id="cache_dtype",
+        done="a `teacher_cache_dtype` that torch does not know",
+        settings=caching("cache", teacher_cache_dtype="int8"),
+        says="dtype must name a floating-point type of torch, such as float32 or bfloat16, but is 'int8'",
     ),
 ]
