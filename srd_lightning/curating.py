@@ -129,7 +129,7 @@ class CuratedRows(LightningDataModule):
 
     def _check_settings(self, stage: str) -> None:
         """Check what can be known before rows are read."""
-        if isinstance(self.data, Mapping):
+        if isinstance(self.data, Mapping) and not self.rows:  # later runs may bring loaders of their own
             self._check_splits(self.data, stage)
         models: dict[str, Any] = dict(getattr(self._module(), "sources", {}))
         if self.student is not None:

@@ -154,7 +154,6 @@ class SRDDataModule(CuratedRows):
         self._check_settings(stage)
         if not self.rows:
             self.read_rows(stage)
-        self._check_splits(self.rows, stage)
         if stage == "fit":
             if self.trainer is not None:
                 # A loader is as long as it was when it was built: the pool can only grow in a new one.
@@ -232,7 +231,11 @@ class SRDDataModule(CuratedRows):
         return self._eval_loader("predict" if "predict" in self.rows else "test")
 
     def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
-        return self._loaders().evaluation(self.rows[split], self.eval_batch_size) if split in self.rows else []
+        if split in self.rows:
+            return self._loaders().evaluation(self.rows[split], self.eval_batch_size)
+        if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
+            self._check_splits(self.rows, self.trainer.state.fn.value)
+        return []
 
     def _loaders(self) -> Loaders:
         place = self._place()

@@ -177,3 +177,12 @@ def test_the_same_module_keeps_its_order(make, tmp_path):
     first = data.curation
     Trainer(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(module, data)
     assert data.curation is first
+
+
+def test_after_training_a_run_may_bring_its_own_loader_but_not_none(make, tmp_path):
+    data, module = make(student=None, schedule={0: 1.0}), KDLightningModule(tiny_model(), kd_weight=0.0)
+    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert trainer.validate(module, data.train_dataloader(), verbose=False)[0]["val_nll"] > 0
+    with pytest.raises(DataError, match=r"^testing needs the split 'test', but `data` has train$"):
+        trainer.test(module, datamodule=data)
