@@ -50,6 +50,7 @@ class SRDCLI(LightningCLI):
             trainer_class=SRDTrainer,
             trainer_defaults={"enable_model_summary": False, "callbacks": [OneLineSummary()]},
             parser_class=SRDParser,
+            parser_kwargs={"prog": "srd", **{name: {"description": SUBCOMMANDS[name]} for name in self._wanted}},
             save_config_callback=SettingsFile,
             save_config_kwargs={"overwrite": True},
             args=args,

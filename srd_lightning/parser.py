@@ -48,11 +48,14 @@ class SRDParser(LightningArgumentParser):
             tree: Settings as they stand in a file.
             prefix: Of their names: ``"data."`` for what stands under ``data``.
         """
-        names = self.names_of_settings()
+        names = self.names_of_settings() | {"subcommand"}
         branches = {name[:place] for name in names for place, sign in enumerate(name) if sign == "."}
+        subcommands = getattr(self._subcommands_action, "choices", {})
         for key, value in tree.items():
             name = f"{prefix}{key}".removesuffix("+")
-            if name in branches and isinstance(value, Mapping):
+            if name in subcommands and isinstance(value, Mapping):
+                subcommands[name].check_keys(value)
+            elif name in branches and isinstance(value, Mapping):
                 self.check_keys(value, f"{name}.")
             elif name in branches and value is not None and not isinstance(value, str):
                 raise SettingError(f"{name}: expected settings by name, but got {value}")

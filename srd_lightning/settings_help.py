@@ -92,7 +92,7 @@ def line(action: argparse.Action, name: str, default: Any) -> str:
     sentence = re.split(r"(?<=[.;])\s", text, maxsplit=1)[0].rstrip(".;")
     shown = "" if default is None or isinstance(default, Namespace) else f" [{_short(default)}]"
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 40)).columns)
-    return _cut(f"  --{name:<30} {sentence}{shown}", width)
+    return _cut(f"  --{name:<31} {sentence}{shown}", width)
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import filelock
 import torch.distributed as dist
 
+from srd_lightning.errors import RankError
 from srd_lightning.store import write_atomically
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class Team:
             A function to call now and then: it raises when another process has failed or is gone.
 
         Raises:
-            RuntimeError: Another process has failed, with its reason, or is gone.
+            RankError: Another process has failed, with its reason, or is gone.
         """
         if self.size == 1:
             yield lambda: None
@@ -110,14 +111,14 @@ class Signs:
     def check(self) -> None:
         """Raise if another process has failed, or is gone without a sign."""
         for failure in sorted(self.folder.glob("failed-*")):
-            raise RuntimeError(failure.read_text())
+            raise RankError(failure.read_text())
         for other in self.missing():
             try:
                 self.life(other).acquire().lock.release()
             except filelock.Timeout:  # it lives
                 continue
             if other in self.missing() and not (self.folder / f"failed-{other}").exists():
-                raise RuntimeError(f"process {other} is gone: it was killed, perhaps for want of memory")
+                raise RankError(f"process {other} is gone: it was killed, perhaps for want of memory")
 
 
 def _new_folder(folder: Path) -> Path:
@@ -139,7 +140,7 @@ def _results(outcomes: list[Any], own_error: Exception | None) -> list[Any]:
         raise own_error
     for _, reason in outcomes:
         if reason is not None:
-            raise RuntimeError(reason)
+            raise RankError(reason)
     return [result for result, _ in outcomes]
 
 

@@ -8,10 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import make_rows, tiny_model
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningCLI
 from test_faults import run_cli
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli
+from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli, settings_help
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "data" in yaml.safe_load(path.read_text())]
@@ -124,9 +126,88 @@ def test_predict_writes_its_answers(tiny):
 )
 def test_help_names_the_subcommands(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for subcommand in ("fit", "validate", "test", "predict", "curate"):
-        assert subcommand in done.stdout
-    assert "let the student answer every prompt" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    for name, description in cli.SUBCOMMANDS.items():
+        assert f"{name} {description}" in said
+
+
+def test_help_imports_nothing_that_takes_its_time():
+    program = (
+        "import sys; from srd_lightning.cli import main; sys.argv = ['srd', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_subcommands_are_those_of_the_trainer():
+    assert {*LightningCLI.subcommands(), "curate", "cache-teacher"} == set(cli.SUBCOMMANDS)
+    assert all(callable(getattr(cli.SRDTrainer, name)) for name in cli.SUBCOMMANDS)
+
+
+def help_of(capsys, *arguments):
+    with pytest.raises(SystemExit, match="0"):
+        cli.run(list(arguments))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_of_a_subcommand_fits_a_screen(capsys):
+    said = help_of(capsys, "fit", "--help")
+    assert said[0] == "usage: srd fit [--config FILE ...] [--SETTING VALUE ...]"
+    shown = [line.split()[0] for line in said if line.startswith("  --")]
+    assert shown == [f"--{name}" for names in settings_help.FIRST.values() for name in names]  # the parser has them all
+    assert len(said) < 60
+    assert all(len(line) <= settings_help.WIDTH for line in said)
+    assert any(
+        line.split() == ["--data.batch_size", "Rows", "per", "process", "and", "training", "step", "[8]"]
+        for line in said
+    )
+
+
+def test_help_of_all_settings(capsys):
+    said = "\n".join(help_of(capsys, "curate", "--help.all"))
+    for name in ("--data.near_duplicates", "--trainer.sync_batchnorm", "--model.packing", "--data.decoding.top_p"):
+        assert name in said
+
+
+def test_help_of_a_class(capsys):
+    assert any("--model.loss.beta" in line for line in help_of(capsys, "fit", "--model.loss.help", "JensenShannon"))
+
+
+def test_one_source_of_several_on_the_command_line(tiny):
+    (tiny / "more.jsonl").write_text((tiny / "rows.jsonl").read_text())
+    recipe = base("--data.data={train: rows.jsonl, test: rows.jsonl}", "--data.data.train", "more.jsonl")
+    assert cli.parse(recipe).datamodule.data == {"train": "more.jsonl", "test": "rows.jsonl"}
+
+
+def test_sections_of_several_subcommands_in_one_file(tiny):
+    recipe = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
+    recipe["trainer"]["default_root_dir"] = "elsewhere"
+    (tiny / "all.yaml").write_text(yaml.safe_dump({"validate": recipe, "test": {**recipe, "verbose": False}}))
+    run = cli.run(["--config", "all.yaml", "validate"])
+    assert run.trainer.default_root_dir.endswith("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (LightningCLI, "_parse_ckpt_path"),
+        (LightningCLI, "_set_seed"),
+        (ArgumentParser, "_apply_actions"),
+        (ArgumentParser, "_actions"),
+        (ArgumentParser, "_option_string_actions"),
+    ],
+)
+def test_private_names_that_are_used_are_there(owner, name, tiny):
+    holder = owner() if owner is ArgumentParser else owner
+    assert hasattr(holder, name)
+
+
+def test_arguments_know_their_types(tiny):
+    (action,) = (action for action in cli.parse(base()).parser._actions if action.dest == "data.batch_size")
+    assert action._typehint is int
 
 
 SAID = r"""
@@ -165,8 +246,8 @@ def test_all_that_a_good_run_says(tmp_path):
 
 
 def test_print_config_is_a_configuration(tiny):
-    command = [sys.executable, str(ROOT / "cli.py"), "fit", *base("--print_config")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, printed, error = run_cli(["fit", *base("--print_config")], tiny)
+    assert code == 0, error
     (tiny / "printed.yaml").write_text(printed)
     run = cli.run(["fit", "--config", "printed.yaml"])
     assert run.datamodule.schedule == {0: 0.25, 2: 0.5, 4: 0.75}

@@ -2,10 +2,14 @@
 
 import errno
 import os
+import signal
 import sys
 
+import lightning as L
 import pytest
 import torch
+from conftest import QUIET
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from srd_lightning.console import Ending, explain
@@ -36,13 +40,22 @@ def ended(error, folder=None, **options):
     return caught.value.code
 
 
-def lightning():
-    """Exit as Lightning does after Ctrl-C."""
+class Interrupt(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        raise KeyboardInterrupt
+
+
+def interrupted_training(folder):
     with Ending("srd fit"):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
+        L.Trainer(**QUIET, max_steps=1, callbacks=[Interrupt()], default_root_dir=folder).fit(BoringModel())
+
+
+@pytest.fixture
+def restore_ctrl_c():
+    """Lightning ignores Ctrl-C once it has come."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def wrapped(outer, cause):
@@ -153,9 +166,9 @@ class TestEnding:
         assert ended(KeyboardInterrupt()) == 130
         assert capsys.readouterr().err == "srd fit: stopped by Ctrl-C\n"
 
-    def test_by_ctrl_c_as_lightning_exits(self, capsys):
+    def test_by_ctrl_c_while_lightning_trains(self, capsys, restore_ctrl_c, tmp_path):
         with pytest.raises(SystemExit) as caught:
-            lightning()
+            interrupted_training(tmp_path)
         assert caught.value.code == 130
         assert capsys.readouterr().err == "srd fit: stopped by Ctrl-C\n"
 
