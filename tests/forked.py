@@ -22,7 +22,15 @@ import threading
 import traceback
 from pathlib import Path
 
-EVERYTHING = ["lightning", "torch.distributed.fsdp", "transformers", "datasets", "peft", "srd_lightning.cli"]
+EVERYTHING = [
+    "lightning",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.byt5.tokenization_byt5",
+    "datasets",
+    "peft",
+    "srd_lightning.commandline",
+]
 
 
 def serve(number):

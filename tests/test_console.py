@@ -3,12 +3,16 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET
+import yaml
+from conftest import HANGS, QUIET, of_program
+from faults.fault import RECIPE
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -16,12 +20,15 @@ from srd_lightning.console import Ending, explain
 from srd_lightning.errors import DataError, NonFiniteError, RankError, SettingError
 from srd_lightning.failures import MEMORY_HINT
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
     """No ranks, and notes of what was said of one's own."""
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SRD_RUN"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
 
@@ -221,6 +228,18 @@ class TestSeveralRanks:
         as_rank(0)
         assert ended(RankError("rank 1 failed: DataError: row 3")) == 2
         assert capsys.readouterr().err == "srd fit: error: row 3\n"
+
+    def test_of_a_real_run(self, tmp_path):
+        (tmp_path / "rows.jsonl").write_text('{"instruction": "Hi"}\n')
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+        settings = ["--data.data=rows.jsonl", "--trainer.devices=2", "--trainer.strategy=ddp"]
+        command = of_program(ROOT / "cli.py", "fit", "--config=recipe.yaml", *settings, ranks=2)
+        done = subprocess.run(**command, cwd=tmp_path, capture_output=True, timeout=HANGS, check=False)
+        assert done.returncode == 2
+        assert done.stderr.count("srd fit: error: ") == 1
+        assert "srd fit: error: train row 0" in done.stderr
+        assert "Traceback (" not in done.stderr
+        assert len([*(tmp_path / "run").glob("srd-error*.log")]) == 1
 
     def test_speak_for_one_that_cannot(self, as_rank, capsys, monkeypatch):
         monkeypatch.setattr("srd_lightning.console.SECONDS_TO_SPEAK", 0)

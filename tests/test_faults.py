@@ -1,53 +1,18 @@
 """The table of faults, run through the command line; see `faults.fault`."""
 
-import logging
-import os
 import re
-import sys
-import traceback
 from fnmatch import fnmatch
 
 import pytest
+from conftest import run_cli
 from faults import AREAS
 from faults.fault import LOG
 from faults.manual import MANUAL, manual
 
-import srd_lightning.commandline  # noqa: F401 (once for all forks)
-from srd_lightning import cli, errors
+from srd_lightning import errors
 
 FAULTS = [fault for faults in AREAS.values() for fault in faults]
 KEPT = re.compile(r"\n\(The traceback is in (.+); --traceback shows it\.\)$")
-
-
-def run_cli(args, cwd, env=None):
-    """Run the command line in a forked process; return the exit code, and what was written."""
-    out, error = cwd.parent / f"{cwd.name}.out", cwd.parent / f"{cwd.name}.err"
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.chdir(cwd)
-            os.environ |= env or {}
-            for number, path in ((1, out), (2, error)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-                for handler in logging.getLogger(name).handlers:
-                    if type(handler) is logging.StreamHandler:  # and not pytest's
-                        handler.stream = sys.stderr
-            sys.argv = ["srd", *args]
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), out.read_text(), error.read_text()
 
 
 def files_in(folder):
