@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import functools
 import signal
 import threading
 import weakref
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +14,31 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from srd_lightning.checkpoint_files import check_intact, checksums_of_rank, finish, is_complete, naming_the_disk
+from srd_lightning.errors import ResumeError, SettingError
 from srd_lightning.resume import repair_progress
+from srd_lightning.run_folder import RunLock, clean, put_aside
 from srd_lightning.team import Team
+from srd_lightning.writable import check_folder
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a process that SIGTERM has ended: the run is not over."""
+
+
+def exit_code_at_sigterm(trainer: Trainer) -> int:
+    """Return 143, but 0 for what Lightning's own launcher has started: it takes an error there for a failure.
+
+    Args:
+        trainer: Of the run that ends.
+    """
+    launched = isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0  # type: ignore[attr-defined]
+    return 0 if launched else TERMINATED
 
 
 class ResumeCheckpoint(ModelCheckpoint):
@@ -46,8 +59,9 @@ class ResumeCheckpoint(ModelCheckpoint):
             ``every_n_epochs`` (1 by default). By default the newest checkpoint is kept.
 
     Raises:
-        ValueError: ``save_weights_only`` or ``save_on_exception``, which no run can be resumed from exactly, or a
-            folder that is no folder of a file system.
+        SettingError: ``save_weights_only`` or ``save_on_exception``, which no run can be resumed from exactly, or a
+            folder that is no folder of a file system. At set-up also `StorageError`, where another run saves to the
+            folder, and `ResumeError`, where the checkpoint to go on from is damaged.
 
     Example:
         >>> ResumeCheckpoint("runs/1/checkpoints", every_n_train_steps=500).filename
@@ -56,12 +70,12 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def __init__(self, dirpath: str | Path | None = None, filename: str = "{epoch}-{step}", **kwargs: Any) -> None:
         if wrong := [name for name in ("save_weights_only", "save_on_exception") if kwargs.get(name)]:
-            raise ValueError(
+            raise SettingError(
                 f"no run can be resumed exactly from what {' and '.join(wrong)} saves; leave that to another "
                 "ModelCheckpoint, in another folder"
             )
         if "://" in str(dirpath):
-            raise ValueError(
+            raise SettingError(
                 f"ResumeCheckpoint renames what is complete, which {dirpath} cannot do; give it a folder of a file "
                 "system, or use ModelCheckpoint"
             )
@@ -70,41 +84,91 @@ class ResumeCheckpoint(ModelCheckpoint):
         self._stepped = True
         self._terminated = False
         self._former_handler: Any = None
-        self._resumed_from: str | None = None
+        self._lock: RunLock | None = None
+        self.resumes_from: Path | None = None
+        """What ``ckpt_path="last"`` has found."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle the folder, and refuse what writes behind the back of this callback."""
+    def preflight(self, trainer: Trainer) -> None:
+        """Refuse what writes behind the back of this callback, a folder to which another run saves, and what is damaged.
+
+        Raises:
+            SettingError: Checkpoints are written by a plug-in that does not tell when one is complete.
+            StorageError: Another run saves to the folder, or nothing can be written there.
+            ResumeError: The checkpoint that ``last`` has found is damaged.
+        """
+        if trainer.state.fn != "fit" or self._lock is not None:
+            return
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # has no plug-in for files
         if not sharded and isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
-            raise ValueError(
+            raise SettingError(
                 "ResumeCheckpoint must know when a checkpoint is complete, but AsyncCheckpointIO does not tell; leave "
                 "that plug-in out"
             )
-        self.dirpath = str(self._folder(trainer))
+        folder, resumes_from = self._folder(trainer), self.resumes_from
+        Team().from_first(RunLock(folder).check)
+        check_folder(folder, "ResumeCheckpoint.dirpath")
+        if resumes_from is not None:
+            Team().from_first(lambda: check_intact(resumes_from))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the folder for this run, and put aside what an earlier one has left in it, where this one begins anew."""
+        self.preflight(trainer)
+        folder = self._folder(trainer)
+        self.dirpath = str(folder)
         self._stepped, self._terminated = True, False
+        if stage == "fit":
+            Team().from_first(lambda: self._take(folder, anew=self.resumes_from is None and trainer.ckpt_path is None))
         super().setup(trainer, pl_module, stage)
+
+    def _take(self, folder: Path, anew: bool) -> None:
+        lock = RunLock(folder)
+        lock.acquire()
+        self._lock = lock
+        clean(folder, self.FILE_EXTENSION)
+        if anew:
+            put_aside(folder, self.FILE_EXTENSION)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let other runs have the folder."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = self.resumes_from = None
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.default_root_dir, "checkpoints")).expanduser().resolve()
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Return the newest complete checkpoint; Lightning asks for it where ``ckpt_path`` is ``last``."""
-        found = [path for path in self._folder(trainer).glob(f"*{self.FILE_EXTENSION}") if is_complete(path)]
-        newest = max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+        there = sorted(
+            self._folder(trainer).glob(f"*{self.FILE_EXTENSION}"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+        )
+        newest = next(filter(is_complete, there), None)
+        cut = [str(path) for path in there[: len(there) if newest is None else there.index(newest)]]
+        if cut and newest is None:
+            raise ResumeError(
+                f"no checkpoint can be read: {', '.join(cut)} was cut off while it was written or copied; put a sound "
+                "copy in its place, or remove it to begin anew"
+            )
+        if cut:
+            rank_zero_warn(f"{', '.join(cut)} was cut off while it was written or copied; going on from {newest}")
         if newest and newest.is_dir() and not isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
-            raise ValueError(
+            raise ResumeError(
                 f"{newest} is sharded, which {type(trainer.strategy).__name__} cannot read; make a file of it, python "
                 f"-m srd_lightning.consolidate {newest} FILE, and give that as ckpt_path, or resume with FSDP2"
             )
         if newest is None:
             rank_zero_info(f"no checkpoint in {self._folder(trainer)} yet: the run begins anew")
-        self._resumed_from = str(newest) if newest else None
+        self.resumes_from = newest
         return {str(newest)} if newest else set()
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Remove also what ``last`` has found, which Lightning keeps: a run often resumed would fill the disk."""
         removed = super()._should_remove_checkpoint(trainer, previous, current)
-        return removed or previous == self._resumed_from != current
+        return removed or previous == str(self.resumes_from) != current
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Repair what Lightning counted, for modules that do not do so themselves."""
@@ -115,14 +179,11 @@ class ResumeCheckpoint(ModelCheckpoint):
         path = Path(filepath)
         temporary = path.with_name(f".{path.name}.partial")
         if trainer.is_global_zero:
-            for left in path.parent.glob(".*.partial"):  # by a run that was killed
-                _remove(left)
+            clean(path.parent, self.FILE_EXTENSION)
         trainer.strategy.barrier("no partial checkpoints")
-        with _straight_to_disk(trainer.strategy):
+        with _straight_to_disk(trainer.strategy), naming_the_disk(path):
             trainer.save_checkpoint(temporary, self.save_weights_only)
-        if trainer.is_global_zero:
-            put_in_place(temporary, path)
-        trainer.strategy.barrier("checkpoint in place")
+            Team().from_first(functools.partial()
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -137,12 +198,12 @@ class ResumeCheckpoint(ModelCheckpoint):
         """Take note of SIGTERM also where nothing is checked before; see that all processes go on from the same step.
 
         Raises:
-            ValueError: They do not.
+            ResumeError: They do not.
         """
         steps = Team().from_all(lambda: trainer.global_step)
         if len(set(steps)) > 1:
-            raise ValueError(
-                f"the processes would go on after steps {', '.join(map(str, steps))}: they do not all see the same "
+            raise ResumeError(
+                f"the ranks would go on after steps {', '.join(map(str, steps))}: they do not all see the same "
                 f"checkpoints in {self.dirpath}; use a folder that all see, and wait until its files have come"
             )
         super().on_train_start(trainer, pl_module)
@@ -184,8 +245,7 @@ class ResumeCheckpoint(ModelCheckpoint):
             f"SIGTERM: saved after step {trainer.global_step} as {self._last_checkpoint_saved}; the run goes on with "
             'ckpt_path="last"'
         )
-        # A child that ends with an error is a failure to Lightning's launcher, which then kills the first process.
-        raise SIGTERMException(TERMINATED if trainer.local_rank == 0 else 0)
+        raise SIGTERMException(exit_code_at_sigterm(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give SIGTERM back."""
@@ -196,6 +256,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         """Give SIGTERM back."""
         super().on_exception(trainer, pl_module, exception)
         self._give_back()
+        self._let_go()
 
     def _give_back(self) -> None:
         if self._former_handler is not None:
@@ -220,58 +281,3 @@ def _straight_to_disk(strategy: Strategy) -> Iterator[None]:
         yield
     finally:
         strategy.checkpoint_io = plugin
-
-
-def is_complete(path: Path) -> bool:
-    """Return whether a run can be resumed from a checkpoint: a file, or a folder of shards.
-
-    Args:
-        path: That may be there.
-    """
-    if path.is_dir():
-        return (path / ".metadata").is_file() and zipfile.is_zipfile(path / "meta.pt")
-    if not zipfile.is_zipfile(path):  # what is cut off lacks the list of contents at its end
-        return False
-    with zipfile.ZipFile(path) as file:
-        outline = next((name for name in file.namelist() if name.endswith("/data.pkl")), None)
-        return outline is not None and b"optimizer_states" in file.read(outline)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a complete file or folder its name, on disk and for good; what had it is there until then.
-
-    Args:
-        temporary: In the same folder.
-        path: Its name from now on.
-    """
-    for file in _files(temporary):
-        _to_disk(file)
-    if path.exists() and (path.is_dir() or temporary.is_dir()):
-        # Only files replace files. The older one keeps a name by which it is found until the newer one has its own.
-        older = path.with_name(f"{path.stem}-older{path.suffix}")
-        _remove(older)
-        path.rename(older)
-        temporary.rename(path)
-        _remove(older)
-    else:
-        temporary.replace(path)
-    _to_disk(path.parent)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    yield from (inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -18,8 +18,16 @@ from srd_lightning.errors import SettingError
 from srd_lightning.generation import Decoding
 from srd_lightning.loaders import Loaders
 from srd_lightning.models import Pretrained
+from srd_lightning.planning import accumulation_of
 from srd_lightning.preflight import run_preflight
-from srd_lightning.resume import check_same_rows, order_digest
+from srd_lightning.resume_check import (
+    check_same_rows,
+    description_of,
+    digest_of_order,
+    digest_of_rows,
+    digest_of_tokens,
+    saved_rows,
+)
 from srd_lightning.rows import ids_of, lengths_of
 from srd_lightning.teacher_cache import TeacherCache
 from srd_lightning.templates import ALPACA, ChatTemplate, PromptTemplate
@@ -142,8 +150,8 @@ class SRDDataModule(CuratedRows):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
-        self._order_digest: str | None = None
         self._former_reload: int | None = None
+        self._digests: dict[str, Any] | None = None
         self.teacher_cache: TeacherCache | None = None
         """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
 
@@ -152,16 +160,19 @@ class SRDDataModule(CuratedRows):
         if self.trainer is not None:
             run_preflight(self.trainer)
         self._check_settings(stage)
+        saved = saved_rows(self.trainer, self)
+        check_same_rows(saved, self._settings())
         if not self.rows:
             self.read_rows(stage)
         if stage == "fit":
+            check_same_rows(saved, self._read())
             if self.trainer is not None:
                 # A loader is as long as it was when it was built: the pool can only grow in a new one.
                 self._former_reload = self.trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
                 self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
             if self.curation is None or self._curated_for is not self._module():  # another module, another student
                 self.curate()
-                self._order_digest = None
+            check_same_rows(saved, self._ranked())
             assert self.curation is not None
             self.curriculum = self.curation.curriculum
             self.refresher.begin()
@@ -182,32 +193,47 @@ class SRDDataModule(CuratedRows):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides which rows come when, for checkpoints."""
-        return {"generations": self.refresher.generations, "rows": self._rows_to_come()}
+        rows = {} if self.curation is None else {**self._settings(), **self._read(), **self._ranked()}
+        return {"generations": self.refresher.generations, "rows": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the refreshments of the run that is resumed.
 
         Raises:
-            ValueError: Its rows, or their order, are not those of this run.
+            ResumeError: Its rows, or their order, are not those of this run.
         """
         self.refresher.generations = state_dict["generations"]
         path = self.trainer and self.trainer.state.fn == "fit" and self.trainer.ckpt_path
         if path and not Path(path).name.startswith(OF_TUNERS):
-            check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
+            now = {**self._settings(), **self._read(), **self._ranked()} if self.curation is not None else {}
+            check_same_rows(state_dict.get("rows", {}), now)
 
-    def _rows_to_come(self) -> dict[str, Any]:
-        if self.curation is None:
-            return {}
-        if self._order_digest is None:
-            rows, first = self.rows["train"], self.curation.curriculum  # before the student reflects again
-            self._order_digest = order_digest(ids_of(rows), lengths_of(rows), first.order)
+    def _settings(self) -> dict[str, Any]:
+        """Return what decides which rows come when, as far as it is known before rows are read."""
+        accumulation = {0: 1} if self.trainer is None else accumulation_of(self.trainer)
         return {
-            "order": self._order_digest,
             "schedule": self.schedule,
+            "arrangement": description_of(self.arrangement),
+            "refresh": self.refresher.first_epochs,
             "seed": self.seed,
+            "decontaminate": self.decontaminate and (self.near_duplicates or True),
             "group_by_length": self.group_by_length,
             "global_batch": self.batch_size * self._place()["num_replicas"],
+            "accumulate_grad_batches": accumulation,
         }
+
+    def _read(self) -> dict[str, Any]:
+        """Return digests of the training rows as they were read and tokenised."""
+        if self._digests is None:
+            rows = self.rows["train"]
+            self._digests = {"rows": digest_of_rows(ids_of(rows)), "tokens": digest_of_tokens(rows)}
+        return self._digests
+
+    def _ranked(self) -> dict[str, Any]:
+        """Return digests of their ranking, and of the order in which they enter before the student reflects again."""
+        assert self.curation is not None
+        order = self.curation.curriculum.order
+        return {"ranking": digest_of_order(self.curation.order), "order": digest_of_order(order)}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the rows of the current epoch, shuffled by seed and epoch."""

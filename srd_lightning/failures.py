@@ -15,8 +15,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from srd_lightning.errors import NonFiniteError
-from srd_lightning.team import Team
+from srd_lightning.checkpoint import exit_code_at_sigterm
+from srd_lightning.errors import NonFiniteError, RankError
+from srd_lightning.team import Team, tell_failure
 
 MEMORY_HINT = """
 This may help, the first ones at no cost in what is computed:
@@ -66,8 +67,8 @@ def check_finite(
 
     rows = [row for found in Team().from_all(rows_of_batch) for row in found]
     reasons = [found for found in Team().from_all(reason) if found is not None]
-    advice = "look at these rows, or resume from the last checkpoint with a lower learning rate, gradient_clip_val or "
-    advice = reasons[0] if reasons else f"{advice}another precision"
+    advice = "look at these rows, resume from the last checkpoint with a lower gradient_clip_val or another precision, or "
+    advice = reasons[0] if reasons else f"{advice}begin anew with a lower learning rate"
     raise NonFiniteError(
         f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
         f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: {advice}"
@@ -83,7 +84,11 @@ class Failures(Callback):
         if lacks_memory(exception) and MEMORY_HINT not in message:
             arguments: Any = (message + MEMORY_HINT,)
             exception.args = arguments
+        if isinstance(exception, SIGTERMException) and not exception.code:  # raised by Lightning: nothing is saved
+            exception.code = exit_code_at_sigterm(trainer)
         if trainer.world_size > 1 and not isinstance(exception, ON_ALL_PROCESSES):
+            if (reason := tell_failure(exception)) is not None:
+                exception.__cause__ = RankError(reason)
             for callback in trainer.checkpoint_callbacks:  # to save, this process would wait for the others
                 if isinstance(callback, ModelCheckpoint):
                     callback.save_on_exception = False

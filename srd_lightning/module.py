@@ -30,6 +30,7 @@ from srd_lightning.objective import CHUNK
 from srd_lightning.pair import StudentAndTeacher, TeacherCaching
 from srd_lightning.placement import TeacherPlacement, data_parallel_mesh
 from srd_lightning.planning import stage_steps, staged_schedule
+from srd_lightning.resume_check import check_optimizer
 from srd_lightning.resume import RunSeed
 from srd_lightning.rouge import rouge_l
 from srd_lightning.step import Step
@@ -173,6 +174,10 @@ class KDLightningModule(StudentAndTeacher):
         compatibility.check_run(self, trainer)
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
             check_monitors(trainer, self._has_teacher)
+        if trainer.state.fn == TrainerFn.FITTING and (
+            type(self).configure_optimizers is KDLightningModule.configure_optimizers
+        ):
+            check_optimizer(trainer, self.optimizer)
         self.check_models(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self.teacher_cache != "none":
             self.check_cache(trainer)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from itertools import accumulate
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from srd_lightning.curriculum import Curriculum
+from srd_lightning.curriculum import Curriculum, value_at
+from srd_lightning.errors import SettingError
 
 
 def find_curriculum(trainer: Trainer) -> Curriculum | None:
@@ -36,11 +38,11 @@ def stage_steps(trainer: Trainer) -> list[int]:
         One number per stage that the run reaches; a single one without a curriculum.
 
     Raises:
-        ValueError: The run has no end to plan for.
+        SettingError: The run has no end to plan for.
     """
     endless = trainer.max_epochs in (None, -1)
     if endless and trainer.max_steps < 0:
-        raise ValueError(
+        raise SettingError(
             "a learning-rate schedule needs the length of the run: set the trainer's max_epochs or max_steps"
         )
     curriculum = find_curriculum(trainer)
@@ -58,12 +60,24 @@ def stage_steps(trainer: Trainer) -> list[int]:
     return [count for count in steps.values() if count]
 
 
+def accumulation_of(trainer: Trainer) -> dict[int, int]:
+    """Return how many batches make a step, by first epoch.
+
+    Args:
+        trainer: With or without a `GradientAccumulationScheduler`.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return {int(epoch): batches for epoch, batches in sorted(callback.scheduling.items())}
+    return {0: trainer.accumulate_grad_batches}
+
+
 def _epoch_steps(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
     world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
     batches = curriculum.epoch_steps(epoch, _batch_size(trainer), world_size)
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return math.ceil(batches / trainer.accumulate_grad_batches)
+    return math.ceil(batches / value_at(accumulation_of(trainer), epoch))
 
 
 def _batch_size(trainer: Trainer) -> int:
@@ -73,7 +87,7 @@ def _batch_size(trainer: Trainer) -> int:
     trainer.fit_loop.setup_data()
     batch_size = getattr(trainer.train_dataloader, "batch_size", None)
     if batch_size is None:
-        raise ValueError("cannot plan the steps: the training loader has no batch_size; give the data module one")
+        raise SettingError("cannot plan the steps: the training loader has no batch_size; give the data module one")
     return int(batch_size)
 
 

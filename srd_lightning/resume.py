@@ -111,64 +111,6 @@ class RunSeed:
         self._loaded = checkpoint.get("run_seed")
 
 
-def order_digest(ids: pa.Array, lengths: Lengths, order: Tensor) -> str:
-    """Return a digest of rows in their order.
-
-    Args:
-        ids: Of the rows, ``[N]``.
-        lengths: Of the rows, in tokens, ``[N]``.
-        order: Row numbers, ``[N]``.
-
-    Example:
-        >>> import numpy as np
-        >>> order_digest(pa.array(["a", "b"]), np.array([3, 4], np.int32), torch.tensor([1, 0]))
-        '53d0407fa6ccb945'
-    """
-    digest = hashlib.sha256()
-    for first in range(0, len(order), PIECE):
-        piece = order[first : first + PIECE].numpy()
-        digest.update(repr(ids.take(pa.array(piece)).to_pylist()).encode())
-        digest.update(lengths[piece].tobytes())
-    return digest.hexdigest()[:16]
-
-
-ADVICE = {
-    "order": "the rows, what is made of them, or their scores are others: use the same data, template, tokenizer, "
-    "lengths, criteria and `scores`",
-    "schedule": "set `schedule` as it was",
-    "seed": "set `seed` as it was",
-    "group_by_length": "set `group_by_length` as it was",
-    "global_batch": "rows of a batch, of all processes: set `batch_size` so that it is as it was",
-}
-"""What decides which rows come when, and what to do where it differs."""
-
-
-def check_same_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on where the rows still to come would be others than in the run that was interrupted.
-
-    Args:
-        saved: Parts by name, from the checkpoint; one that older checkpoints lack is not looked at.
-        now: The same of this run.
-
-    Raises:
-        ValueError: Some parts differ; names each with both values and what to do.
-
-    Example:
-        >>> check_same_rows({"seed": 0, "global_batch": 16}, {"seed": 1, "global_batch": 16})
-        Traceback (most recent call last):
-        ValueError: this run would not see the rows that the one in the checkpoint still had to see:
-        - seed was 0 and is 1 (set `seed` as it was)
-        To train on other rows from the same weights, begin a new run with them, without ckpt_path
-    """
-    different = [part for part in now if part in saved and saved[part] != now[part]]
-    if different:
-        parts = "\n".join(f"- {part} was {saved[part]!r} and is {now[part]!r} ({ADVICE[part]})" for part in different)
-        raise ValueError(
-            "this run would not see the rows that the one in the checkpoint still had to see:\n"
-            f"{parts}\nTo train on other rows from the same weights, begin a new run with them, without ckpt_path"
-        )
-
-
 def repair_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Let a run that was saved at the end of an epoch go on with what was left of it, and then with the next one.
 

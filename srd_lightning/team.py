@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -84,7 +86,52 @@ class Team:
                 time.sleep(POLL)
             dist.barrier()
         if self.rank == 0:
-            shutil.rmtree(signs.folder)
+            shutil.rmtree(signs.folder, ignore_errors=True)  # on NFS others may still hold their files
+
+
+PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited", "nccl")
+"""How the back ends of ``torch.distributed`` say that they have lost another rank."""
+ANSWERS_WITHIN = 5
+"""Seconds after which a rank that has not failed as well counts as gone."""
+
+
+def tell_failure(error: BaseException) -> str | None:
+    """Let the other ranks know why this one fails; return which rank is to blame where it is another one.
+
+    What is said stands in the store of the process group, which works when its collectives no longer do.
+
+    Args:
+        error: That ends this rank.
+
+    Returns:
+        Nothing where the error is this rank's own.
+    """
+    team, words = Team(), str(error).lower()
+    lost = isinstance(error, RuntimeError) and any(sign in words for sign in PEER_IS_GONE)
+    if team.size == 1:
+        return None
+    keys = [f"srd_lightning/failed/{rank}" for rank in range(team.size)]
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set(keys[team.rank], "" if lost else _reason(team.rank, error))
+        if not lost:
+            return None
+        with contextlib.suppress(RuntimeError):  # they have not all said something in time
+            store.wait(keys, datetime.timedelta(seconds=ANSWERS_WITHIN))
+        said = {rank: store.get(key).decode() for rank, key in enumerate(keys) if store.check([key])}
+    except RuntimeError:  # the rank that has the store is gone
+        return _gone([0]) if lost else None
+    reasons = [reason for reason in said.values() if reason]
+    silent = [rank for rank in range(team.size) if rank not in said]
+    return reasons[0] if reasons else _gone(silent) if silent else None
+
+
+def _gone(ranks: Sequence[int]) -> str:
+    names = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+    return (
+        f"{names} gone: killed, perhaps for want of memory, or cut off from the others; its own output may say more, "
+        "and the run goes on from its last checkpoint with ckpt_path=last"
+    )
 
 
 class Signs:
@@ -144,5 +191,5 @@ def _results(outcomes: list[Any], own_error: Exception | None) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
-def _reason(rank: int, error: Exception) -> str:
+def _reason(rank: int, error: BaseException) -> str:
     return f"process {rank} failed: {type(error).__name__}: {error}"

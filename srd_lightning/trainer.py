@@ -17,6 +17,12 @@ from srd_lightning.preflight import Preflight
 class SRDTrainer(Trainer):
     """Lightning's Trainer that can also curate."""
 
+    def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
+        """Train; a checkpoint that is named by its path is known from now on, so that what differs from it shows early."""
+        if ckpt_path not in (None, "best", "last", "hpc", "registry"):
+            self.ckpt_path, ckpt_path = ckpt_path, None
+        super().fit(*args, ckpt_path=ckpt_path, **kwargs)
+
     def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
         """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""
         self._only_set_up(_Bystander(model), datamodule)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from srd_lightning.checkpoint import put_in_place
+from srd_lightning.checkpoint_files import older_of, put_in_place
 from srd_lightning.errors import SettingError, StorageError
 
 CONTENTS = "srd_export.json"
@@ -40,7 +40,7 @@ def check(folder: Path, needed: Iterable[tuple[str, Path]]) -> None:
             f"HuggingFaceExport replaces its dirpath as a whole, which {folder}, the root of a disk, does not allow; "
             f"give it a folder in there, such as {folder / 'student'}"
         )
-    for path in (folder, _older(folder)):
+    for path in (folder, older_of(folder)):
         if path.exists() and not path.is_dir():
             raise StorageError(f"HuggingFaceExport needs a folder, but {path} is a file; name another dirpath")
         if found := sorted(itertools.islice(_strangers(path), 3)):
@@ -73,7 +73,7 @@ def write_beside(parent: Path, name: str, student: Any, tokenizer: Any) -> Path:
 def clear_away(folder: Path) -> None:
     """Remove what a run left that was killed while it replaced the folder; an older export gets its name back."""
     shutil.rmtree(_temporary(folder), ignore_errors=True)
-    if (older := _older(folder)).is_dir():
+    if (older := older_of(folder)).is_dir():
         if folder.exists():
             shutil.rmtree(older)
         else:
@@ -100,8 +100,3 @@ def _strangers(folder: Path) -> Iterator[str]:
 
 def _temporary(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
-
-
-def _older(folder: Path) -> Path:
-    """Return the name that `put_in_place` gives to what is there before."""
-    return folder.with_name(f"{folder.stem}-older{folder.suffix}")
