@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -22,23 +21,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srd_lightning.checkpoint_files import check_intact, checksums_of_rank, finish, is_complete, naming_the_disk
 from srd_lightning.errors import ResumeError, SettingError
+from srd_lightning.failures import TERMINATED, children_of
 from srd_lightning.resume import repair_progress
 from srd_lightning.run_folder import RunLock, clean, put_aside
 from srd_lightning.team import Team
 from srd_lightning.writable import check_folder
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a process that SIGTERM has ended: the run is not over."""
-
-
-def exit_code_at_sigterm(trainer: Trainer) -> int:
-    """Return 143, but 0 for what Lightning's own launcher has started: it takes an error there for a failure.
-
-    Args:
-        trainer: Of the run that ends.
-    """
-    launched = isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0  # type: ignore[attr-defined]
-    return 0 if launched else TERMINATED
 
 
 class ResumeCheckpoint(ModelCheckpoint):
@@ -89,7 +76,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         """What ``ckpt_path="last"`` has found."""
 
     def preflight(self, trainer: Trainer) -> None:
-        """Refuse what writes behind the back of this callback, a folder to which another run saves, and what is damaged.
+        """Refuse a plug-in that writes unseen, a folder to which another run saves, and a damaged checkpoint.
 
         Raises:
             SettingError: Checkpoints are written by a plug-in that does not tell when one is complete.
@@ -111,22 +98,20 @@ class ResumeCheckpoint(ModelCheckpoint):
             Team().from_first(lambda: check_intact(resumes_from))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the folder for this run, and put aside what an earlier one has left in it, where this one begins anew."""
+        """Take the folder for this run, and clear away what a run that was killed has left half-written."""
         self.preflight(trainer)
         folder = self._folder(trainer)
         self.dirpath = str(folder)
         self._stepped, self._terminated = True, False
         if stage == "fit":
-            Team().from_first(lambda: self._take(folder, anew=self.resumes_from is None and trainer.ckpt_path is None))
+            Team().from_first(lambda: self._take(folder))
         super().setup(trainer, pl_module, stage)
 
-    def _take(self, folder: Path, anew: bool) -> None:
+    def _take(self, folder: Path) -> None:
         lock = RunLock(folder)
         lock.acquire()
         self._lock = lock
         clean(folder, self.FILE_EXTENSION)
-        if anew:
-            put_aside(folder, self.FILE_EXTENSION)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let other runs have the folder."""
@@ -143,9 +128,8 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Return the newest complete checkpoint; Lightning asks for it where ``ckpt_path`` is ``last``."""
-        there = sorted(
-            self._folder(trainer).glob(f"*{self.FILE_EXTENSION}"), key=lambda path: path.stat().st_mtime_ns, reverse=True
-        )
+        there = list(self._folder(trainer).glob(f"*{self.FILE_EXTENSION}"))
+        there.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         newest = next(filter(is_complete, there), None)
         cut = [str(path) for path in there[: len(there) if newest is None else there.index(newest)]]
         if cut and newest is None:
@@ -183,7 +167,9 @@ class ResumeCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("no partial checkpoints")
         with _straight_to_disk(trainer.strategy), naming_the_disk(path):
             trainer.save_checkpoint(temporary, self.save_weights_only)
-            Team().from_first(functools.partial()
+            team = Team()
+            checksums = team.from_all(lambda: checksums_of_rank(temporary, team.rank))
+            team.from_first(functools.partial(finish, temporary, path, checksums))
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -195,7 +181,7 @@ class ResumeCheckpoint(ModelCheckpoint):
             self._former_handler = signal.signal(signal.SIGTERM, self._note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of SIGTERM also where nothing is checked before; see that all processes go on from the same step.
+        """Take note of SIGTERM; see that all ranks begin with the same step; put aside what an earlier run has left.
 
         Raises:
             ResumeError: They do not.
@@ -206,6 +192,8 @@ class ResumeCheckpoint(ModelCheckpoint):
                 f"the ranks would go on after steps {', '.join(map(str, steps))}: they do not all see the same "
                 f"checkpoints in {self.dirpath}; use a folder that all see, and wait until its files have come"
             )
+        if trainer.global_step == 0 and trainer.ckpt_path is None:
+            Team().from_first(lambda: put_aside(self._folder(trainer), self.FILE_EXTENSION))
         super().on_train_start(trainer, pl_module)
         self.on_sanity_check_start(trainer, pl_module)
 
@@ -245,7 +233,10 @@ class ResumeCheckpoint(ModelCheckpoint):
             f"SIGTERM: saved after step {trainer.global_step} as {self._last_checkpoint_saved}; the run goes on with "
             'ckpt_path="last"'
         )
-        raise SIGTERMException(exit_code_at_sigterm(trainer))
+        if trainer.is_global_zero:
+            children_of(trainer)
+        trainer.strategy.barrier("saved after SIGTERM")
+        raise SIGTERMException(TERMINATED)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give SIGTERM back."""

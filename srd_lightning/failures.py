@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from srd_lightning.checkpoint import exit_code_at_sigterm
 from srd_lightning.errors import NonFiniteError, RankError
 from srd_lightning.team import Team, tell_failure
 
@@ -30,6 +30,8 @@ This may help, the first ones at no cost in what is computed:
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a process that SIGTERM has ended: the run is not over."""
 ON_ALL_PROCESSES = (NonFiniteError, SIGTERMException, KeyboardInterrupt)
 """Exceptions that come to all processes at the same place."""
 SECONDS_TO_SPEAK = 2
@@ -67,8 +69,8 @@ def check_finite(
 
     rows = [row for found in Team().from_all(rows_of_batch) for row in found]
     reasons = [found for found in Team().from_all(reason) if found is not None]
-    advice = "look at these rows, resume from the last checkpoint with a lower gradient_clip_val or another precision, or "
-    advice = reasons[0] if reasons else f"{advice}begin anew with a lower learning rate"
+    advice = "look at these rows, resume from the last checkpoint with a lower gradient_clip_val or another precision, "
+    advice = reasons[0] if reasons else f"{advice}or begin anew with a lower learning rate"
     raise NonFiniteError(
         f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
         f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: {advice}"
@@ -85,16 +87,35 @@ class Failures(Callback):
             arguments: Any = (message + MEMORY_HINT,)
             exception.args = arguments
         if isinstance(exception, SIGTERMException) and not exception.code:  # raised by Lightning: nothing is saved
-            exception.code = exit_code_at_sigterm(trainer)
+            exception.code = TERMINATED
+            children_of(trainer)
         if trainer.world_size > 1 and not isinstance(exception, ON_ALL_PROCESSES):
+            children = children_of(trainer)
             if (reason := tell_failure(exception)) is not None:
                 exception.__cause__ = RankError(reason)
             for callback in trainer.checkpoint_callbacks:  # to save, this process would wait for the others
                 if isinstance(callback, ModelCheckpoint):
                     callback.save_on_exception = False
-            if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
+            if children:
                 time.sleep(SECONDS_TO_SPEAK)  # perhaps it was another process that failed, and has something to say
-                launcher.kill(signal.SIGKILL)
+            for child in children:
+                child.kill()
+
+
+def children_of(trainer: Trainer) -> list[subprocess.Popen[Any]]:
+    """Return the ranks that Lightning's launcher has started here, and let it forget them.
+
+    It kills this rank as soon as one of them has ended with an error, though this one has something to say or to save.
+
+    Args:
+        trainer: Whose run ends.
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return []
+    children = list(launcher.procs)
+    launcher.procs.clear()
+    return children
 
 
 def lacks_memory(exception: BaseException) -> bool:

@@ -30,8 +30,8 @@ from srd_lightning.objective import CHUNK
 from srd_lightning.pair import StudentAndTeacher, TeacherCaching
 from srd_lightning.placement import TeacherPlacement, data_parallel_mesh
 from srd_lightning.planning import stage_steps, staged_schedule
-from srd_lightning.resume_check import check_optimizer
 from srd_lightning.resume import RunSeed
+from srd_lightning.resume_check import check_optimizer
 from srd_lightning.rouge import rouge_l
 from srd_lightning.step import Step
 from srd_lightning.token_mean import TokenMean

@@ -8,13 +8,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import pyarrow as pa
 import torch
 from lightning import Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from srd_lightning.sampling import PIECE, Lengths, Shuffled
+from srd_lightning.sampling import Shuffled
 from srd_lightning.team import Team
 
 

@@ -11,8 +11,8 @@ the optimizer                before anything is read
 ===========================  ======================================================================
 
 Lightning reads a checkpoint after all of that. So it is found here (`checkpoint_to_resume`): it is the one that
-``ckpt_path="last"`` has found, or that ``trainer.ckpt_path`` names, as the command line sets it. A path that is only given to
-``Trainer.fit`` is known to Lightning alone: it is checked when that reads it, after curation.
+``ckpt_path="last"`` has found, or that ``trainer.ckpt_path`` names, as the command line sets it. A path that is only
+given to ``Trainer.fit`` is known to Lightning alone: it is checked when that reads it, after curation.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ ADVICE = {
     "group_by_length": "set `group_by_length` as it was",
     "global_batch": "rows of a batch, of all ranks: set `batch_size` so that it is as it was",
     "accumulate_grad_batches": "set `trainer.accumulate_grad_batches` as it was",
-    "rows": "other training rows, or in another order: use the same `data`",
-    "tokens": "the same rows, tokenised otherwise: use the same `template`, `tokenizer`, `max_length` and "
-    "`max_prompt_length`",
-    "ranking": "other scores, or ranked otherwise: use the same `scores`, `criteria`, `ties` and student",
-    "order": "the same ranking, arranged otherwise: use the same `arrangement`",
+    "rows": "or in another order of the file: use the same `data`",
+    "tokens": "of the same rows: use the same `template`, `tokenizer`, `max_length` and `max_prompt_length`",
+    "ranking": "of the same rows: use the same `scores`, `criteria`, `ties` and student",
+    "order": "of the same ranking: use the same `arrangement`",
 }
 """What decides which rows come when, and what to do where it differs."""
-EVOLVES = {"params", "lr", "initial_lr"}
-"""Of a group of parameters of an optimizer: what is no setting, or is compared by itself."""
+DIGESTS = {"rows", "tokens", "ranking", "order"}
+"""Parts of which only digests are known."""
+NOT_COMPARED = {"params", "lr", "fused", "foreach", "capturable"}
+"""Of a group of parameters: what is no setting of the training; ``lr`` is compared as it was at the beginning."""
 
 
 def checkpoint_to_resume(trainer: Trainer) -> Path | None:
@@ -109,7 +110,7 @@ def digest_of_rows(ids: pa.Array) -> str:
 
     Example:
         >>> digest_of_rows(pa.array(["a", "b"]))
-        '0473ef2dc0d324ab'
+        '911169ddaaf146af'
     """
     digest = hashlib.sha256()
     for first in range(0, len(ids), PIECE):
@@ -155,17 +156,23 @@ def check_same_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Example:
         >>> check_same_rows({"seed": 0, "global_batch": 16}, {"seed": 1, "global_batch": 16})
         Traceback (most recent call last):
-        srd_lightning.errors.ResumeError: this run would not see the rows that the one in the checkpoint still had to see:
+        srd_lightning.errors.ResumeError: this run would not see the rows that the one in the checkpoint had to see:
         - seed was 0 and is 1 (set `seed` as it was)
         To train on other rows from the same weights, begin a new run with them, without ckpt_path
     """
     different = [part for part in now if part in saved and saved[part] != now[part]]
+    if different[:-1] and different[-1] == "order":  # which follows from the others
+        different.pop()
     if different:
-        parts = "\n".join(f"- {part} was {saved[part]!r} and is {now[part]!r} ({ADVICE[part]})" for part in different)
+        parts = "\n".join(f"- {_what_differs(part, saved[part], now[part])} ({ADVICE[part]})" for part in different)
         raise ResumeError(
-            "this run would not see the rows that the one in the checkpoint still had to see:\n"
+            "this run would not see the rows that the one in the checkpoint had to see:\n"
             f"{parts}\nTo train on other rows from the same weights, begin a new run with them, without ckpt_path"
         )
+
+
+def _what_differs(part: str, was: object, now: object) -> str:
+    return f"other {part}" if part in DIGESTS else f"{part} was {was!r} and is {now!r}"
 
 
 def check_same_optimizer(saved: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
@@ -187,7 +194,7 @@ def check_same_optimizer(saved: Sequence[Mapping[str, Any]], now: Sequence[Mappi
             f"the checkpoint was saved by another optimizer: settings {names} are of one of the two only; set "
             "`optimizer` as it was, or begin a new run, without ckpt_path"
         )
-    changed = [name for name in was if name not in EVOLVES - {"initial_lr"} and was[name] != new[name]]
+    changed = [name for name in was if name not in NOT_COMPARED and was[name] != new[name]]
     if changed:
         values = ", ".join(f"{name.removeprefix('initial_')} {was[name]!r} and not {new[name]!r}" for name in changed)
         rank_zero_warn(
@@ -204,7 +211,7 @@ def check_optimizer(trainer: Trainer, make: Callable[[list[nn.Parameter]], Optim
     """
     states = (outline_to_resume(trainer) or {}).get("optimizer_states")
     if states:
-        example = make([nn.Parameter(torch.zeros(1))])
+        example = make([nn.Parameter(torch.zeros(2, 2))])
         check_same_optimizer(states[0]["param_groups"], example.state_dict()["param_groups"])
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import filelock
 from lightning.pytorch.utilities import rank_zero_info
 
-from srd_lightning.checkpoint_files import older_of, remove
+from srd_lightning.checkpoint_files import is_complete, older_of, remove
 from srd_lightning.errors import StorageError
 
-LOCK = ".run.lock"
+PATIENCE = 10.0
+"""Seconds in which the processes of a run that was killed let go of its folder."""
 
 
 class RunLock:
@@ -19,23 +20,11 @@ class RunLock:
 
     Args:
         folder: Made if it does not exist.
-
-    Example:
-        >>> folder = getfixture("tmp_path")
-        >>> lock = RunLock(folder)
-        >>> lock.acquire()
-        >>> try:
-        ...     RunLock(folder).check()
-        ... except StorageError as error:
-        ...     print("another run" in str(error))
-        True
-        >>> lock.release()
-        >>> RunLock(folder).check()
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = filelock.FileLock(folder / LOCK)
+        self._lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
 
     def acquire(self) -> None:
         """Take the folder.
@@ -45,7 +34,7 @@ class RunLock:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=PATIENCE)
         except filelock.Timeout as error:
             raise StorageError(
                 f"another run saves to {self.folder}; wait until it has ended, or give this one another folder "
@@ -75,7 +64,7 @@ def put_aside(folder: Path, extension: str) -> None:
         folder: In which a run begins anew.
         extension: Of checkpoints, such as ``.ckpt``.
     """
-    earlier = sorted(folder.glob(f"*{extension}"))
+    earlier = sorted(filter(is_complete, folder.glob(f"*{extension}")))
     if not earlier:
         return
     newest = max(path.stat().st_mtime for path in earlier)

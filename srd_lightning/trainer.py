@@ -18,10 +18,15 @@ class SRDTrainer(Trainer):
     """Lightning's Trainer that can also curate."""
 
     def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
-        """Train; a checkpoint that is named by its path is known from now on, so that what differs from it shows early."""
-        if ckpt_path not in (None, "best", "last", "hpc", "registry"):
-            self.ckpt_path, ckpt_path = ckpt_path, None
-        super().fit(*args, ckpt_path=ckpt_path, **kwargs)
+        """Train; the path of a checkpoint is known from now on, so that what differs from it shows early."""
+        if ckpt_path in (None, "best", "last", "hpc", "registry"):
+            super().fit(*args, **kwargs, ckpt_path=ckpt_path)  # type: ignore[misc]
+            return
+        self.ckpt_path = ckpt_path
+        try:
+            super().fit(*args, **kwargs)
+        finally:
+            self.ckpt_path = None  # or what comes after would begin with it as well
 
     def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
         """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""

@@ -17,12 +17,14 @@ from conftest import QUIET, make_rows, tiny_model
 from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import ByT5Tokenizer
 
 from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, cli
-from srd_lightning.checkpoint import is_complete, put_in_place
+from srd_lightning.arrangement import HardToEasy
+from srd_lightning.checkpoint_files import is_complete, put_in_place
 from srd_lightning.consolidate import main as consolidate
-from srd_lightning.resume import ResumableLoader, batch_seed, order_digest, repair_progress
+from srd_lightning.resume import ResumableLoader, batch_seed, repair_progress
 from srd_lightning.sampling import LengthGrouped, Shuffled
 
 sys.path.insert(0, str(Path(__file__).parent / "projects"))
@@ -182,7 +184,7 @@ def test_a_run_of_someone_else_goes_on_from_any_moment(options, tmp_path):
 def test_lightning_alone_still_leaves_out_batches(moment, options, steps, tmp_path, monkeypatch):
     """When this fails, Lightning has changed, and `repair_progress` may no longer be needed, or no longer be right."""
     whole, _, _ = grow(tmp_path, **options)
-    monkeypatch.setattr("srd_lightning.callbacks.repair_progress", lambda *_: None)
+    monkeypatch.setattr("srd_lightning.callbacks.curriculum_check.repair_progress", lambda *_: None)
     assert grow(None, whole.saved[moment], **options)[2].global_step == steps
 
 
@@ -219,7 +221,8 @@ class TestRowsStillToCome:
             ({"group_by_length": False}, "group_by_length was True and is False"),
             ({"batch_size": 4}, "global_batch was 6 and is 4"),
             ({"schedule": {0: 0.5, 3: 0.75}}, "schedule was {0: 0.25, 1: 0.5, 3: 0.75} and is {0: 0.5, 3: 0.75}"),
-            ({"ties": "order"}, "order was '[0-9a-f]{16}' and is '[0-9a-f]{16}' .*`scores`"),
+            ({"ties": "order"}, r"- other ranking \(of the same rows: use the same `scores`.*`ties`"),
+            ({"arrangement": HardToEasy()}, r"arrangement was 'EasyToHard\(\)' and is 'HardToEasy\(\)'"),
         ],
     )
     def test_that_would_be_others_are_refused(self, checkpoint, changed, said, tmp_path):
@@ -240,20 +243,6 @@ class TestRowsStillToCome:
         torch.save(older, tmp_path / "older.ckpt")
         run = project.main(folder_of(tmp_path / "run"), ckpt_path=str(tmp_path / "older.ckpt"), data={"seed": 3})
         assert run.global_step == 8
-
-    def test_a_digest_sees_ids_lengths_and_order(self):
-        import pyarrow as pa
-
-        parts = pa.array(["a", "b", "c"]), np.array([1, 2, 3], np.int32), torch.tensor([2, 0, 1])
-        others = [
-            (pa.array(["a", "b", "d"]), *parts[1:]),
-            (parts[0], np.array([1, 2, 4], np.int32), parts[2]),
-            (*parts[:2], torch.tensor([2, 1, 0])),
-        ]
-        assert len({order_digest(*given) for given in (parts, *others)}) == 4
-        assert order_digest(*parts) == order_digest(
-            pa.array(["c", "a", "b"]), np.array([3, 1, 2], np.int32), torch.arange(3)
-        )
 
 
 def folder_of(path):
@@ -318,7 +307,7 @@ class TestResumeCheckpoint:
             project.main(str(tmp_path))
 
     def test_processes_that_would_not_go_on_together(self, tmp_path, monkeypatch):
-        together = SimpleNamespace(from_all=lambda work: [work(), 7])
+        together = SimpleNamespace(from_all=lambda work: [work(), 7], from_first=lambda work: work())
         monkeypatch.setattr("srd_lightning.checkpoint.Team", lambda: together)
         with pytest.raises(ValueError, match="would go on after steps 0, 7: they do not all see the same checkpoints"):
             project.main(folder_of(tmp_path / "run"))
@@ -343,6 +332,7 @@ class TestResumeCheckpoint:
 
     def test_what_does_not_tell_when_it_is_done(self):
         trainer = L.Trainer(**{**QUIET, "enable_checkpointing": True}, plugins=[AsyncCheckpointIO()])
+        trainer.state.fn = TrainerFn.FITTING
         with pytest.raises(ValueError, match="AsyncCheckpointIO does not tell"):
             ResumeCheckpoint().setup(trainer, BoringModel(), "fit")
 
