@@ -67,7 +67,7 @@ def _check_file(path: Path, modified: int, size: int) -> None:
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()
     if damaged is not None:
-        raise _damaged(path, damaged)
+        raise _damaged(path, damaged.partition("/")[2])
 
 
 def _check_sharded(folder: Path) -> None:

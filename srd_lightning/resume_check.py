@@ -188,8 +188,8 @@ def check_same_optimizer(saved: Sequence[Mapping[str, Any]], now: Sequence[Mappi
     was, new = dict(saved[0]), dict(now[0])
     was.setdefault("initial_lr", was["lr"])  # which a schedule changes
     new["initial_lr"] = new["lr"]
-    if was.keys() != new.keys():
-        names = ", ".join(sorted(was.keys() ^ new.keys()))
+    if different := sorted((was.keys() ^ new.keys()) - NOT_COMPARED):
+        names = ", ".join(different)
         raise ResumeError(
             f"the checkpoint was saved by another optimizer: settings {names} are of one of the two only; set "
             "`optimizer` as it was, or begin a new run, without ckpt_path"

@@ -122,7 +122,7 @@ FAULTS = [
     resumed(
         "damaged",
         "`--ckpt_path last` where a byte of the checkpoint has changed",
-        f"ckpt_path: {{folder}}/{CHECKPOINT} is damaged: epoch=0-step=2.ckpt/data/2 in it is not what was written; give "
+        f"ckpt_path: {{folder}}/{CHECKPOINT} is damaged: data/15 in it is not what was written; give "
         "another checkpoint, or a copy of it",
         prepare=damaged,
     ),
@@ -150,7 +150,7 @@ FAULTS = [
     resumed(
         "rows_as_checkpoint",
         "`--ckpt_path` with a file of rows",
-        "ckpt_path: rows.jsonl (38 bytes) is no checkpoint, or was cut off while it was written or copied; give another "
+        "ckpt_path: rows.jsonl (43 bytes) is no checkpoint, or was cut off while it was written or copied; give another "
         "one",
         prepare=None,
         files={"rows.jsonl": ROWS[:1]},
