@@ -9,7 +9,7 @@ quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes
 	$(BIN)/python -m srd_lightning.quickstart
 
 test: $(VENV)/.dev  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadgroup --durations 25
 
 check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 	$(BIN)/ruff check .

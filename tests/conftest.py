@@ -83,7 +83,10 @@ def forks():
             STARTED.append(
                 subprocess.Popen(
                     [sys.executable, TESTS / "forked.py", str(listener.fileno())],
-                    env=surroundings(JE_ARROW_MALLOC_CONF="background_thread:false"),  # pyarrow's only thread
+                    env=surroundings(
+                        JE_ARROW_MALLOC_CONF="background_thread:false",  # pyarrow's only thread
+                        PYTORCH_NVML_BASED_CUDA_CHECK="1",  # a parent that forks does not touch the GPU
+                    ),
                     stdin=subprocess.PIPE,  # whose end is the other one's end
                     stdout=said,
                     stderr=said,
@@ -134,18 +137,19 @@ def run_project(name, *arguments, ranks=1, code=0, timeout=HANGS, **environment)
     return done
 
 
-def run_cli(args, cwd, env=None):
-    """Run the command line, `srd_lightning.cli.main`, in a forked process.
+def run_cli(args, cwd, env=None, ranks=1):
+    """Run the command line, `srd_lightning.cli.main`, in forked processes.
 
     Args:
         args: Arguments, subcommand first.
         cwd: Folder to run in.
         env: Variables on top of those of the tests.
+        ranks: Number of processes.
 
     Returns:
         The exit code (-9 if it was killed so), and what was written to stdout and stderr.
     """
-    running = of_program(TESTS.parent / "cli.py", *args, **(env or {}))
+    running = of_project("srd", *args, ranks=ranks, **(env or {}))
     done = subprocess.run(**running, cwd=cwd, capture_output=True, timeout=HANGS, check=False)
     return done.returncode, done.stdout, done.stderr
 

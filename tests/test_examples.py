@@ -1,21 +1,21 @@
 """The examples, run as their readers would."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_model
+from conftest import HANGS, of_program, tiny_model
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule
 from srd_lightning.store import ScoreStore
+
+pytestmark = pytest.mark.xdist_group("examples")
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = {"max_length": 230, "max_prompt_length": 200}
@@ -57,11 +57,17 @@ def home(tmp_path_factory):
 def score(home, output, *options, killed_at=0):
     """Run the example; return the process and the rows of each call of vLLM by all runs for this output."""
     calls = home / f"{output}.calls"
-    command = [sys.executable, str(ROOT / "examples" / "scores_from_vllm.py"), *OPTIONS, "--rows-per-part=10"]
-    command += ["--model=student", "--data=train.jsonl", f"--output={output}", *options]
-    modules = os.pathsep.join([str(home / "modules"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": modules, "VLLM_CALLS": str(calls), "VLLM_KILLED_AT": str(killed_at)}
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    arguments = [
+        *OPTIONS,
+        "--rows-per-part=10",
+        "--model=student",
+        "--data=train.jsonl",
+        f"--output={output}",
+        *options,
+    ]
+    environment = {"PYTHONPATH": str(home / "modules"), "VLLM_CALLS": str(calls), "VLLM_KILLED_AT": str(killed_at)}
+    running = of_program(ROOT / "examples" / "scores_from_vllm.py", *arguments, **environment)
+    done = subprocess.run(**running, cwd=home, capture_output=True, timeout=HANGS, check=False)
     return done, [int(line) for line in calls.read_text().split()] if calls.exists() else []
 
 
@@ -147,7 +153,6 @@ def test_what_cannot_be_trained_on_is_refused(home):
         assert calls == []
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(home, scored):
     done, calls = score(home, "killed.parquet", killed_at=4)
     assert done.returncode == -signal.SIGKILL

@@ -14,6 +14,8 @@ from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, SRDDataModule
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 def run(folder, devices, strategy, what, rank, launched=False):
     """Return what all processes wrote; all have ended, or this fails. Lightning has started the second, or we did."""

@@ -59,7 +59,6 @@ def alone(tmp_path_factory):
     return remembered(train, tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "settings", "model"),
     [
@@ -101,7 +100,6 @@ def by(kind, value, seen):
     return {line[kind]: line[value] for line in seen if kind in line}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("fsdp2", WORLD)])
 def test_a_run_that_is_killed_goes_on(strategy, devices, tmp_path):
     """Bit by bit where a run that begins anew gives the same bits: some sums on a GPU are made in no order."""

@@ -16,6 +16,8 @@ from srd_lightning.soundness import check_weights
 from srd_lightning.trainer import SRDTrainer
 from srd_lightning.vocabulary import check_tokens
 
+pytestmark = pytest.mark.xdist_group("model_checks")
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

@@ -1,7 +1,6 @@
 """What is put on top of a recipe, through the real command line, on two processes."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -10,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import HANGS, run_cli, surroundings
 from safetensors.torch import load_file
 
 from srd_lightning import cli
+
+pytestmark = pytest.mark.xdist_group("processes")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()))
@@ -25,14 +27,20 @@ def arguments(*overlays):
     return ["fit", *(f"--config={CONFIGS / name}.yaml" for name in ("debug", *overlays))]
 
 
-def run(folder, *commands):
-    """Run commands at the same time; return what they wrote."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(folder, *commands):
+    """Run commands at the same time, in interpreters of their own; return what they wrote."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    running = [subprocess.Popen(command, cwd=folder, env=environment, **pipes) for command in commands]
-    said = [process.communicate(timeout=200)[0] for process in running]
+    running = [subprocess.Popen(command, cwd=folder, env=surroundings(), **pipes) for command in commands]
+    said = "".join(process.communicate(timeout=HANGS)[0] for process in running)
     assert [process.returncode for process in running] == [0] * len(commands), said
     return said
+
+
+def run(folder, *arguments, devices=2):
+    """Run the command line; return what it wrote."""
+    code, out, error = run_cli([*arguments, *ON_CPU, f"--trainer.devices={devices}"], folder, ranks=devices)
+    assert code == 0, error
+    return out + error
 
 
 def trained(folder):
@@ -46,7 +54,7 @@ def trained(folder):
 def alone(tmp_path_factory):
     """What one process makes of the same rows per step."""
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, [SRD, *arguments(), *ON_CPU, "--data.batch_size=4"])
+    run(folder, *arguments(), "--data.batch_size=4", devices=1)
     return trained(folder)
 
 
@@ -74,26 +82,25 @@ def holds(values, some):
     return all(holds(values[key], some[key]) for key in some) if isinstance(some, dict) else values == some
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overlays", "tolerance"),
     [(["ddp"], 1e-5), (["fsdp2"], 1e-5), (["fsdp2", "bf16"], 5e-3)],
     ids=["ddp", "fsdp2", "fsdp2-bf16"],
 )
 def test_an_overlay_trains_on_two_processes_as_one_does(overlays, tolerance, alone, tmp_path):
-    (said,) = run(tmp_path, [SRD, *arguments(*overlays), *ON_CPU, "--trainer.devices=2"])
+    if overlays == ["ddp"]:  # once as Lightning starts the second process
+        said = launch(tmp_path, [SRD, *arguments(*overlays), *ON_CPU, "--trainer.devices=2"])
+    else:
+        said = run(tmp_path, *arguments(*overlays))
     assert "2 processes" in said
     check(tmp_path, alone, tolerance)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("command", "says"), [("test", "test_rouge_l"), ("curate", "ranking.parquet")])
 def test_the_other_commands_work_where_weights_are_sharded(command, says, tmp_path):
-    (said,) = run(tmp_path, [SRD, command, *arguments("fsdp2")[1:], *ON_CPU, "--trainer.devices=2"])
-    assert says in said
+    assert says in run(tmp_path, command, *arguments("fsdp2")[1:])
 
 
-@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -101,6 +108,5 @@ def test_two_nodes_train_as_one_process_does(alone, tmp_path):
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     nodes = [[*torchrun, f"--node-rank={rank}", SRD, *arguments("ddp", "multinode"), *ON_CPU] for rank in (0, 1)]
-    said = run(tmp_path, *nodes)
-    assert re.search(r"MEMBER: 2/2", "".join(said))
+    assert re.search(r"MEMBER: 2/2", launch(tmp_path, *nodes))
     check(tmp_path, alone, 1e-5)

@@ -17,6 +17,8 @@ sys.path.insert(0, str(PROJECTS))
 import distil
 import refresh as project
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):

@@ -5,12 +5,17 @@ import signal
 import subprocess
 
 import pytest
+import torch
 from conftest import HANGS, of_launcher, run_project
 
 from srd_lightning.consolidate import main as consolidate
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 LAST_BATCHES = [1, 5, 9, 14]
 """Of the epochs, which have 2, 4, 4 and 5 batches."""
+SAME = 100 * torch.finfo(torch.float32).eps
+"""How far sizes of weights may be apart that other numbers of processes have trained."""
 
 
 def run(folder, runs):
@@ -67,7 +72,6 @@ def whole(tmp_path_factory):
     return of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp1", "fsdp2"])
 def test_a_run_that_is_killed_again_and_again(whole, strategy):
     root, expected = whole(strategy)
@@ -97,7 +101,6 @@ def test_a_run_that_is_killed_again_and_again(whole, strategy):
     assert kept.is_dir() == strategy.startswith("fsdp")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2"])
 def test_a_run_that_is_told_to_end(whole, strategy):
     root, expected = whole(strategy)
@@ -119,7 +122,6 @@ def test_a_run_that_is_told_to_end(whole, strategy):
         assert not any("weights" in entry for run in runs[:-1] for entry in run)
 
 
-@pytest.mark.slow
 def test_the_launcher_waits_for_all_when_the_first_process_is_told_to_end(whole):
     root, expected = whole("ddp")
     (root / "launched").mkdir()
@@ -134,7 +136,6 @@ def test_the_launcher_waits_for_all_when_the_first_process_is_told_to_end(whole)
         assert batches(runs) == [(0, 7), (8, 14)]
 
 
-@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_rows_in_each_step(whole):
     root, (expected,) = whole("auto")
     folder = root / "others"
@@ -149,7 +150,6 @@ def test_another_number_of_processes_goes_on_with_the_same_rows_in_each_step(who
         assert sorted(entry["ids"] + of_kind("batch", also_second)[number]["ids"]) == expected[number]
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_from_a_sharded_checkpoint_that_was_made_one_file(tmp_path):
     settings = {"devices": 2, "strategy": "fsdp2", "dropout": 0.0}
     run(tmp_path / "whole", [{**settings, "saves": {"save_top_k": -1}}])
@@ -159,14 +159,13 @@ def test_one_process_goes_on_from_a_sharded_checkpoint_that_was_made_one_file(tm
     run(tmp_path / "one", [{"dropout": 0.0, "ckpt_path": str(file)}])
     (((*_, expected),), _), (((*batches_of_one, found),),) = seen_by(tmp_path / "whole", 2), seen_by(tmp_path / "one")
     assert list(of_kind("batch", batches_of_one)) == list(range(8, 15))
-    assert found["size"] == pytest.approx(expected["size"], rel=1e-7)
+    assert found["size"] == pytest.approx(expected["size"], rel=SAME)
 
 
-@pytest.mark.slow
 def test_sharded_processes_go_on_from_the_file_of_one(tmp_path):
     run(tmp_path / "whole", [{"dropout": 0.0}])
     sharded = {"devices": 2, "strategy": "fsdp2", "dropout": 0.0}
     run(tmp_path / "both", [{"dropout": 0.0, "stop": {"at": {"step": 3}}}, sharded])
     (((*_, expected),),), ((_, second), _) = seen_by(tmp_path / "whole"), seen_by(tmp_path / "both", 2)
     assert batches([second]) == [(6, 14)]
-    assert second[-1]["size"] == pytest.approx(expected["size"], rel=1e-7)
+    assert second[-1]["size"] == pytest.approx(expected["size"], rel=SAME)

@@ -18,6 +18,8 @@ from srd_lightning.rows import collate
 from srd_lightning.step import Step
 from srd_lightning.team import Team
 
+pytestmark = pytest.mark.xdist_group("step")
+
 ROWS = make_rows(24)
 
 
@@ -30,7 +32,7 @@ class Losses(L.Callback):
 
 
 def train(folder, precision="32-true", student=None, teacher=None, **options):
-    """Train 54 steps; return every loss, the weights, and the last measures."""
+    """Train 30 steps; return every loss, the weights, and the last measures."""
     losses = Losses()
     student = student or tiny_model(0)
     module = KDLightningModule(
@@ -39,7 +41,7 @@ def train(folder, precision="32-true", student=None, teacher=None, **options):
     data = SRDDataModule(
         {"train": ROWS, "validation": ROWS[:5]}, ByT5Tokenizer(), schedule={0: 0.25, 3: 1.0}, batch_size=3
     )
-    trainer = L.Trainer(max_epochs=9, callbacks=[losses], default_root_dir=folder, precision=precision, **QUIET)
+    trainer = L.Trainer(max_epochs=6, callbacks=[losses], default_root_dir=folder, precision=precision, **QUIET)
     trainer.fit(module, datamodule=data)
     return torch.tensor(losses.losses), list(module.student.parameters()), trainer.callback_metrics
 
@@ -64,11 +66,11 @@ def as_usual(tmp_path_factory):
     ],
     ids=str,
 )
-def test_fifty_steps_are_the_same_however_they_are_computed(options, as_usual, tmp_path):
+def test_thirty_steps_are_the_same_however_they_are_computed(options, as_usual, tmp_path):
     losses, weights, measures = train(tmp_path, **options)
     expected, expected_weights, expected_measures = as_usual
-    assert len(losses) == 54
-    assert losses[-1] < 0.9 * losses[0]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0]
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     for weight, other in zip(weights, expected_weights, strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)

@@ -7,6 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import HANGS, of_project
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 ROWS = 41
 
 
