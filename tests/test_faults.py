@@ -49,7 +49,7 @@ def test_fault(fault, tmp_path):
 
 
 def test_the_table_is_large_and_has_no_row_twice():
-    assert len({fault.id for fault in FAULTS}) == len(FAULTS)
+    assert len({fault.id for fault in FAULTS}) == len(FAULTS) >= 90
 
 
 def test_the_manual_is_made_of_the_table():
