@@ -39,6 +39,14 @@ def test_one_process_that_fails_ends_all_with_its_message(strategy, rank, launch
     assert f"[rank{rank}]: LookupError: something went wrong here" in error
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_is_named_by_the_other(rank, tmp_path):
+    running = of_project("fail", tmp_path, 2, "ddp", "kill", rank, ranks=2)
+    done = subprocess.run(**running, capture_output=True, timeout=HANGS, check=False)
+    assert done.returncode != 0
+    assert f"RankError: rank {rank} is gone: killed, perhaps for want of memory" in done.stderr
+
+
 def test_what_helps_is_said_where_memory_is_out(tmp_path):
     error = run(tmp_path, 2, "ddp", "memory", 1)
     assert re.search(

@@ -1,8 +1,10 @@
 """A run in which something goes wrong at a batch: ``fail.py FOLDER DEVICES STRATEGY WHAT RANK``.
 
-WHAT is ``raise``, ``memory`` or ``nan``; RANK is the process to which it happens.
+WHAT is ``raise``, ``kill``, ``memory`` or ``nan``; RANK is the process to which it happens.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +33,8 @@ class Accident(L.Callback):
         if trainer.global_rank == self.rank:
             if self.what == "raise":
                 raise LookupError("something went wrong here")
+            if self.what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             pl_module.student.model.norm.register_forward_hook(lambda module, args, hidden: hidden * torch.nan)
