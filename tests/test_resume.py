@@ -114,7 +114,7 @@ def test_a_run_that_is_told_to_end(whole, strategy):
             {**first, "saves": saves},
         ],
     )
-    assert ends == [[143, 0][:devices], [143, 0][:devices], [0] * devices]
+    assert ends == [[143] * devices, [143] * devices, [0] * devices]
     for rank, runs in enumerate(seen_by(folder, devices)):
         assert_as_the_whole_run(expected[rank], runs)
         assert batches(runs) == [(0, 7), (8, 9), (10, 14)]  # steps 4 and 5 are whole, and so is the validation
