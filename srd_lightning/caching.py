@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -204,5 +205,8 @@ def teacher_digest(source: Pretrained | nn.Module) -> str:
             if path.exists():
                 digest.update(file_digest(path, "").encode())
     else:
-        digest.update(f"{source.name} {getattr(source.config(), '_commit_hash', source.revision)}".encode())
+        source.config()  # fetched, so that the commit is known to which a branch points now
+        fetched = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
+        commit = Path(fetched).parent.name if isinstance(fetched, str) else source.revision
+        digest.update(f"{source.name} {commit}".encode())
     return digest.hexdigest()[:16]

@@ -67,7 +67,8 @@ def checkpoint_to_resume(trainer: Trainer) -> Path | None:
     if trainer.state.fn != "fit":
         return None
     found = [callback.resumes_from for callback in trainer.callbacks if isinstance(callback, ResumeCheckpoint)]  # type: ignore[attr-defined]
-    path = next(filter(None, found), None) or trainer.ckpt_path
+    given = trainer.ckpt_path if trainer._checkpoint_connector._user_managed else None  # else it is of an earlier run
+    path = next(filter(None, found), None) or given
     return None if path is None or "://" in str(path) else Path(path)
 
 

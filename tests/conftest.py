@@ -94,8 +94,17 @@ def forks():
                     start_new_session=True,
                 )
             )
-        os.environ[FORKS] = str(path)
+        python = path.with_name("python")
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {TESTS / "forked.py"} {path} 1 "$@"\n')
+        python.chmod(0o700)
+        os.environ |= {FORKS: str(path), "SRD_TEST_PYTHON": str(python)}
     return os.environ[FORKS]
+
+
+def python():
+    """Return the path of an interpreter that has imported everything: it runs files and modules (``-m``) in forks."""
+    forks()
+    return os.environ["SRD_TEST_PYTHON"]
 
 
 STARTED = []
@@ -124,8 +133,8 @@ def of_project(name, *arguments, ranks=1, **environment):
 
 
 def of_launcher(name, *arguments, **environment):
-    """Return what `subprocess` takes to run a project in an interpreter of its own; Lightning starts the others."""
-    command = [sys.executable, str(PROJECTS / f"{name}.py"), *map(str, arguments)]
+    """Return what `subprocess` takes to run a project as its first process; Lightning's launcher starts the others."""
+    command = [python(), str(PROJECTS / f"{name}.py"), *map(str, arguments)]
     return {"args": command, "env": surroundings(**environment), "text": True}
 
 

@@ -119,11 +119,16 @@ def free_port():
 
 
 def be_rank(rank, ranks, port):
-    from lightning_utilities.core.rank_zero import rank_zero_only
-
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    rank_zero_only.rank = rank  # which it reads from the environment when it is imported
+    know_rank(rank)
+
+
+def know_rank(rank):
+    """Tell what is read from the environment when it is imported."""
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    rank_zero_only.rank = rank
 
 
 def run_and_end(program):
@@ -166,10 +171,21 @@ def run_program(program, *arguments):
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
+    sys.executable = os.environ["SRD_TEST_PYTHON"]  # what launchers start are forks as well
+    if program == "-u":
+        program, *arguments = arguments
+    if "LOCAL_RANK" in os.environ:
+        know_rank(int(os.environ.get("RANK", os.environ["LOCAL_RANK"])))
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [str(Path(program).parent), *known, *(path for path in sys.path if path not in known)]
-    sys.argv = [program, *arguments]
-    runpy.run_path(program, run_name="__main__")
+    folder = os.getcwd() if program == "-m" else str(Path(program).parent)
+    sys.path[:] = [folder, *known, *(path for path in sys.path if path not in known)]
+    if program == "-m":
+        program, *arguments = arguments
+        sys.argv = [program, *arguments]
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [program, *arguments]
+        runpy.run_path(program, run_name="__main__")
 
 
 def ask(path, ranks, *command):

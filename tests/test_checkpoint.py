@@ -277,7 +277,8 @@ class TestResumeCheckpoint:
         (folder / "newer.ckpt").write_bytes(whole[: len(whole) // 2])
         run.save_checkpoint(folder / "weights.ckpt", weights_only=True)
         (folder / "shards.ckpt").mkdir()
-        assert ResumeCheckpoint(folder)._find_last_checkpoints(run) == {str(folder / "epoch=1-step=3.ckpt")}
+        with pytest.warns(UserWarning, match=f"{folder}/newer.ckpt.* was cut off .*; going on from .*step=3.ckpt"):
+            assert ResumeCheckpoint(folder)._find_last_checkpoints(run) == {str(folder / "epoch=1-step=3.ckpt")}
         shutil.copy(folder / "epoch=0-step=1.ckpt", folder / "whatever its name.ckpt")
         assert ResumeCheckpoint(folder)._find_last_checkpoints(run) == {str(folder / "whatever its name.ckpt")}
         assert ResumeCheckpoint(tmp_path / "nowhere")._find_last_checkpoints(run) == set()

@@ -32,7 +32,7 @@ def run(folder, devices, strategy, what, rank, launched=False):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "rank", "launched"), [("ddp", 0, True), ("ddp", 1, False), ("fsdp2", 1, True)], ids=str
+    ("strategy", "rank", "launched"), [("ddp", 0, False), ("ddp", 1, True), ("fsdp2", 1, True)], ids=str
 )
 def test_one_process_that_fails_ends_all_with_its_message(strategy, rank, launched, tmp_path):
     error = run(tmp_path, 2, strategy, "raise", rank, launched)

@@ -2,13 +2,12 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import HANGS
+from conftest import HANGS, python, surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(folder, *arguments):
     """Run the script as if there were no GPU; return how it ended, and what it wrote if it did."""
     command = [
-        sys.executable,
+        python(),
         str(ROOT / "benchmarks" / "gpu" / "run.py"),
         *arguments,
         "--json",
         str(folder / "results.json"),
     ]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = surroundings(CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
     path = folder / "results.json"
     return done, json.loads(path.read_text(), parse_constant=pytest.fail) if path.exists() else None

@@ -4,12 +4,11 @@ import json
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import HANGS, run_cli, surroundings
+from conftest import HANGS, python, run_cli, surroundings
 from safetensors.torch import load_file
 
 from srd_lightning import cli
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()))
-SRD = str(Path(sys.executable).parent / "srd")
+SRD = str(CONFIGS.parent / "cli.py")
 ON_CPU = ["--trainer.accelerator=cpu", "--trainer.max_epochs=3", "--model.teacher_cache=none"]
 
 
@@ -28,7 +27,7 @@ def arguments(*overlays):
 
 
 def launch(folder, *commands):
-    """Run commands at the same time, in interpreters of their own; return what they wrote."""
+    """Run commands at the same time; return what they wrote."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [subprocess.Popen(command, cwd=folder, env=surroundings(), **pipes) for command in commands]
     said = "".join(process.communicate(timeout=HANGS)[0] for process in running)
@@ -89,7 +88,7 @@ def holds(values, some):
 )
 def test_an_overlay_trains_on_two_processes_as_one_does(overlays, tolerance, alone, tmp_path):
     if overlays == ["ddp"]:  # once as Lightning starts the second process
-        said = launch(tmp_path, [SRD, *arguments(*overlays), *ON_CPU, "--trainer.devices=2"])
+        said = launch(tmp_path, [python(), SRD, *arguments(*overlays), *ON_CPU, "--trainer.devices=2"])
     else:
         said = run(tmp_path, *arguments(*overlays))
     assert "2 processes" in said
@@ -105,7 +104,7 @@ def test_two_nodes_train_as_one_process_does(alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nnodes=2", "--nproc-per-node=1"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     nodes = [[*torchrun, f"--node-rank={rank}", SRD, *arguments("ddp", "multinode"), *ON_CPU] for rank in (0, 1)]
     assert re.search(r"MEMBER: 2/2", launch(tmp_path, *nodes))

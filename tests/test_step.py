@@ -199,7 +199,7 @@ def test_a_weight_without_a_teacher_is_refused_when_it_rises():
     module = KDLightningModule(tiny_model(0), kd_weight=0.0)
     objective(module, batch_of())
     module.kd_weight = 0.5
-    with pytest.raises(ValueError, match=r"kd_weight is 0\.5, but there is no teacher"):
+    with pytest.raises(ValueError, match=r"kd_weight.* 0\.5.* teacher"):
         module.training_step(batch_of(), 0)
 
 

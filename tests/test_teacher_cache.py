@@ -394,3 +394,17 @@ def test_digests_tell_teachers_apart_without_loading_them(tmp_path, monkeypatch)
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
     assert teacher_digest(Pretrained(str(tmp_path / "copy"))) != digests["one"]
     assert teacher_digest(lively_model(0)) == teacher_digest(lively_model(0)) != teacher_digest(lively_model(1))
+
+
+def test_a_teacher_of_a_hub_is_the_commit_to_which_its_branch_points(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(Pretrained, "config", lambda self: None)
+    digests = []
+    for commit in ("1" * 40, "2" * 40, "1" * 40):
+        snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / "config.json").write_text("{}")
+        (tmp_path / "models--someone--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--someone--model" / "refs" / "main").write_text(commit)
+        digests.append(teacher_digest(Pretrained("someone/model")))
+    assert digests[0] == digests[2] != digests[1]

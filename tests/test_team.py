@@ -71,7 +71,7 @@ class TestAFailingProcess:
         assert code != 0
         assert "OSError: no space left on the disk" in errors
         number = int("second" in trouble)
-        assert f"RuntimeError: process {number} failed: OSError: no space left on the disk" in errors
+        assert f"RankError: process {number} failed: OSError: no space left on the disk" in errors
 
     def test_that_is_killed_is_missed_by_the_other(self, tmp_path):
         """The first process is nobody's child, so nobody but the second can notice."""
