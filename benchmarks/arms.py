@@ -115,5 +115,7 @@ def fit(rows: Sequence[dict[str, Any]], options: argparse.Namespace, module: Any
 
 
 def in_own_process(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("forkserver")  # whose server has imported what all arms use, and has done nothing
+    context.set_forkserver_preload(["torch", "transformers.models.auto.modeling_auto"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
