@@ -95,7 +95,8 @@ def forks():
                 )
             )
         python = path.with_name("python")
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {TESTS / "forked.py"} {path} 1 "$@"\n')
+        fork = f"{sys.executable} -I -S {TESTS / 'forked.py'} {path} 1"
+        python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {fork} "$@"\n')
         python.chmod(0o700)
         os.environ |= {FORKS: str(path), "SRD_TEST_PYTHON": str(python)}
     return os.environ[FORKS]
