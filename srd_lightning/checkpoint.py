@@ -92,6 +92,12 @@ class ResumeCheckpoint(ModelCheckpoint):
                 "that plug-in out"
             )
         folder, resumes_from = self._folder(trainer), self.resumes_from
+        found = Team().from_all(lambda: str(resumes_from))
+        if len(set(found)) > 1:
+            raise ResumeError(
+                f"the ranks would go on from {', '.join(found)}: they do not all see the same checkpoints in {folder}; "
+                "use a folder that all see, and wait until its files have come"
+            )
         Team().from_first(RunLock(folder).check)
         check_folder(folder, "ResumeCheckpoint.dirpath")
         if resumes_from is not None:

@@ -307,10 +307,14 @@ class TestResumeCheckpoint:
         with pytest.raises(ValueError, match=r"is sharded, which SingleDeviceStrategy .* srd_lightning\.consolidate"):
             project.main(str(tmp_path))
 
-    def test_processes_that_would_not_go_on_together(self, tmp_path, monkeypatch):
-        together = SimpleNamespace(from_all=lambda work: [work(), 7], from_first=lambda work: work())
+    @pytest.mark.parametrize(("other", "said"), [(7, "after steps 0, 7"), ("b.ckpt", "from None, b.ckpt")])
+    def test_processes_that_would_not_go_on_together(self, other, said, tmp_path, monkeypatch):
+        together = SimpleNamespace(
+            from_all=lambda work: [work(), other if isinstance(work(), type(other)) else work()],
+            from_first=lambda work: work(),
+        )
         monkeypatch.setattr("srd_lightning.checkpoint.Team", lambda: together)
-        with pytest.raises(ValueError, match="would go on after steps 0, 7: they do not all see the same checkpoints"):
+        with pytest.raises(ValueError, match=f"would go on {said}: they do not all see the same checkpoints"):
             project.main(folder_of(tmp_path / "run"))
 
     @pytest.mark.parametrize("own", [None, OwnFiles], ids=["Lightning's plug-in", "one's own"])
