@@ -6,6 +6,7 @@ import functools
 import signal
 import threading
 import weakref
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         self._terminated = False
         self._former_handler: Any = None
         self._lock: RunLock | None = None
+        self._taken = False
         self.resumes_from: Path | None = None
         """What ``ckpt_path="last"`` has found."""
 
@@ -83,7 +85,7 @@ class ResumeCheckpoint(ModelCheckpoint):
             StorageError: Another run saves to the folder, or nothing can be written there.
             ResumeError: The checkpoint that ``last`` has found is damaged.
         """
-        if trainer.state.fn != "fit" or self._lock is not None:
+        if trainer.state.fn != "fit" or self._taken:
             return
         sharded = isinstance(trainer.strategy, ModelParallelStrategy)  # has no plug-in for files
         if not sharded and isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
@@ -109,7 +111,8 @@ class ResumeCheckpoint(ModelCheckpoint):
         folder = self._folder(trainer)
         self.dirpath = str(folder)
         self._stepped, self._terminated = True, False
-        if stage == "fit":
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined] # which saves nothing
+            self._taken = True
             Team().from_first(lambda: self._take(folder))
         super().setup(trainer, pl_module, stage)
 
@@ -128,6 +131,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         if self._lock is not None:
             self._lock.release()
         self._lock = self.resumes_from = None
+        self._taken = False
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.default_root_dir, "checkpoints")).expanduser().resolve()
@@ -137,7 +141,8 @@ class ResumeCheckpoint(ModelCheckpoint):
         there = list(self._folder(trainer).glob(f"*{self.FILE_EXTENSION}"))
         there.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
         newest = next(filter(is_complete, there), None)
-        cut = [str(path) for path in there[: len(there) if newest is None else there.index(newest)]]
+        newer = there[: len(there) if newest is None else there.index(newest)]
+        cut = [str(path) for path in newer if path.is_file() and not zipfile.is_zipfile(path)]  # not weights alone
         if cut and newest is None:
             raise ResumeError(
                 f"no checkpoint can be read: {', '.join(cut)} was cut off while it was written or copied; put a sound "
@@ -198,7 +203,7 @@ class ResumeCheckpoint(ModelCheckpoint):
                 f"the ranks would go on after steps {', '.join(map(str, steps))}: they do not all see the same "
                 f"checkpoints in {self.dirpath}; use a folder that all see, and wait until its files have come"
             )
-        if trainer.global_step == 0 and trainer.ckpt_path is None:
+        if trainer.global_step == 0 and not trainer.ckpt_path and self._taken:
             Team().from_first(lambda: put_aside(self._folder(trainer), self.FILE_EXTENSION))
         super().on_train_start(trainer, pl_module)
         self.on_sanity_check_start(trainer, pl_module)
@@ -239,8 +244,7 @@ class ResumeCheckpoint(ModelCheckpoint):
             f"SIGTERM: saved after step {trainer.global_step} as {self._last_checkpoint_saved}; the run goes on with "
             'ckpt_path="last"'
         )
-        if trainer.is_global_zero:
-            children_of(trainer)
+        children_of(trainer)
         trainer.strategy.barrier("saved after SIGTERM")
         raise SIGTERMException(TERMINATED)
 

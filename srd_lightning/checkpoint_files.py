@@ -20,6 +20,8 @@ from srd_lightning.errors import ResumeError, StorageError
 CHECKSUMS = "checksums.json"
 """In a sharded checkpoint: CRC-32 of each of its files. A single file has those of its parts in itself."""
 BLOCK = 2**24
+UNREADABLE = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
+"""What reading a damaged zip file raises."""
 
 
 def is_complete(path: Path) -> bool:
@@ -32,9 +34,12 @@ def is_complete(path: Path) -> bool:
         return (path / ".metadata").is_file() and zipfile.is_zipfile(path / "meta.pt")
     if not zipfile.is_zipfile(path):  # what is cut off lacks the list of contents at its end
         return False
-    with zipfile.ZipFile(path) as file:
-        outline = next((name for name in file.namelist() if name.endswith("/data.pkl")), None)
-        return outline is not None and b"optimizer_states" in file.read(outline)
+    try:
+        with zipfile.ZipFile(path) as file:
+            outline = next((name for name in file.namelist() if name.endswith("/data.pkl")), None)
+            return outline is not None and b"optimizer_states" in file.read(outline)
+    except UNREADABLE:
+        return False
 
 
 def check_intact(path: Path) -> None:
@@ -64,8 +69,11 @@ def check_intact(path: Path) -> None:
 @functools.lru_cache(maxsize=8)
 def _check_file(path: Path, modified: int, size: int) -> None:
     """Compare a file with its own checksums; again only where it has changed."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except UNREADABLE as error:
+        raise _damaged(path, "the list of contents") from error
     if damaged is not None:
         raise _damaged(path, damaged.partition("/")[2])
 
@@ -75,6 +83,12 @@ def _check_sharded(folder: Path) -> None:
         raise ResumeError(f"ckpt_path: the folder {folder} is no checkpoint, or not a complete one; give another one")
     if not (folder / CHECKSUMS).is_file():
         return
+    _check_shards(folder, (folder / CHECKSUMS).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_shards(folder: Path, modified: int) -> None:
+    """Compare the files of a folder with its checksums; again only where they were saved anew."""
     for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
         if not (folder / name).is_file() or checksum_of(folder / name) != checksum:
             raise _damaged(folder, name)

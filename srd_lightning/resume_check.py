@@ -54,8 +54,8 @@ ADVICE = {
 """What decides which rows come when, and what to do where it differs."""
 DIGESTS = {"rows", "tokens", "ranking", "order"}
 """Parts of which only digests are known."""
-NOT_COMPARED = {"params", "lr", "fused", "foreach", "capturable"}
-"""Of a group of parameters: what is no setting of the training; ``lr`` is compared as it was at the beginning."""
+NOT_COMPARED = {"params", "lr", "fused", "foreach", "capturable", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+"""Of a group of parameters: what is no setting of it, or a schedule's own; ``lr`` is compared as it was at first."""
 
 
 def checkpoint_to_resume(trainer: Trainer) -> Path | None:
@@ -89,7 +89,7 @@ def outline_to_resume(trainer: Trainer) -> dict[str, Any] | None:
 
 
 def description_of(setting: object) -> str:
-    """Return the class and the attributes of an object of the user's, by which it is known again.
+    """Return the class and the plain attributes of an object of the user's, by which it is known again.
 
     Args:
         setting: Such as an `Arrangement`.
@@ -99,7 +99,9 @@ def description_of(setting: object) -> str:
         >>> description_of(RandomOrder(seed=3))
         'RandomOrder(seed=3)'
     """
-    values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(setting).items()))
+    plain = (bool, int, float, str, type(None))  # of the rest every process has another description
+    own = sorted(getattr(setting, "__dict__", {}).items())
+    values = ", ".join(f"{name}={value!r}" for name, value in own if isinstance(value, plain))
     return f"{type(setting).__name__}({values})"
 
 

@@ -24,7 +24,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+        self._lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
 
     def acquire(self) -> None:
         """Take the folder.

@@ -19,7 +19,7 @@ class SRDTrainer(Trainer):
 
     def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Train; the path of a checkpoint is known from now on, so that what differs from it shows early."""
-        if ckpt_path in (None, "best", "last", "hpc", "registry"):
+        if ckpt_path in (None, "", "best", "last", "hpc") or str(ckpt_path).startswith("registry"):
             super().fit(*args, **kwargs, ckpt_path=ckpt_path)  # type: ignore[misc]
             return
         self.ckpt_path = ckpt_path

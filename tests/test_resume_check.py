@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import filelock
 import lightning as L
 import pyarrow as pa
 import pytest
@@ -84,6 +85,16 @@ class TestARefusal:
         with pytest.raises(ResumeError, match=rf"^ckpt_path: {newest(run)} is damaged: .*data/\d+ in it"):
             project.main(str(run))
 
+    def test_of_a_file_whose_outline_is_damaged_is_no_crash(self, run):
+        damaged = newest(run)
+        content = bytearray(damaged.read_bytes())
+        place = content.rindex(b"PK\x01\x02")  # the last entry of the list of contents
+        content[place : place + 4] = b"XXXX"
+        damaged.write_bytes(content)
+        with pytest.raises(ResumeError, match=rf"{damaged} is damaged: the list of contents in it"):
+            check_intact(damaged)
+        assert project.main(str(run), max_steps=3).global_step == 3  # from the older one
+
     def test_of_the_only_file_that_was_cut_off_names_it(self, run):
         for path in (run / "checkpoints").glob("*.ckpt"):
             path.write_bytes(path.read_bytes()[:1000])
@@ -154,6 +165,13 @@ class TestTheOptimizer:
             warnings.simplefilter("error")
             check_same_optimizer(self.groups(self.adamw(), steps=3), self.groups(self.adamw(fused=False)))
 
+    def test_whose_schedule_keeps_notes_in_it_is_the_same(self):
+        optimizer = self.adamw()([torch.nn.Parameter(torch.ones(2))])
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=9, cycle_momentum=False)
+        saved = optimizer.state_dict()["param_groups"]
+        saved[0]["initial_lr"] = 1e-3  # the schedule's first is another one
+        check_same_optimizer(saved, self.groups(self.adamw()))
+
     @pytest.mark.parametrize(
         ("changed", "said"),
         [({"lr": 0.5}, "lr 0.001 and not 0.5"), ({"weight_decay": 0.2}, "weight_decay 0.01 and not 0.2")],
@@ -182,7 +200,7 @@ class TestAFolderOfCheckpoints:
         monkeypatch.setattr("srd_lightning.run_folder.PATIENCE", 0.01)
         monkeypatch.setattr(SRDDataModule, "read_rows", forbidden("rows were read"))
         before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
-        lock = RunLock(run / "checkpoints")
+        lock = filelock.FileLock(run / ".checkpoints.lock")  # as another process has it
         lock.acquire()
         with pytest.raises(StorageError, match=f"another run saves to {run}/checkpoints; wait until it has ended"):
             project.main(str(run))
@@ -199,6 +217,11 @@ class TestAFolderOfCheckpoints:
         (aside,) = (run / "checkpoints").glob("earlier-*")
         assert {path.name: path.read_bytes() for path in aside.iterdir()} == earlier
         assert [path.name for path in (run / "checkpoints").glob("*.ckpt")] == ["epoch=0-step=1.ckpt"]
+
+    def test_is_left_alone_by_a_run_that_only_tries(self, run):
+        before = sorted(path.name for path in (run / "checkpoints").iterdir())
+        project.main(str(run), ckpt_path=None, fast_dev_run=True)
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
 
     def test_is_named_where_its_disk_is_full(self, run, monkeypatch):
         def full(*_, **__):
