@@ -94,12 +94,7 @@ class ResumeCheckpoint(ModelCheckpoint):
                 "that plug-in out"
             )
         folder, resumes_from = self._folder(trainer), self.resumes_from
-        found = Team().from_all(lambda: str(resumes_from))
-        if len(set(found)) > 1:
-            raise ResumeError(
-                f"the ranks would go on from {', '.join(found)}: they do not all see the same checkpoints in {folder}; "
-                "use a folder that all see, and wait until its files have come"
-            )
+        _check_alike("from", str(resumes_from), folder)
         Team().from_first(RunLock(folder).check)
         check_folder(folder, "ResumeCheckpoint.dirpath")
         if resumes_from is not None:
@@ -197,12 +192,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         Raises:
             ResumeError: They do not.
         """
-        steps = Team().from_all(lambda: trainer.global_step)
-        if len(set(steps)) > 1:
-            raise ResumeError(
-                f"the ranks would go on after steps {', '.join(map(str, steps))}: they do not all see the same "
-                f"checkpoints in {self.dirpath}; use a folder that all see, and wait until its files have come"
-            )
+        _check_alike("after steps", trainer.global_step, self._folder(trainer))
         if trainer.global_step == 0 and not trainer.ckpt_path and self._taken:
             Team().from_first(lambda: put_aside(self._folder(trainer), self.FILE_EXTENSION))
         super().on_train_start(trainer, pl_module)
@@ -263,6 +253,16 @@ class ResumeCheckpoint(ModelCheckpoint):
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
             self._former_handler = None
+
+
+def _check_alike(how: str, place: object, folder: Path) -> None:
+    """Check that all ranks go on at one place."""
+    places = Team().from_all(lambda: place)
+    if len(set(places)) > 1:
+        raise ResumeError(
+            f"the ranks would go on {how} {', '.join(map(str, places))}: they do not all see the same "
+            f"checkpoints in {folder}; use a folder that all see, and wait until its files have come"
+        )
 
 
 class _StraightToDisk(TorchCheckpointIO):

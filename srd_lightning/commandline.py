@@ -20,10 +20,10 @@ from srd_lightning.callbacks.settings_file import SettingsFile
 from srd_lightning.cli import SUBCOMMANDS
 from srd_lightning.console import Ending
 from srd_lightning.data import SRDDataModule
-from srd_lightning.errors import SettingError, SRDError
+from srd_lightning.errors import SettingError, SRDError, in_one_line
 from srd_lightning.module import KDLightningModule
 from srd_lightning.noise import OneLineSummary
-from srd_lightning.parse_errors import in_one_line, of_value
+from srd_lightning.parse_errors import of_value
 from srd_lightning.parser import SRDParser
 from srd_lightning.settings_help import AllHelp
 from srd_lightning.trainer import SRDTrainer
@@ -97,7 +97,7 @@ class SRDCLI(LightningCLI):
         try:
             return cast(SRDTrainer, super().instantiate_trainer(**options))
         except (ValueError, TypeError, MisconfigurationException) as error:
-            raise SettingError(f"trainer: {in_one_line(str(error))}") from error
+            raise SettingError(f"trainer: {in_one_line(error)}") from error
 
     def _set_seed(self) -> None:
         try:

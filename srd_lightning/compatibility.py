@@ -18,6 +18,7 @@ from srd_lightning.loss_checks import check_loss
 from srd_lightning.losses import DistillationLoss, needs_all_logits
 from srd_lightning.objective import POWERS
 from srd_lightning.placement import check_placement, shards_student
+from srd_lightning.preflight import callbacks_of
 
 
 def check_run(module: Any, trainer: Trainer) -> None:
@@ -26,7 +27,7 @@ def check_run(module: Any, trainer: Trainer) -> None:
     Raises:
         SRDError: Of the first check that fails.
     """
-    schedules = [getattr(callback, "schedules", {}) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    schedules = [getattr(callback, "schedules", {}) for callback in callbacks_of(trainer)]
     trains = trainer.state.fn == "fit"
     live = module.teacher is not None or module._teacher_source is not None
     if module.student is not None and trains:

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 
-from srd_lightning.errors import RankError, SRDError
+from srd_lightning.errors import RankError, SRDError, in_one_line
 
 USERS_ERROR = 2
 INTERRUPTED = 130
@@ -139,11 +139,11 @@ def explain(error: BaseException) -> str | None:
 
     if lacks_memory(error):
         message = str(error)
-        return message if MEMORY_HINT in message else f"{_in_one_line(message) or 'out of memory'}{MEMORY_HINT}"
+        return message if MEMORY_HINT in message else f"{in_one_line(message) or 'out of memory'}{MEMORY_HINT}"
     if isinstance(error, MisconfigurationException):
-        return _in_one_line(str(error))
+        return in_one_line(error)
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
-        return f"data cannot be read: {_in_one_line(str(error.__cause__))}"
+        return f"data cannot be read: {in_one_line(error.__cause__)}"
     return None
 
 
@@ -174,13 +174,9 @@ def _is_interrupt(error: BaseException) -> bool:
 def _of_files(error: OSError) -> str:
     names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     if error.strerror is None:
-        return _in_one_line(str(error))
+        return in_one_line(error)
     remedy = REMEDIES.get(error.errno or 0)
     return (f"{names}: " if names else "") + error.strerror + (f"; {remedy}" if remedy else "")
-
-
-def _in_one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _write_traceback(error: BaseException, folder: str) -> Path | OSError:

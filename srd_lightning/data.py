@@ -10,13 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.arguments import check_sizes
 from srd_lightning.arrangement import Arrangement
 from srd_lightning.criteria import Criterion
 from srd_lightning.curating import CuratedRows
 from srd_lightning.curriculum import PAPER_SCHEDULE
 from srd_lightning.errors import SettingError
 from srd_lightning.generation import Decoding
-from srd_lightning.loaders import Loaders
+from srd_lightning.loaders import Loaders, RebuiltEveryEpoch
 from srd_lightning.models import Pretrained
 from srd_lightning.planning import accumulation_of
 from srd_lightning.preflight import run_preflight
@@ -121,8 +122,7 @@ class SRDDataModule(CuratedRows):
         sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}
         sizes |= {"reflection_threads": reflection_threads, "pad_to_multiple_of": pad_to_multiple_of}
         sizes |= {"max_prompt_length": max_prompt_length, "eval_batch_size": eval_batch_size or batch_size}
-        if wrong := [f"{name}={size}" for name, size in sizes.items() if size < 1]:
-            raise SettingError(f"sizes must be at least 1, but {', '.join(wrong)}")
+        check_sizes(**sizes)
         if num_workers < 0:
             raise SettingError(f"num_workers must be 0 or more, but is {num_workers}")
         super().__init__(
@@ -150,7 +150,8 @@ class SRDDataModule(CuratedRows):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
-        self._former_reload: int | None = None
+        self._every_epoch = RebuiltEveryEpoch()
+        self._as_read: Dataset | None = None
         self._digests: dict[str, Any] | None = None
         self.teacher_cache: TeacherCache | None = None
         """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
@@ -165,11 +166,11 @@ class SRDDataModule(CuratedRows):
         if not self.rows:
             self.read_rows(stage)
         if stage == "fit":
-            check_same_rows(saved, self._read())
+            self._as_read = self.rows["train"] if self._as_read is None else self._as_read
+            if saved:
+                check_same_rows(saved, self._read())
             if self.trainer is not None:
-                # A loader is as long as it was when it was built: the pool can only grow in a new one.
-                self._former_reload = self.trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-                self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+                self._every_epoch.begin(self.trainer)
             if self.curation is None or self._curated_for is not self._module():  # another module, another student
                 self.curate()
             check_same_rows(saved, self._ranked())
@@ -179,9 +180,8 @@ class SRDDataModule(CuratedRows):
 
     def teardown(self, stage: str) -> None:
         """Let the trainer build its loaders as it did before."""
-        if self.trainer is not None and self._former_reload is not None:
-            self.trainer.reload_dataloaders_every_n_epochs = self._former_reload  # type: ignore[attr-defined]
-            self._former_reload = None
+        if self.trainer is not None:
+            self._every_epoch.end(self.trainer)
 
     def rows_of_teacher(self) -> Dataset:
         """Return the rows on which a teacher is asked in ``fit``: those that are kept, and the validation's."""
@@ -193,8 +193,7 @@ class SRDDataModule(CuratedRows):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides which rows come when, for checkpoints."""
-        rows = {} if self.curation is None else {**self._settings(), **self._read(), **self._ranked()}
-        return {"generations": self.refresher.generations, "rows": rows}
+        return {"generations": self.refresher.generations, "rows": self._rows_to_come()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the refreshments of the run that is resumed.
@@ -205,8 +204,11 @@ class SRDDataModule(CuratedRows):
         self.refresher.generations = state_dict["generations"]
         path = self.trainer and self.trainer.state.fn == "fit" and self.trainer.ckpt_path
         if path and not Path(path).name.startswith(OF_TUNERS):
-            now = {**self._settings(), **self._read(), **self._ranked()} if self.curation is not None else {}
-            check_same_rows(state_dict.get("rows", {}), now)
+            check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
+
+    def _rows_to_come(self) -> dict[str, Any]:
+        """Return all that decides which rows come when; nothing before they are ranked."""
+        return {} if self.curation is None else {**self._settings(), **self._read(), **self._ranked()}
 
     def _settings(self) -> dict[str, Any]:
         """Return what decides which rows come when, as far as it is known before rows are read."""
@@ -223,9 +225,10 @@ class SRDDataModule(CuratedRows):
         }
 
     def _read(self) -> dict[str, Any]:
-        """Return digests of the training rows as they were read and tokenised."""
+        """Return digests of the training rows as they were read and tokenised, before leaks were dropped."""
         if self._digests is None:
-            rows = self.rows["train"]
+            rows = self._as_read
+            assert rows is not None, 'setup("fit") comes first'
             self._digests = {"rows": digest_of_rows(ids_of(rows)), "tokens": digest_of_tokens(rows)}
         return self._digests
 

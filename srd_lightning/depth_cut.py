@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.errors import ModelError, SettingError, in_one_line
 from srd_lightning.failures import lacks_memory
 
 try:
@@ -84,7 +84,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     except Exception as error:
         if lacks_memory(error):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {in_one_line(error)[:300]}"
         raise ModelError(f"keep_layers {list(layers)} cannot be used with {_name(model)} ({reason})") from error
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
     if not difference <= TOLERANCE:

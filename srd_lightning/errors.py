@@ -55,3 +55,13 @@ class NonFiniteError(SRDError, FloatingPointError):
 
 class RankError(SRDError, RuntimeError):
     """Another rank has failed or is gone."""
+
+
+def in_one_line(text: object) -> str:
+    r"""Return a text, or the message of an error, without its line breaks.
+
+    Example:
+        >>> in_one_line("no such\n  file")
+        'no such file'
+    """
+    return " ".join(str(text).split())

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from srd_lightning import sources
 from srd_lightning.criteria import Criterion
 from srd_lightning.curation import Scores
-from srd_lightning.errors import DataError, MissingDataError
+from srd_lightning.errors import DataError, MissingDataError, in_one_line
 from srd_lightning.formats import FORMATS, form_of, names_in
 from srd_lightning.generation import Decoding
 from srd_lightning.reflection import Reflected, score_batch
@@ -102,7 +102,7 @@ def _numbers(table: pa.Table, names: Sequence[str], path: Path) -> pa.Table:
         try:
             table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.float64()))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error)
             raise DataError(f"{path}: the column {name!r} must hold numbers, but does not: {reason}") from error
     return table
 

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srd_lightning.errors import DataError, MissingDataError, SRDError
+from srd_lightning.errors import DataError, MissingDataError, SRDError, in_one_line
 from srd_lightning.fields import TEXT_FIELDS, TURNS_FIELDS
 
 Placed = Iterator[tuple[str, Any]]
@@ -90,7 +90,7 @@ def _blamed(path: Path) -> Iterator[None]:
         raise DataError(f"{path} cannot be unpacked, it is cut or no gzip file: {error}") from error
     except (pa.ArrowInvalid, OSError, RecursionError) as error:
         form = (form_of(path) or "")[1:]
-        raise DataError(f"{path} cannot be read as {form}: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path} cannot be read as {form}: {in_one_line(error)}") from error
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
@@ -78,6 +79,28 @@ class Loaders:
             ),
             "pin_memory": torch.cuda.is_available(),
         }
+
+
+class RebuiltEveryEpoch:
+    """Has a trainer build its loaders anew at every epoch, and as before when the run has ended.
+
+    A loader is as long as it was when it was built: the pool can only grow in a new one.
+    """
+
+    def __init__(self) -> None:
+        self._former: int | None = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Have the loaders of a run rebuilt, unless they are already."""
+        former = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        self._former = None if former == 1 else former
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def end(self, trainer: Trainer) -> None:
+        """Let the trainer do as it did before."""
+        if self._former is not None:
+            trainer.reload_dataloaders_every_n_epochs = self._former  # type: ignore[attr-defined]
+            self._former = None
 
 
 def _collate(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from srd_lightning.depth_cut import check_layers, keep_layers
-from srd_lightning.errors import MissingDataError, ModelError, SettingError
+from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_one_line
 from srd_lightning.failures import lacks_memory
 from srd_lightning.model_files import ADAPTER, CONFIG, check_files
 from srd_lightning.soundness import check_causal, check_decoder, check_weights
@@ -245,7 +245,7 @@ def _extra(module: str, extra: str) -> ModuleType:
 
 def _in_short(error: Exception) -> str:
     """Return the first sentences of another library's message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

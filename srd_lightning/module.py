@@ -30,6 +30,7 @@ from srd_lightning.objective import CHUNK
 from srd_lightning.pair import StudentAndTeacher, TeacherCaching
 from srd_lightning.placement import TeacherPlacement, data_parallel_mesh
 from srd_lightning.planning import stage_steps, staged_schedule
+from srd_lightning.preflight import callbacks_of
 from srd_lightning.resume import RunSeed
 from srd_lightning.resume_check import check_optimizer
 from srd_lightning.rouge import rouge_l
@@ -297,8 +298,3 @@ class KDLightningModule(StudentAndTeacher):
             return optimizer
         scheduler = staged_schedule(self.lr_scheduler, optimizer, stage_steps(self.trainer), self.restart_lr_each_stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """Return the callbacks of a trainer, which has them without saying so."""
-    return cast(list[Callback], cast(Any, trainer).callbacks)

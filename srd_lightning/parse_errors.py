@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast, get_args
 
 from srd_lightning.cli import SUBCOMMANDS
+from srd_lightning.errors import in_one_line
 
 MANY = 12
 """More choices than this are not listed."""
@@ -131,11 +132,6 @@ def unknown(name: str, known: Collection[str]) -> str:
         return f"there is no setting {name}; did you mean {' or '.join(near)}?"
     few = f"there are {', '.join(sorted(known))}" if 0 < len(known) <= MANY else "--help.all shows all settings"
     return f"there is no setting {name}; {few}"
-
-
-def in_one_line(text: str) -> str:
-    """Return a text without line breaks."""
-    return " ".join(text.split())
 
 
 def _of_union(errors: list[str], value: str, typehint: Any) -> str:

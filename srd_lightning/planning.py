@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from srd_lightning.curriculum import Curriculum, value_at
 from srd_lightning.errors import SettingError
+from srd_lightning.preflight import callbacks_of
 
 
 def find_curriculum(trainer: Trainer) -> Curriculum | None:
@@ -66,7 +67,7 @@ def accumulation_of(trainer: Trainer) -> dict[int, int]:
     Args:
         trainer: With or without a `GradientAccumulationScheduler`.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             return {int(epoch): batches for epoch, batches in sorted(callback.scheduling.items())}
     return {0: trainer.accumulate_grad_batches}

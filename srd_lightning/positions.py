@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
 
-from srd_lightning.errors import SettingError
+from srd_lightning.errors import SettingError, SRDError
 from srd_lightning.models import Pretrained
 
 
@@ -44,8 +43,6 @@ def _configuration(source: Pretrained) -> Any:
     if source.gguf_file is not None:
         return None
     try:
-        return AutoConfig.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError):
+        return source.config()
+    except SRDError:
         return None

@@ -8,9 +8,9 @@ only looks, so that it may be made twice.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
-from lightning import Trainer
+from lightning import Callback, Trainer
 
 
 @runtime_checkable
@@ -34,7 +34,12 @@ def run_preflight(trainer: Trainer) -> None:
     Raises:
         SRDError: Of the first check that fails.
     """
-    holders: tuple[Any, ...] = (trainer.lightning_module, *trainer.callbacks)  # type: ignore[attr-defined]
+    holders: tuple[Any, ...] = (trainer.lightning_module, *callbacks_of(trainer))
     for holder in holders:
         if isinstance(holder, Preflight):
             holder.preflight(trainer)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer, which has them without saying so."""
+    return cast(list[Callback], cast(Any, trainer).callbacks)

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from srd_lightning.checkpoint import ResumeCheckpoint
 from srd_lightning.checkpoint_files import check_intact, read_outline
 from srd_lightning.errors import ResumeError
+from srd_lightning.preflight import callbacks_of
 from srd_lightning.sampling import PIECE
 from srd_lightning.team import Team
 
@@ -66,7 +67,7 @@ def checkpoint_to_resume(trainer: Trainer) -> Path | None:
     """
     if trainer.state.fn != "fit":
         return None
-    found = [callback.resumes_from for callback in trainer.callbacks if isinstance(callback, ResumeCheckpoint)]  # type: ignore[attr-defined]
+    found = [callback.resumes_from for callback in callbacks_of(trainer) if isinstance(callback, ResumeCheckpoint)]
     given = trainer.ckpt_path if trainer._checkpoint_connector._user_managed else None  # else it is of an earlier run
     path = next(filter(None, found), None) or given
     return None if path is None or "://" in str(path) else Path(path)

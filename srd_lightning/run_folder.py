@@ -9,7 +9,7 @@ import filelock
 from lightning.pytorch.utilities import rank_zero_info
 
 from srd_lightning.checkpoint_files import is_complete, older_of, remove
-from srd_lightning.errors import StorageError
+from srd_lightning.folder_lock import take
 
 PATIENCE = 10.0
 """Seconds in which the processes of a run that was killed let go of its folder."""
@@ -32,19 +32,17 @@ class RunLock:
         Raises:
             StorageError: Another run has it, or it cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=PATIENCE)
-        except filelock.Timeout as error:
-            raise StorageError(
-                f"another run saves to {self.folder}; wait until it has ended, or give this one another folder "
-                "(ResumeCheckpoint.dirpath, or trainer.default_root_dir)"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"ResumeCheckpoint saves to {self.folder}, where nothing can be written ({error.strerror}); give it "
-                "another dirpath"
-            ) from error
+        take(
+            self._lock,
+            self.folder,
+            PATIENCE,
+            busy=f"another run saves to {self.folder}; wait until it has ended, or give this one another folder "
+            "(ResumeCheckpoint.dirpath, or trainer.default_root_dir)",
+            unwritable=lambda reason: (
+                f"ResumeCheckpoint saves to {self.folder}, where nothing can be written ({reason}); give it another "
+                "dirpath"
+            ),
+        )
 
     def check(self) -> None:
         """See whether the folder could be taken, where it is there; see `acquire`."""

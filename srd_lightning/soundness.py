@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.errors import ModelError
+from srd_lightning.errors import ModelError, in_one_line
 from srd_lightning.generation import eval_mode
 from srd_lightning.vocabulary import check_tokens
 
@@ -59,7 +59,7 @@ def check_causal(model: nn.Module, name: str) -> None:
         except (TypeError, AttributeError) as error:
             raise ModelError(
                 f"{name}: {type(model).__name__} cannot be called as a causal language model, with input_ids and "
-                f"attention_mask, returning logits ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+                f"attention_mask, returning logits ({type(error).__name__}: {in_one_line(error)[:300]})"
             ) from error
         except (RuntimeError, ValueError, ImportError, NotImplementedError):  # such as kernels that need a GPU
             return

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning import sources
-from srd_lightning.errors import DataError, MissingDataError, SRDError
+from srd_lightning.errors import DataError, MissingDataError, SRDError, in_one_line
 from srd_lightning.fields import kind_of
 from srd_lightning.formats import FORMATS, check_there, form_of
 
@@ -112,7 +112,7 @@ def _from_folder_or_hub(name: str) -> Any:
         except IndexError as error:  # its way to say that no file of rows is there
             raise DataError(f"train: {name} holds no rows") from error
         except (OSError, KeyError, TypeError, json.JSONDecodeError, pa.ArrowInvalid) as error:
-            raise DataError(f"{name} is damaged, write it with save_to_disk again: {_one_line(error)}") from error
+            raise DataError(f"{name} is damaged, write it with save_to_disk again: {in_one_line(error)}") from error
     if files := _files_by_split(folder):
         return files
     try:
@@ -122,7 +122,7 @@ def _from_folder_or_hub(name: str) -> Any:
     except Exception as error:  # the hub's client raises many kinds
         raise MissingDataError(
             f"{name!r} is neither a {'/'.join(FORMATS)} file, nor a folder with train.jsonl or the like or written by "
-            f"save_to_disk, nor a data set that the hub gives: {_one_line(error)}"
+            f"save_to_disk, nor a data set that the hub gives: {in_one_line(error)}"
         ) from error
 
 
@@ -151,7 +151,3 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         names = ", ".join(file.name for file in files[twice[0]])
         raise DataError(f"{folder} has {names} for the split {twice[0]}; name the files in `data`, by split")
     return files
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

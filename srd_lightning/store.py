@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from srd_lightning.errors import StorageError
+from srd_lightning.folder_lock import take
 
 Floats = NDArray[np.float64]
 PATIENCE = 10.0
@@ -102,18 +103,16 @@ class ScoreStore:
             StorageError: Another run holds the lock, for longer than one needs to read; or the folder cannot be made.
         """
         lock = filelock.FileLock(folder / ".lock")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=PATIENCE)
-        except filelock.Timeout as error:
-            raise StorageError(
-                f"another run is writing scores to {folder}; wait until it has ended, or point `scores` to another "
-                "folder"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"scores cannot be written to {folder}: {error.strerror or error}; point `scores` to another folder"
-            ) from error
+        take(
+            lock,
+            folder,
+            PATIENCE,
+            busy=f"another run is writing scores to {folder}; wait until it has ended, or point `scores` to another "
+            "folder",
+            unwritable=lambda reason: (
+                f"scores cannot be written to {folder}: {reason}; point `scores` to another folder"
+            ),
+        )
         try:
             yield cls(folder, made_of, criteria)
         finally:

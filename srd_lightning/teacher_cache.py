@@ -32,6 +32,7 @@ from torch import Tensor
 
 from srd_lightning.errors import StorageError
 from srd_lightning.fingerprint import digest
+from srd_lightning.folder_lock import take
 from srd_lightning.objective import Head
 from srd_lightning.store import write_atomically
 from srd_lightning.teacher import HiddenStates, TopK
@@ -78,19 +79,16 @@ class TeacherCache:
             StorageError: Another run holds the lock, for longer than one needs to look; or as for the class.
         """
         lock = filelock.FileLock(folder / ".lock")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=PATIENCE)
-        except filelock.Timeout as error:
-            raise StorageError(
-                f"another run is writing to the teacher cache in {folder}; wait until it has ended, or point "
-                "`teacher_cache_dir` to another folder"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"the teacher cache cannot be kept in {folder}: {error.strerror or error}; point `teacher_cache_dir` "
-                "to another folder"
-            ) from error
+        take(
+            lock,
+            folder,
+            PATIENCE,
+            busy=f"another run is writing to the teacher cache in {folder}; wait until it has ended, or point "
+            "`teacher_cache_dir` to another folder",
+            unwritable=lambda reason: (
+                f"the teacher cache cannot be kept in {folder}: {reason}; point `teacher_cache_dir` to another folder"
+            ),
+        )
         try:
             cache = cls(folder, kind, made_of)
             cache._verify()

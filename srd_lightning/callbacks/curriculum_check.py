@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from srd_lightning.curriculum import Curriculum
 from srd_lightning.errors import SettingError
+from srd_lightning.loaders import RebuiltEveryEpoch
 from srd_lightning.planning import find_curriculum
 from srd_lightning.resume import repair_progress
 
@@ -33,7 +34,7 @@ class CurriculumCallback(Callback):
 
     def __init__(self, curriculum: Curriculum | None = None) -> None:
         self.curriculum = curriculum
-        self._former_reload: int | None = None
+        self._every_epoch = RebuiltEveryEpoch()
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse to begin without a curriculum, or with two."""
@@ -55,15 +56,11 @@ class CurriculumCallback(Callback):
         if stage == "fit":
             if find_curriculum(trainer) is None:
                 raise SettingError("CurriculumCallback needs a curriculum: give it one, or use SRDDataModule")
-            former = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-            self._former_reload = None if former == 1 else former
-            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            self._every_epoch.begin(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the trainer build its loaders as it did before."""
-        if self._former_reload is not None:
-            trainer.reload_dataloaders_every_n_epochs = self._former_reload  # type: ignore[attr-defined]
-            self._former_reload = None
+        self._every_epoch.end(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Repair what Lightning counted, for modules that do not do so themselves."""
