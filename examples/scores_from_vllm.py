@@ -39,7 +39,8 @@ from srd_lightning import ALPACA, ChatTemplate, Decoding, PromptTemplate, SRDDat
 from srd_lightning.fingerprint import fingerprint
 from srd_lightning.reflection import SCORING_VERSION
 from srd_lightning.rows import ids_of
-from srd_lightning.store import ScoreStore, write_atomically
+from srd_lightning.storage import write_atomically
+from srd_lightning.store import ScoreStore
 
 TEMPLATES: dict[str, PromptTemplate | ChatTemplate] = {"alpaca": ALPACA, "chat": ChatTemplate()}
 

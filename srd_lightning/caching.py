@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from srd_lightning.digests import file_digest, weights_digest
 from srd_lightning.errors import ModelError, StorageError
-from srd_lightning.fingerprint import weights_digest
 from srd_lightning.models import Pretrained
 from srd_lightning.objective import Head
 from srd_lightning.progress import progress_bar
@@ -28,7 +28,7 @@ from srd_lightning.rows import collate, lengths_of
 from srd_lightning.sampling import of_like_length
 from srd_lightning.split import NotSplit, SplitModel, split
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
-from srd_lightning.teacher_cache import TeacherCache, file_digest
+from srd_lightning.teacher_cache import TeacherCache
 from srd_lightning.team import Team
 
 TOKENS_AT_ONCE = 4096

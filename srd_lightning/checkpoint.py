@@ -25,8 +25,8 @@ from srd_lightning.errors import ResumeError, SettingError
 from srd_lightning.failures import TERMINATED, children_of
 from srd_lightning.resume import repair_progress
 from srd_lightning.run_folder import RunLock, clean, put_aside
+from srd_lightning.storage import check_folder
 from srd_lightning.team import Team
-from srd_lightning.writable import check_folder
 
 
 class ResumeCheckpoint(ModelCheckpoint):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from srd_lightning.errors import ResumeError, StorageError
+from srd_lightning.storage import put_in_place
 
 CHECKSUMS = "checksums.json"
 """In a sharded checkpoint: CRC-32 of each of its files. A single file has those of its parts in itself."""
@@ -176,49 +176,3 @@ def finish(temporary: Path, path: Path, checksums: Sequence[Mapping[str, int]]) 
         whole = {name: checksum for some in checksums for name, checksum in some.items()}
         (temporary / CHECKSUMS).write_text(json.dumps(whole, indent=2))
     put_in_place(temporary, path)
-
-
-def put_in_place(temporary: Path, path: Path) -> None:
-    """Give a complete file or folder its name, on disk and for good; what had it is there until then.
-
-    Args:
-        temporary: In the same folder.
-        path: Its name from now on.
-    """
-    for file in _files(temporary):
-        _to_disk(file)
-    if path.exists() and (path.is_dir() or temporary.is_dir()):
-        # Only files replace files. The older one keeps a name by which it is found until the newer one has its own.
-        older = older_of(path)
-        remove(older)
-        path.rename(older)
-        temporary.rename(path)
-        remove(older)
-    else:
-        temporary.replace(path)
-    _to_disk(path.parent)
-
-
-def older_of(path: Path) -> Path:
-    """Return the name that a checkpoint has while the next one takes its own."""
-    return path.with_name(f"{path.stem}-older{path.suffix}")
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    yield from (inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from srd_lightning.checkpoint_files import put_in_place
+from srd_lightning.storage import put_in_place
 
 
 def consolidate(sharded: Path, file: Path) -> None:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from srd_lightning import divergences
+from srd_lightning.digests import weights_digest
 from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.fingerprint import weights_digest
 from srd_lightning.losses import log_probabilities
 from srd_lightning.matching import same_number, same_words
 from srd_lightning.models import Pretrained

@@ -22,9 +22,9 @@ from srd_lightning.criteria import Column, Criterion, NegativeLogLikelihood, Rou
 from srd_lightning.curated import Curated
 from srd_lightning.curation import Reflector, Scores, rank
 from srd_lightning.curriculum import Curriculum, check_fractions, never_reached
+from srd_lightning.digests import digest
 from srd_lightning.errors import DataError, SettingError
 from srd_lightning.external import check_scores_file, read_scores
-from srd_lightning.fingerprint import digest
 from srd_lightning.formats import form_of
 from srd_lightning.generation import Decoding
 from srd_lightning.hygiene import check_near, inspect
@@ -33,10 +33,10 @@ from srd_lightning.positions import check_positions
 from srd_lightning.refresh import Refresher, rearrange
 from srd_lightning.rows import ids_of
 from srd_lightning.splits import load_splits
+from srd_lightning.storage import check_folder, check_room
 from srd_lightning.students import find_tokenizer, fresh_student, trained_student
 from srd_lightning.templates import ChatTemplate, PromptTemplate
 from srd_lightning.tokenised import Report, check_first_rows, tokenize
-from srd_lightning.writable import check_folder, check_room
 
 NEEDED = {
     "fit": ("training", ("train",)),

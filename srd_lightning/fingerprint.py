@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.digests import bytes_digest, weights_digest
 from srd_lightning.generation import Decoding, end_tokens
 
 
@@ -38,9 +37,9 @@ def fingerprint(
     return {
         "rows": _sum_of_digests(rows),
         "student": weights_digest(model),
-        "tokenizer": _digest([repr(sorted(tokenizer.get_vocab().items())).encode()]),
-        "template": _digest([repr((template, getattr(tokenizer, "chat_template", None))).encode()]),
-        "decoding": _digest([repr((sorted(asdict(decoding).items()), end_tokens(model, tokenizer))).encode()]),
+        "tokenizer": bytes_digest([repr(sorted(tokenizer.get_vocab().items())).encode()]),
+        "template": bytes_digest([repr((template, getattr(tokenizer, "chat_template", None))).encode()]),
+        "decoding": bytes_digest([repr((sorted(asdict(decoding).items()), end_tokens(model, tokenizer))).encode()]),
         "scoring version": scoring_version,
     }
 
@@ -55,26 +54,3 @@ def _sum_of_digests(rows: Dataset) -> str:
             row = repr(text).encode() + ids.values.to_numpy().tobytes()
             total += int.from_bytes(hashlib.sha256(row).digest(), "big")
     return f"{total % 2**256:064x}"[:16]
-
-
-def digest(made_of: Mapping[str, str]) -> str:
-    """Return a short name for what scores were made of."""
-    return _digest([repr(sorted(made_of.items())).encode()])
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return a digest of a model's weights: about a second per GB."""
-    return _digest(_weights(model))
-
-
-def _weights(model: nn.Module) -> Iterator[bytes]:
-    for name, tensor in sorted(model.state_dict().items()):
-        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.caching import cache_teacher, teacher_digest, width_of
+from srd_lightning.digests import digest
 from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.fingerprint import digest
 from srd_lightning.models import Pretrained, dtype_named, load_tokenizer
 from srd_lightning.placement import (
     TeacherPlacement,
@@ -26,11 +26,11 @@ from srd_lightning.placement import (
 )
 from srd_lightning.sharding import is_sharded, with_weights, without_weights
 from srd_lightning.soundness import check_module
+from srd_lightning.storage import check_folder
 from srd_lightning.teacher import CachedTeacher, HiddenStates, TopK
 from srd_lightning.teacher_cache import MANIFEST, check_manifest
 from srd_lightning.team import Team
 from srd_lightning.vocabulary import check_same_tokenizer, shared_vocabulary, vocabulary_size
-from srd_lightning.writable import check_folder
 
 TeacherCaching = Literal["none", "hidden", "topk"]
 

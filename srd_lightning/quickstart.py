@@ -22,7 +22,7 @@ from srd_lightning.cli import SRDCLI, find_config, parse
 from srd_lightning.console import Ending
 from srd_lightning.generation import generate
 from srd_lightning.runtime import RuntimeBenchmark
-from srd_lightning.store import write_atomically
+from srd_lightning.storage import write_atomically
 
 RUN = Path("runs/quickstart")
 NUM_SHOWN = 3

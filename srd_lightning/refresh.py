@@ -12,8 +12,8 @@ from torch import Tensor
 from srd_lightning.criteria import Criterion
 from srd_lightning.curation import Scores, stored_scores
 from srd_lightning.curriculum import Curriculum
+from srd_lightning.digests import digest
 from srd_lightning.errors import ResumeError, SettingError
-from srd_lightning.fingerprint import digest
 
 
 class Refresher:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from srd_lightning.curated import Curated
 from srd_lightning.ranking import Floats
-from srd_lightning.store import write_atomically
+from srd_lightning.storage import write_atomically
 
 QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "50 %": 0.5, "75 %": 0.75, "95 %": 0.95, "max": 1.0}
 

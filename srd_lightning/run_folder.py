@@ -8,8 +8,8 @@ from pathlib import Path
 import filelock
 from lightning.pytorch.utilities import rank_zero_info
 
-from srd_lightning.checkpoint_files import is_complete, older_of, remove
-from srd_lightning.folder_lock import take
+from srd_lightning.checkpoint_files import is_complete
+from srd_lightning.storage import older_of, remove, take
 
 PATIENCE = 10.0
 """Seconds in which the processes of a run that was killed let go of its folder."""

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning.callbacks.curriculum_check import rows_of_loaders
 from srd_lightning.planning import find_curriculum
-from srd_lightning.store import write_atomically
-from srd_lightning.writable import check_file
+from srd_lightning.storage import check_file, write_atomically
 
 
 class RuntimeBenchmark(Callback):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from srd_lightning.errors import StorageError
-from srd_lightning.folder_lock import take
+from srd_lightning.storage import take, write_atomically
 
 Floats = NDArray[np.float64]
 PATIENCE = 10.0
@@ -36,26 +35,6 @@ TIDY = b"tidy"
 """In the metadata of shards that `ScoreStore.tidy` wrote."""
 ROWS_PER_SHARD = 65_536
 """Of a finished store, whose shards are sorted by id."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that others see all of it or nothing.
-
-    Raises:
-        StorageError: It cannot be written: the disk is full, or the folder is not to be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # what a full disk left
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror or error}; make room, or use another folder"
-        ) from error
 
 
 class ScoreStore:

@@ -30,11 +30,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from srd_lightning.digests import digest, file_digest
 from srd_lightning.errors import StorageError
-from srd_lightning.fingerprint import digest
-from srd_lightning.folder_lock import take
 from srd_lightning.objective import Head
-from srd_lightning.store import write_atomically
+from srd_lightning.storage import take, write_atomically
 from srd_lightning.teacher import HiddenStates, TopK
 
 Row = Mapping[str, Any]
@@ -231,15 +230,6 @@ class TeacherCache:
             return bool(settings["digest"] == self._head_digest(settings))
         except (ValueError, TypeError, KeyError, FileNotFoundError):
             return False
-
-
-def file_digest(path: Path, salt: str) -> str:
-    """Return a digest of the bytes of a file, and of what they belong to: 0.8 s per GB of one core, where measured."""
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            content.update(block)
-    return hashlib.sha256(salt.encode() + content.digest()).hexdigest()
 
 
 def row_key(row: Row) -> int:

@@ -16,7 +16,7 @@ import filelock
 import torch.distributed as dist
 
 from srd_lightning.errors import RankError
-from srd_lightning.store import write_atomically
+from srd_lightning.storage import write_atomically
 
 T = TypeVar("T")
 POLL = 0.05

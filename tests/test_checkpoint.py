@@ -22,10 +22,11 @@ from transformers import ByT5Tokenizer
 
 from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, cli
 from srd_lightning.arrangement import HardToEasy
-from srd_lightning.checkpoint_files import is_complete, put_in_place
+from srd_lightning.checkpoint_files import is_complete
 from srd_lightning.consolidate import main as consolidate
 from srd_lightning.resume import ResumableLoader, batch_seed, repair_progress
 from srd_lightning.sampling import LengthGrouped, Shuffled
+from srd_lightning.storage import put_in_place
 
 sys.path.insert(0, str(Path(__file__).parent / "projects"))
 import resume as project

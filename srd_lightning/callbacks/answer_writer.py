@@ -13,8 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning.errors import SettingError, StorageError
-from srd_lightning.store import write_atomically
-from srd_lightning.writable import check_file
+from srd_lightning.storage import check_file, write_atomically
 
 
 class AnswerWriter(BasePredictionWriter):

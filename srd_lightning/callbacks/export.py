@@ -16,7 +16,7 @@ from torch import nn
 from srd_lightning.callbacks import export_folder
 from srd_lightning.errors import ModelError, SettingError, StorageError
 from srd_lightning.placement import shards_student
-from srd_lightning.writable import check_folder, check_room
+from srd_lightning.storage import check_folder, check_room
 
 SETTING = "HuggingFaceExport(dirpath=...)"
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from srd_lightning.checkpoint_files import older_of, put_in_place
 from srd_lightning.errors import SettingError, StorageError
+from srd_lightning.storage import older_of, put_in_place
 
 CONTENTS = "srd_export.json"
 """Names of the files that an export has written, beside them: what stands in no such list is the user's."""
