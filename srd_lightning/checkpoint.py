@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from srd_lightning.checkpoint_files import check_intact, checksums_of_rank, finish, is_complete, naming_the_disk
 from srd_lightning.errors import ResumeError, SettingError
-from srd_lightning.failures import TERMINATED, children_of
+from srd_lightning.launcher import TERMINATED, children_of
 from srd_lightning.resume import repair_progress
 from srd_lightning.run_folder import RunLock, clean, put_aside
 from srd_lightning.storage import check_folder

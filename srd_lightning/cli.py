@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from srd_lightning.console import Ending
 from srd_lightning.errors import SettingError
+from srd_lightning.subcommands import SUBCOMMANDS
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -24,15 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SRDCLI", "SRDTrainer", "find_config", "main", "parse", "run"]
 
-SUBCOMMANDS = {
-    "fit": "Curate, let the teacher be cached where that is asked for, and train the student.",
-    "validate": "Measure the student on the validation rows.",
-    "test": "Measure the student on the test rows, answers included.",
-    "predict": "Let the student answer the rows of the split predict, else test.",
-    "curate": "Reflect and rank only: let the student answer every prompt, save the scores, show what came of it.",
-    "cache-teacher": "Curate, and let the teacher see every row that is kept, so that fit need not load it.",
-}
-"""What the command line can do; `SRDTrainer` has a method for each."""
 SHOW_TRACEBACK = "--traceback"
 _HOME = {"SRDCLI": "commandline", "SRDTrainer": "trainer"}
 

@@ -17,7 +17,6 @@ import srd_lightning.criteria
 import srd_lightning.runtime
 import srd_lightning.strategy  # noqa: F401 (short names on the command line)
 from srd_lightning.callbacks.settings_file import SettingsFile
-from srd_lightning.cli import SUBCOMMANDS
 from srd_lightning.console import Ending
 from srd_lightning.data import SRDDataModule
 from srd_lightning.errors import SettingError, SRDError, in_one_line
@@ -26,6 +25,7 @@ from srd_lightning.noise import OneLineSummary
 from srd_lightning.parse_errors import of_value
 from srd_lightning.parser import SRDParser
 from srd_lightning.settings_help import AllHelp
+from srd_lightning.subcommands import SUBCOMMANDS
 from srd_lightning.trainer import SRDTrainer
 
 OWN = {"model", "datamodule"}

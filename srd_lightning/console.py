@@ -135,7 +135,8 @@ def explain(error: BaseException) -> str | None:
         return _of_files(error)
     from lightning.fabric.utilities.exceptions import MisconfigurationException  # what failed has loaded it
 
-    from srd_lightning.failures import MEMORY_HINT, lacks_memory
+    from srd_lightning.errors import lacks_memory
+    from srd_lightning.failures import MEMORY_HINT
 
     if lacks_memory(error):
         message = str(error)

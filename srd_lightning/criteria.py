@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from srd_lightning import divergences
@@ -23,10 +24,8 @@ from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses import log_probabilities
 from srd_lightning.matching import same_number, same_words
 from srd_lightning.models import Pretrained
+from srd_lightning.reflected import Reflected
 from srd_lightning.rouge import rouge_l
-
-if TYPE_CHECKING:
-    from srd_lightning.reflection import Reflected
 
 
 class Criterion:
@@ -292,3 +291,14 @@ class Column(Criterion):
     def scores(self, reflected: Reflected) -> Sequence[float]:
         """Refuse: there is nothing to compute."""
         raise SettingError(f"scores of {self.column!r} are read from a file: SRDDataModule(scores='….parquet')")
+
+
+def score_batch(reflected: Reflected, criteria: Sequence[Criterion]) -> list[dict[str, Any]]:
+    """Return ``id``, a column per criterion, and the ``answer`` where a criterion looked at it, for each row."""
+    columns: dict[str, Sequence[Any]] = {"id": [row["id"] for row in reflected.rows]}
+    with torch.no_grad():
+        for criterion in criteria:
+            columns[criterion.column] = [float(score) for score in criterion.scores(reflected)]
+    if "answers" in vars(reflected):
+        columns["answer"] = reflected.answers
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -213,3 +213,16 @@ class Curriculum:
         """Return how many optimizer steps one epoch takes; arguments as for `num_steps`."""
         batches = math.ceil(math.ceil(self.size(epoch) / world_size) / batch_size)
         return math.ceil(batches / accumulate)
+
+
+def find_curriculum(trainer: Any) -> Curriculum | None:
+    """Return the curriculum of the trainer's data module or of its `CurriculumCallback`, if there is one.
+
+    Args:
+        trainer: Of Lightning, which is not needed to plan a curriculum, and so is not imported here.
+    """
+    for holder in (getattr(trainer, "datamodule", None), *getattr(trainer, "callbacks", [])):
+        curriculum = getattr(holder, "curriculum", None)
+        if isinstance(curriculum, Curriculum):
+            return curriculum
+    return None

@@ -274,7 +274,7 @@ class SRDDataModule(CuratedRows):
             self.seed,
             place["rank"],
             place["num_replicas"],
-            self.teacher_cache,
+            None if self.teacher_cache is None else self.teacher_cache.batch,
             self.pad_to_multiple_of,
         )
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from srd_lightning.errors import ModelError, SettingError, in_one_line
-from srd_lightning.failures import lacks_memory
+from srd_lightning.errors import ModelError, SettingError, in_one_line, lacks_memory
 
 try:
     from transformers.initialization import no_init_weights

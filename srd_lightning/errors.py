@@ -65,3 +65,15 @@ def in_one_line(text: object) -> str:
         'no such file'
     """
     return " ".join(str(text).split())
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def lacks_memory(exception: BaseException) -> bool:
+    """Return whether an error says that memory is out."""
+    import torch  # not above: `srd --help` needs the errors, and nothing of torch
+
+    if isinstance(exception, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(exception, RuntimeError) and any(words in str(exception).lower() for words in OUT_OF_MEMORY)

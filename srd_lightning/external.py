@@ -15,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning import sources
-from srd_lightning.criteria import Criterion
+from srd_lightning.criteria import Criterion, score_batch
 from srd_lightning.curation import Scores
 from srd_lightning.errors import DataError, MissingDataError, in_one_line
 from srd_lightning.formats import FORMATS, form_of, names_in
 from srd_lightning.generation import Decoding
-from srd_lightning.reflection import Reflected, score_batch
+from srd_lightning.reflected import Reflected
 from srd_lightning.rows import ids_of
 from srd_lightning.store import Floats, answers_by_id, by_id
 

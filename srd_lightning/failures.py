@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from srd_lightning.errors import NonFiniteError, RankError
+from srd_lightning.errors import NonFiniteError, RankError, lacks_memory
+from srd_lightning.launcher import TERMINATED, children_of
 from srd_lightning.team import Team, tell_failure
 
 MEMORY_HINT = """
@@ -27,11 +24,6 @@ This may help, the first ones at no cost in what is computed:
 - a smaller chunk, and a loss that does not need all logits
 - precision: bf16-mixed, or strategy FSDP2 on several devices
 - max_length of the data"""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a process that SIGTERM has ended: the run is not over."""
 ON_ALL_PROCESSES = (NonFiniteError, SIGTERMException, KeyboardInterrupt)
 """Exceptions that come to all processes at the same place."""
 SECONDS_TO_SPEAK = 2
@@ -100,26 +92,3 @@ class Failures(Callback):
                 time.sleep(SECONDS_TO_SPEAK)  # perhaps it was another process that failed, and has something to say
             for child in children:
                 child.kill()
-
-
-def children_of(trainer: Trainer) -> list[subprocess.Popen[Any]]:
-    """Return the ranks that Lightning's launcher has started here, and let it forget them.
-
-    It kills this rank as soon as one of them has ended with an error, though this one has something to say or to save.
-
-    Args:
-        trainer: Whose run ends.
-    """
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return []
-    children = list(launcher.procs)
-    launcher.procs.clear()
-    return children
-
-
-def lacks_memory(exception: BaseException) -> bool:
-    """Return whether an error says that memory is out."""
-    if isinstance(exception, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(exception, RuntimeError) and any(words in str(exception).lower() for words in OUT_OF_MEMORY)

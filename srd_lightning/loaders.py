@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Trainer
@@ -13,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.resume import ResumableLoader
 from srd_lightning.rows import collate
 from srd_lightning.sampling import LengthGrouped, Lengths, Shuffled
-from srd_lightning.teacher_cache import TeacherCache
+
+ExtraColumns = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Loaders:
         seed: Of the order within an epoch.
         rank: This process.
         world_size: Processes that see different rows.
-        teacher_cache: What batches bring along of the teacher, if it is cached.
+        extra_columns: Takes rows; returns what their batch brings along besides, such as what a teacher said to them.
         pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this.
     """
 
@@ -38,7 +40,7 @@ class Loaders:
     seed: int
     rank: int
     world_size: int
-    teacher_cache: TeacherCache | None = None
+    extra_columns: ExtraColumns | None = None
     pad_to_multiple_of: int = 1
 
     def train(self, pool: Any, epoch: int, batch_size: int, lengths: Lengths | None = None) -> ResumableLoader:
@@ -74,7 +76,7 @@ class Loaders:
             "collate_fn": functools.partial(
                 _collate,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-                teacher_cache=self.teacher_cache,
+                extra_columns=self.extra_columns,
                 pad_to_multiple_of=self.pad_to_multiple_of,
             ),
             "pin_memory": torch.cuda.is_available(),
@@ -104,7 +106,57 @@ class RebuiltEveryEpoch:
 
 
 def _collate(
-    rows: Sequence[Mapping[str, Any]], pad_token_id: int, teacher_cache: TeacherCache | None, pad_to_multiple_of: int
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, extra_columns: ExtraColumns | None, pad_to_multiple_of: int
 ) -> dict[str, Tensor]:
     batch = collate(rows, pad_token_id, pad_to_multiple_of)
-    return batch if teacher_cache is None else {**batch, **teacher_cache.batch(rows)}
+    return batch if extra_columns is None else {**batch, **extra_columns(rows)}
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader that goes on within an epoch: what was delivered before is left out, and not even loaded.
+
+    Its sampler is a `Shuffled`. The length stays that of the whole epoch.
+    """
+
+    delivered = 0
+    """Batches of the epoch that were delivered, also by the run that is resumed."""
+    _start = 0
+
+    @property
+    def _shuffled(self) -> Shuffled:
+        return cast(Shuffled, self.sampler)
+
+    @property
+    def _in_order(self) -> bool:
+        return isinstance(self.sampler, Shuffled)
+
+    def __iter__(self) -> Any:
+        """Deliver what is left of the epoch; the next time, all of it."""
+        self._shuffled.start = self._start * cast(int, self.batch_size)
+        self.delivered = self._start
+        return self._count(super().__iter__())  # workers begin now, not at the first batch
+
+    def _count(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._start = 0  # not before: Lightning makes an iterator twice, and uses the second
+            self.delivered += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, and how many of its batches were delivered; nothing where ``overfit_batches`` repeats."""
+        return {"epoch": self._shuffled.epoch, "delivered": self.delivered} if self._in_order else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Leave out what was delivered, if it was of this epoch: another one begins with its first batch."""
+        same_epoch = self._in_order and state_dict.get("epoch") == self._shuffled.epoch
+        self._start = self.delivered = state_dict["delivered"] if same_epoch else 0
+
+    def ids(self, batch_idx: int) -> list[str]:
+        """Return the ids of the rows of a batch, whether it was delivered or not.
+
+        Args:
+            batch_idx: Its number within the epoch.
+        """
+        sampler, rows = copy.copy(self._shuffled), cast(int, self.batch_size)
+        sampler.start = batch_idx * rows
+        return [str(self.dataset[place]["id"]) for place in itertools.islice(sampler, rows)]

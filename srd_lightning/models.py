@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from srd_lightning.depth_cut import check_layers, keep_layers
-from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_one_line
-from srd_lightning.failures import lacks_memory
+from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_one_line, lacks_memory
 from srd_lightning.model_files import ADAPTER, CONFIG, check_files
 from srd_lightning.soundness import check_causal, check_decoder, check_weights
 from srd_lightning.vocabulary import check_ends, check_tokens

@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Collection, Iterator
 from typing import Any, cast, get_args
 
-from srd_lightning.cli import SUBCOMMANDS
 from srd_lightning.errors import in_one_line
+from srd_lightning.subcommands import SUBCOMMANDS
 
 MANY = 12
 """More choices than this are not listed."""

@@ -15,18 +15,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from srd_lightning.curriculum import Curriculum, value_at
+from srd_lightning.curriculum import Curriculum, find_curriculum, value_at
 from srd_lightning.errors import SettingError
 from srd_lightning.preflight import callbacks_of
-
-
-def find_curriculum(trainer: Trainer) -> Curriculum | None:
-    """Return the curriculum of the trainer's data module or of its `CurriculumCallback`, if there is one."""
-    for holder in (getattr(trainer, "datamodule", None), *getattr(trainer, "callbacks", [])):
-        curriculum = getattr(holder, "curriculum", None)
-        if isinstance(curriculum, Curriculum):
-            return curriculum
-    return None
 
 
 def stage_steps(trainer: Trainer) -> list[int]:

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning.callbacks.curriculum_check import rows_of_loaders
-from srd_lightning.planning import find_curriculum
+from srd_lightning.curriculum import find_curriculum
 from srd_lightning.storage import check_file, write_atomically
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lightning.calling import extras, logits_of, pads_right, router_off
-from srd_lightning.errors import ModelError
-from srd_lightning.failures import lacks_memory
+from srd_lightning.errors import ModelError, lacks_memory
 from srd_lightning.generation import eval_mode
 from srd_lightning.losses import response_mask
 from srd_lightning.objective import Head

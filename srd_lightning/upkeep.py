@@ -7,8 +7,8 @@ from typing import Any
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
+from srd_lightning.curriculum import find_curriculum
 from srd_lightning.errors import SettingError
-from srd_lightning.planning import find_curriculum
 from srd_lightning.resume import repair_progress
 
 

@@ -24,7 +24,8 @@ from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoin
 from srd_lightning.arrangement import HardToEasy
 from srd_lightning.checkpoint_files import is_complete
 from srd_lightning.consolidate import main as consolidate
-from srd_lightning.resume import ResumableLoader, batch_seed, repair_progress
+from srd_lightning.loaders import ResumableLoader
+from srd_lightning.resume import batch_seed, repair_progress
 from srd_lightning.sampling import LengthGrouped, Shuffled
 from srd_lightning.storage import put_in_place
 

@@ -16,7 +16,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from srd_lightning import cli, criteria, reflection
+from srd_lightning import cli, criteria
+from srd_lightning import reflected as reflected_module
 from srd_lightning.criteria import (
     AnswerLength,
     Bleu,
@@ -33,12 +34,14 @@ from srd_lightning.criteria import (
     RougeL,
     TeacherKL,
     check_criteria,
+    score_batch,
 )
 from srd_lightning.errors import SettingError
 from srd_lightning.generation import Decoding
 from srd_lightning.matching import same_number
 from srd_lightning.models import Pretrained
-from srd_lightning.reflection import Reflected, reflect, score_batch
+from srd_lightning.reflected import Reflected
+from srd_lightning.reflection import reflect
 from srd_lightning.store import ScoreStore
 from srd_lightning.tokenised import tokenize
 
@@ -621,14 +624,14 @@ class TestEveryCriterion:
     @each_of_logits
     def test_few_rows_at_a_time_give_the_same(self, kind, seen, monkeypatch):
         expected = scores(make(kind), seen())
-        sizes, response_logits = [], reflection.response_logits
+        sizes, response_logits = [], reflected_module.response_logits
 
         def watched(model, batch):
             sizes.append(batch["input_ids"].numel())
             return response_logits(model, batch)
 
-        monkeypatch.setattr(reflection, "SCORED_AT_ONCE", 40)
-        monkeypatch.setattr(reflection, "response_logits", watched)
+        monkeypatch.setattr(reflected_module, "SCORED_AT_ONCE", 40)
+        monkeypatch.setattr(reflected_module, "response_logits", watched)
         assert scores(make(kind), seen()) == pytest.approx(expected, rel=1e-5)
         assert len(sizes) > 1
         assert max(sizes) <= 40

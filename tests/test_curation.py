@@ -6,7 +6,7 @@ import references
 import torch
 from conftest import PLAIN, in_other_order, make_rows, tokenised
 
-from srd_lightning import reflection
+from srd_lightning import reflected as reflected_module
 from srd_lightning.criteria import (
     AnswerLength,
     Column,
@@ -58,7 +58,7 @@ def let_only(monkeypatch, batches):
             raise KeyboardInterrupt
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(reflection, "generate", answer)
+    monkeypatch.setattr(reflected_module, "generate", answer)
 
 
 class TestReflector:
@@ -100,12 +100,12 @@ class TestReflector:
     def test_a_criterion_added_later_takes_the_answers_that_are_there(self, score, monkeypatch, tmp_path):
         expected = score("at once", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100)
         score("later", tokens=100)
-        monkeypatch.setattr(reflection, "generate", None)
+        monkeypatch.setattr(reflected_module, "generate", None)
         assert score("later", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100) == expected
         assert files(tmp_path / "later") == files(tmp_path / "at once")
 
     def test_no_answers_where_no_criterion_asks_for_them(self, score, monkeypatch):
-        monkeypatch.setattr(reflection, "generate", None)
+        monkeypatch.setattr(reflected_module, "generate", None)
         assert {tuple(scores) for scores in score(criteria=[Perplexity()]).values()} == {("perplexity",)}
 
     def test_another_student_is_refused(self, score, model):
@@ -148,7 +148,7 @@ class TestAStoppedRun:
             with pytest.raises(TypeError):
                 score(decoding=decoding)
         assert len(files(tmp_path / "scores")) > 2
-        monkeypatch.setattr(reflection, "generate", None)
+        monkeypatch.setattr(reflected_module, "generate", None)
         score(decoding=decoding)
         assert files(tmp_path / "scores") == files(tmp_path / "whole")
 
