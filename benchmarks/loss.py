@@ -90,8 +90,8 @@ def naive(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
 
 def chunked(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
     """Compute it with this library."""
-    from srd_lightning.objective import Head, chunked_objective
-    from srd_lightning.teacher import by_head
+    from srd_lightning.losses.chunked import Head, chunked_objective
+    from srd_lightning.teacher.live import by_head
 
     teacher = by_head(Head(inputs.teacher_head), inputs.teacher_hidden)
     how = {"kd_weight": KD_WEIGHT, "chunk": arm.chunk, "compile": arm.name == "compiled"}

@@ -24,7 +24,7 @@ import numpy as np
 from record import record
 
 from srd_lightning.curriculum import PAPER_SCHEDULE, Curriculum
-from srd_lightning.ranking import reciprocal_rank_fusion
+from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
 
 CHUNK = 1_000_000
 SHARE_OF_ZEROS = 0.31

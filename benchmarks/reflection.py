@@ -34,15 +34,16 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
 from srd_lightning import ALPACA, Decoding, Pretrained
-from srd_lightning.criteria import NegativeLogLikelihood, RougeL, score_batch
-from srd_lightning.curation import rank
-from srd_lightning.evaluation import negative_log_likelihood
-from srd_lightning.generation import PAPER_DECODING
-from srd_lightning.ranking import average_ranks
-from srd_lightning.reflected import Reflected
-from srd_lightning.reflection import fixed_batches
-from srd_lightning.splits import load_rows
-from srd_lightning.tokenised import tokenize
+from srd_lightning.criteria import NegativeLogLikelihood, RougeL
+from srd_lightning.criteria.base import score_batch
+from srd_lightning.criteria.batch import Reflected
+from srd_lightning.curation.reflection import fixed_batches
+from srd_lightning.curation.reflector import rank
+from srd_lightning.curriculum.ranking import average_ranks
+from srd_lightning.data.splits import load_rows
+from srd_lightning.data.tokenization import tokenize
+from srd_lightning.evaluation.response_logits import negative_log_likelihood
+from srd_lightning.models.generation import PAPER_DECODING
 
 CRITERIA = [RougeL(), NegativeLogLikelihood()]
 PROMPT, TOTAL, BATCH = 256, 512, 16

@@ -15,8 +15,8 @@ from typing import Any
 
 from record import record
 
+from srd_lightning.callbacks.runtime import RuntimeBenchmark
 from srd_lightning.cli import run
-from srd_lightning.runtime import RuntimeBenchmark
 
 
 def measure(arguments: list[str]) -> dict[str, float]:

@@ -63,8 +63,8 @@ def make_batch(length: int, vocabulary: int, share: float, options: argparse.Nam
 def run_step(arm: str, size: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step in this process."""
     from srd_lightning.losses import ForwardKL
-    from srd_lightning.objective import CHUNK
-    from srd_lightning.step import Step
+    from srd_lightning.losses.chunked import CHUNK
+    from srd_lightning.training.step import Step
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +99,7 @@ def run_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_orders(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the order of an epoch."""
-    from srd_lightning.sampling import length_grouped_order
+    from srd_lightning.data.samplers import length_grouped_order
 
     results = []
     for rows in options.rows:
@@ -112,7 +112,7 @@ def run_orders(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run_caches(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Write and read a small cache of each kind."""
-    from srd_lightning.teacher import HiddenStates, TopK
+    from srd_lightning.teacher.live import HiddenStates, TopK
 
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     kinds: list[tuple[str, Any, int]] = [
@@ -125,8 +125,8 @@ def run_caches(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_cache(name: str, kind: Any, width: int, options: argparse.Namespace) -> dict[str, Any]:
-    from srd_lightning.objective import Head
-    from srd_lightning.teacher_cache import TeacherCache
+    from srd_lightning.losses.chunked import Head
+    from srd_lightning.teacher.cache import TeacherCache
 
     generator = np.random.default_rng(0)
     count = options.cache_tokens // TOKENS_PER_ROW

@@ -39,9 +39,9 @@ KD_WEIGHT, TEMPERATURE = 0.8, 1.5
 def choose_rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows, evenly spaced, as they are read and as they are tokenised."""
     from srd_lightning import ALPACA, Pretrained
-    from srd_lightning.rows import row_ids
-    from srd_lightning.splits import load_rows
-    from srd_lightning.tokenised import tokenize
+    from srd_lightning.data.rows import row_ids
+    from srd_lightning.data.splits import load_rows
+    from srd_lightning.data.tokenization import tokenize
 
     rows = load_rows(options.data)
     tokens, _ = tokenize(rows, Pretrained(options.model).tokenizer(), ALPACA, options.max_length, MAX_PROMPT_LENGTH)
@@ -142,7 +142,7 @@ def models_and_rows(description: str | None) -> argparse.ArgumentParser:
 def choose_model(options: argparse.Namespace) -> None:
     """Take the model of the quickstart, and fetch it, where none is named."""
     if options.model is None:
-        from srd_lightning.fetch import smollm2
+        from srd_lightning.quickstart.fetch import smollm2
 
         options.model = str(smollm2())
 

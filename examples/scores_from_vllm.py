@@ -36,11 +36,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, PromptTemplate, SRDDataModule
-from srd_lightning.fingerprint import fingerprint
-from srd_lightning.reflection import SCORING_VERSION
-from srd_lightning.rows import ids_of
+from srd_lightning.curation.fingerprint import fingerprint
+from srd_lightning.curation.reflection import SCORING_VERSION
+from srd_lightning.curation.score_store import ScoreStore
+from srd_lightning.data.rows import ids_of
 from srd_lightning.storage import write_atomically
-from srd_lightning.store import ScoreStore
 
 TEMPLATES: dict[str, PromptTemplate | ChatTemplate] = {"alpaca": ALPACA, "chat": ChatTemplate()}
 

@@ -7,7 +7,10 @@ where Lightning and transformers are not installed.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from srd_lightning._moved import Moved
 
 if TYPE_CHECKING:
     from srd_lightning.callbacks import (
@@ -16,11 +19,15 @@ if TYPE_CHECKING:
         HuggingFaceExport,
         HyperparameterScheduler,
     )
-    from srd_lightning.checkpoint import ResumeCheckpoint
-    from srd_lightning.curriculum import Curriculum
-    from srd_lightning.data import SRDDataModule
-    from srd_lightning.generation import Decoding
-    from srd_lightning.losses import (
+    from srd_lightning.callbacks.runtime import RuntimeBenchmark
+    from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
+    from srd_lightning.curriculum.curriculum import Curriculum
+    from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
+    from srd_lightning.data.samplers import LengthGrouped
+    from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
+    from srd_lightning.datamodule import SRDDataModule
+    from srd_lightning.distributed.strategy import FSDP2
+    from srd_lightning.losses.base import (
         DistillationLoss,
         ForwardKL,
         JensenShannon,
@@ -29,43 +36,39 @@ if TYPE_CHECKING:
         SkewReverseKL,
         TotalVariation,
     )
-    from srd_lightning.models import Pretrained
+    from srd_lightning.losses.chunked import Head, chunked_objective
+    from srd_lightning.models.generation import Decoding
+    from srd_lightning.models.pretrained import Pretrained
     from srd_lightning.module import KDLightningModule
-    from srd_lightning.objective import Head, chunked_objective
-    from srd_lightning.ranking import reciprocal_rank_fusion
-    from srd_lightning.runtime import RuntimeBenchmark
-    from srd_lightning.sampling import LengthGrouped
-    from srd_lightning.strategy import FSDP2
-    from srd_lightning.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 
 _HOME = {
-    "ALPACA": "templates",
+    "ALPACA": "data.templates",
     "AnswerWriter": "callbacks",
-    "ChatTemplate": "templates",
+    "ChatTemplate": "data.templates",
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
-    "Decoding": "generation",
+    "Decoding": "models.generation",
     "DistillationLoss": "losses",
-    "Example": "templates",
-    "FSDP2": "strategy",
+    "Example": "data.templates",
+    "FSDP2": "distributed.strategy",
     "ForwardKL": "losses",
-    "Head": "objective",
+    "Head": "losses.chunked",
     "HuggingFaceExport": "callbacks",
     "HyperparameterScheduler": "callbacks",
     "JensenShannon": "losses",
     "KDLightningModule": "module",
-    "LengthGrouped": "sampling",
-    "Pretrained": "models",
-    "PromptTemplate": "templates",
-    "ResumeCheckpoint": "checkpoint",
+    "LengthGrouped": "data.samplers",
+    "Pretrained": "models.pretrained",
+    "PromptTemplate": "data.templates",
+    "ResumeCheckpoint": "checkpoints.resume_checkpoint",
     "ReverseKL": "losses",
-    "RuntimeBenchmark": "runtime",
-    "SRDDataModule": "data",
+    "RuntimeBenchmark": "callbacks.runtime",
+    "SRDDataModule": "datamodule",
     "SkewForwardKL": "losses",
     "SkewReverseKL": "losses",
     "TotalVariation": "losses",
-    "chunked_objective": "objective",
-    "reciprocal_rank_fusion": "ranking",
+    "chunked_objective": "losses.chunked",
+    "reciprocal_rank_fusion": "curriculum.ranking",
 }
 
 __all__ = [
@@ -97,6 +100,8 @@ __all__ = [
     "chunked_objective",
     "reciprocal_rank_fusion",
 ]
+
+sys.meta_path.append(Moved())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The command line: ``srd fit | validate | test | predict | curate | cache-teacher``.
 
-Nothing is imported here but what ``srd --help`` needs; `srd_lightning.commandline` has the parser and the run.
+Nothing is imported here but what ``srd --help`` needs; `srd_lightning.command.commandline` has the parser and the run.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srd_lightning.console import Ending
+from srd_lightning.command.console import Ending
+from srd_lightning.command.subcommands import SUBCOMMANDS
 from srd_lightning.errors import SettingError
-from srd_lightning.subcommands import SUBCOMMANDS
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
 
-    from srd_lightning.commandline import SRDCLI
-    from srd_lightning.trainer import SRDTrainer
+    from srd_lightning.command.commandline import SRDCLI
+    from srd_lightning.command.trainer import SRDTrainer
 
 __all__ = ["SRDCLI", "SRDTrainer", "find_config", "main", "parse", "run"]
 
 SHOW_TRACEBACK = "--traceback"
-_HOME = {"SRDCLI": "commandline", "SRDTrainer": "trainer"}
+_HOME = {"SRDCLI": "command.commandline", "SRDTrainer": "command.trainer"}
 
 
 def main() -> None:
-    """Run the command line with the arguments of the process, and exit as `srd_lightning.console` says."""
+    """Run the command line with the arguments of the process, and exit as `srd_lightning.command.console` says."""
     arguments = [argument for argument in sys.argv[1:] if argument != SHOW_TRACEBACK]
     show_traceback = SHOW_TRACEBACK in sys.argv or os.environ.get("SRD_TRACEBACK") == "1"
     name = f"srd {arguments[0]}" if arguments and arguments[0] in SUBCOMMANDS else "srd"
     with Ending(name, show_traceback) as ending:
         if name == "srd":
             _answer_without_subcommand(arguments)
-        importlib.import_module("srd_lightning.noise").quiet(name)
+        importlib.import_module("srd_lightning.command.noise").quiet(name)
         _cli(arguments, run=True, ending=ending)
 
 
@@ -101,7 +101,7 @@ def parse(args: ArgsType) -> SRDCLI:
 
 
 def _cli(args: ArgsType, run: bool, ending: Ending | None = None) -> SRDCLI:
-    from srd_lightning.commandline import SRDCLI
+    from srd_lightning.command.commandline import SRDCLI
 
     return SRDCLI(args, run, ending)
 

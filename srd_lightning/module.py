@@ -15,28 +15,28 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning import arguments, compatibility
-from srd_lightning.answers import answers
 from srd_lightning.callbacks.monitors import check_monitors
-from srd_lightning.calling import logits_of
-from srd_lightning.clipping import clip
+from srd_lightning.checkpoints.compatibility import check_optimizer
+from srd_lightning.checkpoints.resume import RunSeed
+from srd_lightning.distributed.clipping import clip
+from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh
 from srd_lightning.errors import SettingError
-from srd_lightning.failures import Failures, check_finite
-from srd_lightning.generation import Decoding
-from srd_lightning.hardware import Hardware
-from srd_lightning.losses import DistillationLoss, ForwardKL, response_mask
-from srd_lightning.models import Pretrained
-from srd_lightning.objective import CHUNK
-from srd_lightning.pair import StudentAndTeacher, TeacherCaching
-from srd_lightning.placement import TeacherPlacement, data_parallel_mesh
-from srd_lightning.planning import stage_steps, staged_schedule
+from srd_lightning.evaluation.answers import answers
+from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.losses.base import DistillationLoss, ForwardKL, response_mask
+from srd_lightning.losses.chunked import CHUNK
+from srd_lightning.models.calling import logits_of
+from srd_lightning.models.generation import Decoding
+from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.preflight import callbacks_of
-from srd_lightning.resume import RunSeed
-from srd_lightning.resume_check import check_optimizer
-from srd_lightning.rouge import rouge_l
-from srd_lightning.step import Step
-from srd_lightning.token_mean import TokenMean
-from srd_lightning.upkeep import Upkeep
+from srd_lightning.training import arguments, compatibility
+from srd_lightning.training.failures import Failures, check_finite
+from srd_lightning.training.hardware import Hardware
+from srd_lightning.training.hooks import Upkeep
+from srd_lightning.training.lr_plan import stage_steps, staged_schedule
+from srd_lightning.training.pair import StudentAndTeacher, TeacherCaching
+from srd_lightning.training.step import Step
+from srd_lightning.training.token_normalizer import TokenMean
 
 Batch = Mapping[str, Tensor]
 NAN = float("nan")
@@ -171,7 +171,7 @@ class KDLightningModule(StudentAndTeacher):
         self._kd_weight = kd_weight
 
     def preflight(self, trainer: Trainer) -> None:
-        """Refuse what cannot be trained, or not together, see `srd_lightning.compatibility`; look at the two models."""
+        """Refuse what cannot be trained, or not together, see `training.compatibility`; look at the two models."""
         compatibility.check_run(self, trainer)
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
             check_monitors(trainer, self._has_teacher)

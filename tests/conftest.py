@@ -21,6 +21,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
+from srd_lightning.data.templates import PromptTemplate
+from srd_lightning.data.tokenization import tokenize
 from srd_lightning.losses import (
     ForwardKL,
     JensenShannon,
@@ -29,8 +31,6 @@ from srd_lightning.losses import (
     SkewReverseKL,
     TotalVariation,
 )
-from srd_lightning.templates import PromptTemplate
-from srd_lightning.tokenised import tokenize
 
 torch.set_num_threads(1)  # tiny models only lose by more
 

@@ -29,7 +29,7 @@ EVERYTHING = [
     "transformers.models.byt5.tokenization_byt5",
     "datasets",
     "peft",
-    "srd_lightning.commandline",
+    "srd_lightning.command.commandline",
 ]
 
 

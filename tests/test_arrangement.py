@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_lightning.arrangement import Arrangement, EasyToHard, HardToEasy, RandomOrder, RandomSubset, arranged
+from srd_lightning.curriculum.arrangement import (
+    Arrangement,
+    EasyToHard,
+    HardToEasy,
+    RandomOrder,
+    RandomSubset,
+    arranged,
+)
 from srd_lightning.errors import SettingError
 
 ORDER = torch.tensor([5, 2, 7, 0, 1, 6, 4, 3])

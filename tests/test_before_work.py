@@ -27,7 +27,7 @@ def _apart(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_rows_are_read(monkeypatch):
-    monkeypatch.setattr("srd_lightning.curating.load_splits", None)
+    monkeypatch.setattr("srd_lightning.curation.curator.load_splits", None)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ class TestBeforeRowsAreRead:
 def test_a_full_disk_is_said_before_the_student_is_loaded(make, monkeypatch):
     usage = namedtuple("Usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr("srd_lightning.curating.fresh_student", None)
+    monkeypatch.setattr("srd_lightning.curation.curator.fresh_student", None)
     with pytest.raises(StorageError, match=r"^scores will write .* GB to scores, but only 1e-06 GB are free there"):
         make(scores="scores").setup("fit")
 

@@ -275,7 +275,7 @@ class TestCurriculumCallback:
 def ticks(monkeypatch):
     """A clock that goes on by a second whenever it is looked at."""
     ticks = count()
-    monkeypatch.setattr("srd_lightning.runtime.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("srd_lightning.callbacks.runtime.time.perf_counter", lambda: float(next(ticks)))
     return ticks
 
 

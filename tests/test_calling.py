@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from srd_lightning import ForwardKL
-from srd_lightning.calling import extras, logits_of
+from srd_lightning.data.rows import collate
 from srd_lightning.losses import response_mask
-from srd_lightning.rows import collate
-from srd_lightning.step import Step
+from srd_lightning.models.calling import extras, logits_of
+from srd_lightning.training.step import Step
 
 SIZE = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXPERTS = {"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.0}

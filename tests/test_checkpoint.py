@@ -21,12 +21,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import ByT5Tokenizer
 
 from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, cli
-from srd_lightning.arrangement import HardToEasy
-from srd_lightning.checkpoint_files import is_complete
-from srd_lightning.consolidate import main as consolidate
-from srd_lightning.loaders import ResumableLoader
-from srd_lightning.resume import batch_seed, repair_progress
-from srd_lightning.sampling import LengthGrouped, Shuffled
+from srd_lightning.checkpoints.consolidate import main as consolidate
+from srd_lightning.checkpoints.files import is_complete
+from srd_lightning.checkpoints.resume import batch_seed, repair_progress
+from srd_lightning.curriculum.arrangement import HardToEasy
+from srd_lightning.data.loaders import ResumableLoader
+from srd_lightning.data.samplers import LengthGrouped, Shuffled
 from srd_lightning.storage import put_in_place
 
 sys.path.insert(0, str(Path(__file__).parent / "projects"))
@@ -315,7 +315,7 @@ class TestResumeCheckpoint:
             from_all=lambda work: [work(), other if isinstance(work(), type(other)) else work()],
             from_first=lambda work: work(),
         )
-        monkeypatch.setattr("srd_lightning.checkpoint.Team", lambda: together)
+        monkeypatch.setattr("srd_lightning.checkpoints.resume_checkpoint.Team", lambda: together)
         with pytest.raises(ValueError, match=f"would go on {said}: they do not all see the same checkpoints"):
             project.main(folder_of(tmp_path / "run"))
 

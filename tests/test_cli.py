@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli, settings_help
+from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli
+from srd_lightning.command import settings_help
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "data" in yaml.safe_load(path.read_text())]
@@ -89,7 +90,7 @@ def test_short_names_and_layers(tiny):
 
 
 def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):
-    monkeypatch.setattr("srd_lightning.models.Pretrained.model", lambda self: load(self.name))
+    monkeypatch.setattr("srd_lightning.models.pretrained.Pretrained.model", lambda self: load(self.name))
     loaded = []
 
     def load(name):
@@ -100,7 +101,7 @@ def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):
     scores = [row for part in (tiny / "scores").glob("part-*.parquet") for row in pq.read_table(part).to_pylist()]
     assert len(scores) == 8
     assert loaded == ["student"]
-    monkeypatch.setattr("srd_lightning.reflected.generate", None)
+    monkeypatch.setattr("srd_lightning.criteria.batch.generate", None)
     assert cli.run(["fit", *base("--data.scores=scores")]).trainer.global_step == 12
 
 

@@ -20,8 +20,8 @@ from srd_lightning import (
     Pretrained,
     SRDDataModule,
 )
-from srd_lightning.compatibility import check_parts, check_precision
 from srd_lightning.errors import ModelError, SettingError, SRDError
+from srd_lightning.training.compatibility import check_parts, check_precision
 
 
 class NoSuper(DistillationLoss):

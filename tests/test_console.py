@@ -16,9 +16,9 @@ from faults.fault import RECIPE
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from srd_lightning.console import Ending, explain
+from srd_lightning.command.console import Ending, explain
 from srd_lightning.errors import DataError, NonFiniteError, RankError, SettingError
-from srd_lightning.failures import MEMORY_HINT
+from srd_lightning.training.failures import MEMORY_HINT
 
 ROOT = Path(__file__).parents[1]
 
@@ -242,7 +242,7 @@ class TestSeveralRanks:
         assert len([*(tmp_path / "run").glob("srd-error*.log")]) == 1
 
     def test_speak_for_one_that_cannot(self, as_rank, capsys, monkeypatch):
-        monkeypatch.setattr("srd_lightning.console.SECONDS_TO_SPEAK", 0)
+        monkeypatch.setattr("srd_lightning.command.console.SECONDS_TO_SPEAK", 0)
         as_rank(0)
         ended(RankError("rank 1 is gone"))
         assert capsys.readouterr().err == "srd fit: error: rank 1 is gone\n"

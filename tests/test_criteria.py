@@ -17,7 +17,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import cli, criteria
-from srd_lightning import reflected as reflected_module
 from srd_lightning.criteria import (
     AnswerLength,
     Bleu,
@@ -34,16 +33,17 @@ from srd_lightning.criteria import (
     RougeL,
     TeacherKL,
     check_criteria,
-    score_batch,
 )
+from srd_lightning.criteria import batch as reflected_module
+from srd_lightning.criteria.base import score_batch
+from srd_lightning.criteria.batch import Reflected
+from srd_lightning.curation.reflection import reflect
+from srd_lightning.curation.score_store import ScoreStore
+from srd_lightning.data.tokenization import tokenize
 from srd_lightning.errors import SettingError
-from srd_lightning.generation import Decoding
-from srd_lightning.matching import same_number
-from srd_lightning.models import Pretrained
-from srd_lightning.reflected import Reflected
-from srd_lightning.reflection import reflect
-from srd_lightning.store import ScoreStore
-from srd_lightning.tokenised import tokenize
+from srd_lightning.evaluation.matching import same_number
+from srd_lightning.models.generation import Decoding
+from srd_lightning.models.pretrained import Pretrained
 
 ROOT = Path(__file__).parents[1]
 GREEDY = Decoding(max_new_tokens=6)

@@ -6,7 +6,6 @@ import references
 import torch
 from conftest import PLAIN, in_other_order, make_rows, tokenised
 
-from srd_lightning import reflected as reflected_module
 from srd_lightning.criteria import (
     AnswerLength,
     Column,
@@ -16,12 +15,13 @@ from srd_lightning.criteria import (
     RankSurprisalRatio,
     RougeL,
 )
-from srd_lightning.curation import Reflector, pinned_threads, rank, stored_scores
+from srd_lightning.criteria import batch as reflected_module
+from srd_lightning.curation.external_scores import read_scores
+from srd_lightning.curation.reflector import Reflector, pinned_threads, rank, stored_scores
+from srd_lightning.data.rows import ids_of
 from srd_lightning.errors import DataError, ModelError, StorageError
-from srd_lightning.external import read_scores
-from srd_lightning.generation import Decoding, generate
-from srd_lightning.rouge import rouge_l
-from srd_lightning.rows import ids_of
+from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.models.generation import Decoding, generate
 
 GREEDY = Decoding(max_new_tokens=6)
 SAMPLING = Decoding(max_new_tokens=6, temperature=1.0)
@@ -144,7 +144,7 @@ class TestAStoppedRun:
     def test_that_was_killed_while_it_tidied(self, score, monkeypatch, tmp_path, decoding):
         score("whole", decoding=decoding)
         with monkeypatch.context() as patch:
-            patch.setattr("srd_lightning.store.ScoreStore.tidy", None)
+            patch.setattr("srd_lightning.curation.score_store.ScoreStore.tidy", None)
             with pytest.raises(TypeError):
                 score(decoding=decoding)
         assert len(files(tmp_path / "scores")) > 2
@@ -155,7 +155,7 @@ class TestAStoppedRun:
     def test_a_damaged_part_is_made_again(self, score, tmp_path, decoding):
         expected = score(decoding=decoding)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("srd_lightning.store.ROWS_PER_SHARD", 6)
+            patch.setattr("srd_lightning.curation.score_store.ROWS_PER_SHARD", 6)
             score("parts", decoding=decoding)
         parts = sorted((tmp_path / "parts").glob("part-*"))
         assert len(parts) == 4

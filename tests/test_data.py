@@ -9,8 +9,8 @@ from conftest import PLAIN, make_rows, tiny_model
 from rich.console import Console
 
 from srd_lightning import Decoding, SRDDataModule
-from srd_lightning.arrangement import HardToEasy, RandomOrder, RandomSubset
 from srd_lightning.criteria import Column, NegativeLogLikelihood, ResponseLength
+from srd_lightning.curriculum.arrangement import HardToEasy, RandomOrder, RandomSubset
 
 ROWS = [{"id": number, **row} for number, row in enumerate(make_rows(20))]
 
@@ -140,7 +140,7 @@ class TestTrainLoader:
 
 def test_a_second_run_tokenises_nothing(make, monkeypatch):
     first = make({"train": ROWS, "validation": ROWS[:5]})
-    monkeypatch.setattr("srd_lightning.tokenised._tokenize_batch", None)
+    monkeypatch.setattr("srd_lightning.data.tokenization._tokenize_batch", None)
     again = make({"train": ROWS, "validation": ROWS[:5]})
     for split in ("train", "validation"):
         assert again.rows[split].to_list() == first.rows[split].to_list()

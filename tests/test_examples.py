@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule
-from srd_lightning.store import ScoreStore
+from srd_lightning.curation.score_store import ScoreStore
 
 pytestmark = pytest.mark.xdist_group("examples")
 

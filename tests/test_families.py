@@ -5,10 +5,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 from transformers.utils import logging
 
-from srd_lightning.depth_cut import keep_layers
 from srd_lightning.errors import ModelError
-from srd_lightning.generation import Decoding, generate
-from srd_lightning.soundness import check_causal, check_module
+from srd_lightning.models.depth_cut import keep_layers
+from srd_lightning.models.generation import Decoding, generate
+from srd_lightning.models.soundness import check_causal, check_module
 
 DEPTH = 4
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95]]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from srd_lightning import fetch
 from srd_lightning.errors import MissingDataError, SettingError, StorageError
+from srd_lightning.quickstart import fetch
 
 pytest.importorskip("yaml")
 
@@ -203,7 +203,7 @@ class TestDownload:
 
 
 def test_the_quickstart_says_what_is_missing_in_one_paragraph(tmp_path, monkeypatch, capsys):
-    from srd_lightning import quickstart
+    from srd_lightning.quickstart import __main__ as quickstart
 
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)

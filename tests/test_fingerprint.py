@@ -5,9 +5,9 @@ import torch
 from conftest import PLAIN, in_other_order, make_rows, tiny_model, tokenised
 from transformers import ByT5Tokenizer
 
-from srd_lightning.fingerprint import fingerprint
-from srd_lightning.generation import Decoding
-from srd_lightning.templates import ALPACA
+from srd_lightning.curation.fingerprint import fingerprint
+from srd_lightning.data.templates import ALPACA
+from srd_lightning.models.generation import Decoding
 
 GREEDY = Decoding(max_new_tokens=6)
 

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
-from srd_lightning import generation
 from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.generation import PAPER_DECODING, Decoding, end_tokens, generate
+from srd_lightning.models import generation
+from srd_lightning.models.generation import PAPER_DECODING, Decoding, end_tokens, generate
 
 PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95, 96], [100, 101], [70, 71, 72, 73]]
 GREEDY = Decoding(max_new_tokens=12)

@@ -21,9 +21,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
-from srd_lightning.curation import Reflector, rank
-from srd_lightning.generation import Decoding
-from srd_lightning.rows import ids_of
+from srd_lightning.curation.reflector import Reflector, rank
+from srd_lightning.data.rows import ids_of
+from srd_lightning.models.generation import Decoding
 
 DEVICE = torch.device(os.environ.get("SRD_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

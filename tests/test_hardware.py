@@ -8,7 +8,7 @@ from conftest import QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, KDLightningModule, Pretrained, SRDDataModule
-from srd_lightning.hardware import has_bf16_units
+from srd_lightning.training.hardware import has_bf16_units
 
 X86 = "processor\t: 0\nflags\t\t: fpu avx2 {}\n\nprocessor\t: 1\nflags\t\t: fpu avx2 {}\n"
 
@@ -40,7 +40,7 @@ def test_a_system_without_a_list(tmp_path):
 
 def warned(folder, monkeypatch, flags="", precision="32-true", teacher=None, **data):
     """Return what is said of bfloat16 before a run."""
-    monkeypatch.setattr("srd_lightning.hardware.CPUINFO", cpuinfo(folder, flags))
+    monkeypatch.setattr("srd_lightning.training.hardware.CPUINFO", cpuinfo(folder, flags))
     module = KDLightningModule(tiny_model(), teacher or tiny_model(1))
     rows = SRDDataModule(make_rows(4), tokenizer=ByT5Tokenizer(), schedule={0: 1.0}, **data)
     trainer = L.Trainer(**QUIET, precision=precision, max_epochs=0, default_root_dir=folder)

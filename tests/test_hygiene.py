@@ -7,9 +7,9 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srd_lightning.data.contamination import Hygiene, inspect, normalize
+from srd_lightning.data.templates import ALPACA
 from srd_lightning.errors import SettingError
-from srd_lightning.hygiene import Hygiene, inspect, normalize
-from srd_lightning.templates import ALPACA
 
 
 def plain(text):

@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from srd_lightning import divergences
 from srd_lightning.errors import SettingError
-from srd_lightning.loss_checks import check_loss
 from srd_lightning.losses import (
     DistillationLoss,
     ForwardKL,
@@ -21,8 +19,10 @@ from srd_lightning.losses import (
     SkewReverseKL,
     TotalVariation,
     cross_entropy,
+    divergences,
     response_mask,
 )
+from srd_lightning.losses.checks import check_loss
 
 DIVERGENCES = {
     "forward_kl": divergences.forward_kl,

@@ -6,11 +6,11 @@ from conftest import lively_model, make_rows, tiny_model, tokenised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from srd_lightning.data.rows import collate
 from srd_lightning.losses import ForwardKL
-from srd_lightning.micro_batches import in_parts, micro_batches
-from srd_lightning.objective import Objective
-from srd_lightning.rows import collate
-from srd_lightning.step import Step
+from srd_lightning.losses.chunked import Objective
+from srd_lightning.training.micro_batches import in_parts, micro_batches
+from srd_lightning.training.step import Step
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40), st.booleans())

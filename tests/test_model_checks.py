@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, ByT5Tokenizer, LlavaConfig
 
 from srd_lightning import KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning.command.trainer import SRDTrainer
 from srd_lightning.errors import MissingDataError, ModelError, SettingError, SRDError, StorageError
-from srd_lightning.soundness import check_weights
-from srd_lightning.trainer import SRDTrainer
-from srd_lightning.vocabulary import check_tokens
+from srd_lightning.models.soundness import check_weights
+from srd_lightning.models.vocabulary import check_tokens
 
 pytestmark = pytest.mark.xdist_group("model_checks")
 

@@ -7,10 +7,10 @@ from conftest import tiny_model
 from torch import nn
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from srd_lightning.depth_cut import keep_layers
 from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.models import Pretrained
-from srd_lightning.vocabulary import check_same_tokenizer
+from srd_lightning.models.depth_cut import keep_layers
+from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.vocabulary import check_same_tokenizer
 
 IDS = torch.tensor([[70, 71, 72, 73, 74]])
 

@@ -19,9 +19,9 @@ from srd_lightning import (
     Pretrained,
     SRDDataModule,
 )
-from srd_lightning.generation import generate
-from srd_lightning.rouge import rouge_l
-from srd_lightning.step import Step
+from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.models.generation import generate
+from srd_lightning.training.step import Step
 
 
 def sgd(params):
@@ -64,7 +64,7 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(student, teacher, tokenize
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_all_rows_from_the_start_is_ordinary_distillation(weight, student, teacher, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("srd_lightning.curating.Reflector", None)
+    monkeypatch.setattr("srd_lightning.curation.curator.Reflector", None)
     plain, batches = copy.deepcopy(student), Batches()
     module = KDLightningModule(student, teacher, kd_weight=weight, optimizer=sgd)
     data = everything(tokenizer, rows)

@@ -15,8 +15,8 @@ from srd_lightning.losses import (
     cross_entropy,
     log_probabilities,
 )
-from srd_lightning.objective import Head, Likeliest, chunked_objective
-from srd_lightning.teacher import TopK
+from srd_lightning.losses.chunked import Head, Likeliest, chunked_objective
+from srd_lightning.teacher.live import TopK
 
 
 class Own(DistillationLoss):

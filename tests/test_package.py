@@ -1,9 +1,15 @@
+import importlib
+import pickle
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import srd_lightning
+from srd_lightning import ALPACA
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -21,14 +27,44 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 
-import srd_lightning.templates
-import srd_lightning.ranking
-import srd_lightning.arrangement
+import importlib
+import pkgutil
+
 import srd_lightning.curriculum
-import srd_lightning.divergences
+import srd_lightning.data.templates
 import srd_lightning.losses
-import srd_lightning.objective
+
+for room in (srd_lightning.curriculum, srd_lightning.losses):
+    for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+        importlib.import_module(module.name)
 """
+FORMER_PATHS = """
+arrangement: Arrangement EasyToHard HardToEasy RandomOrder RandomSubset
+callbacks: AnswerWriter CurriculumCallback HuggingFaceExport HyperparameterScheduler
+checkpoint: ResumeCheckpoint
+consolidate: consolidate
+criteria: AnswerLength Bleu ChrF Column Criterion ExactMatch InstructionFollowingDifficulty NegativeLogLikelihood
+criteria: NumericAnswer Perplexity RankSurprisalRatio ResponseLength RougeL TeacherKL
+curriculum: PAPER_SCHEDULE Curriculum
+data: SRDDataModule
+fetch: smollm2
+fingerprint: fingerprint
+generation: PAPER_DECODING Decoding
+losses: DistillationLoss ForwardKL JensenShannon ReverseKL SkewForwardKL SkewReverseKL TotalVariation
+losses: IGNORE_INDEX cross_entropy log_probabilities response_mask
+models: Pretrained
+module: KDLightningModule
+objective: Head chunked_objective
+ranking: reciprocal_rank_fusion
+reflection: SCORING_VERSION
+rows: ids_of
+runtime: RuntimeBenchmark
+sampling: LengthGrouped
+store: ScoreStore write_atomically
+strategy: FSDP2
+templates: ALPACA ChatTemplate Example PromptTemplate
+"""
+"""Where settings, checkpoints and code that were written once may look for a name."""
 
 
 def test_pure_core_imports_without_lightning_and_transformers():
@@ -46,3 +82,29 @@ def test_readme_lists_the_public_names():
 def test_every_public_name_can_be_imported():
     missing = [name for name in srd_lightning.__all__ if not hasattr(srd_lightning, name)]
     assert not missing
+
+
+@pytest.mark.parametrize("line", FORMER_PATHS.split("\n")[1:-1])
+def test_what_has_moved_is_found_where_it_was(line):
+    module, _, names = line.partition(": ")
+    for name in names.split():
+        found = getattr(importlib.import_module(f"srd_lightning.{module}"), name)
+        assert name not in srd_lightning.__all__ or found is getattr(srd_lightning, name)
+
+
+def test_under_its_former_name_a_module_is_the_same_one():
+    former = importlib.import_module("srd_lightning.templates")
+    assert former is importlib.import_module("srd_lightning.data.templates")
+    assert former.__spec__.name == former.__name__ == "srd_lightning.data.templates"
+
+
+def test_what_was_pickled_under_a_former_name_is_loaded():
+    saved = pickle.dumps(ALPACA, protocol=0)
+    assert pickle.loads(saved.replace(b"srd_lightning.data.templates", b"srd_lightning.templates")) == ALPACA
+
+
+@pytest.mark.parametrize("program", ["quickstart", "fetch", "consolidate"])
+def test_programs_are_found_where_they_were(program, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"srd_lightning.{program}", raising=False)  # a program is the first to ask for it
+    found = runpy.run_module(f"srd_lightning.{program}", run_name="found")
+    assert found["__doc__"]

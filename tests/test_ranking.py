@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_lightning.ranking import reciprocal_rank_fusion
+from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "ranking_12_rows.json").read_text())
 

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from srd_lightning import reflected as reflected_module
-from srd_lightning.criteria import NegativeLogLikelihood, RougeL, score_batch
-from srd_lightning.generation import Decoding, generate
-from srd_lightning.reflected import Reflected
-from srd_lightning.reflection import fixed_batches
+from srd_lightning.criteria import NegativeLogLikelihood, RougeL
+from srd_lightning.criteria import batch as reflected_module
+from srd_lightning.criteria.base import score_batch
+from srd_lightning.criteria.batch import Reflected
+from srd_lightning.curation.reflection import fixed_batches
+from srd_lightning.models.generation import Decoding, generate
 
 GREEDY = Decoding(max_new_tokens=6)
 

@@ -9,9 +9,9 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from srd_lightning import ALPACA, Curriculum
-from srd_lightning.generation import generate
-from srd_lightning.refresh import Refresher, rearrange
-from srd_lightning.rouge import rouge_l
+from srd_lightning.curation.refresh import Refresher, rearrange
+from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.models.generation import generate
 
 sys.path.insert(0, str(PROJECTS))
 import distil

@@ -13,10 +13,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from srd_lightning.curated import Curated
-from srd_lightning.curriculum import Curriculum
-from srd_lightning.ranking import reciprocal_rank_fusion
-from srd_lightning.report import (
+from srd_lightning.curation.report import (
     _draw_histogram,
     _draw_ranks,
     extremes,
@@ -26,6 +23,9 @@ from srd_lightning.report import (
     tables,
     write,
 )
+from srd_lightning.curation.result import Curated
+from srd_lightning.curriculum import Curriculum
+from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
 
 # Eight rows whose final order is given: row 5 is the easiest, row 3 the hardest, rows 6 and 3 are never trained on.
 ORDER = [5, 2, 7, 0, 4, 1, 6, 3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import HANGS, of_launcher, run_project
 
-from srd_lightning.consolidate import main as consolidate
+from srd_lightning.checkpoints.consolidate import main as consolidate
 
 pytestmark = pytest.mark.xdist_group("processes")
 

@@ -19,12 +19,12 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, ResumeCheckpoint, SRDDataModule
-from srd_lightning.checkpoint_files import CHECKSUMS, check_intact, checksums_of_rank, finish, read_outline
+from srd_lightning.checkpoints.compatibility import check_same_optimizer, digest_of_rows, digest_of_tokens
+from srd_lightning.checkpoints.files import CHECKSUMS, check_intact, checksums_of_rank, finish, read_outline
+from srd_lightning.checkpoints.run_folder import RunLock
+from srd_lightning.data.templates import PromptTemplate
 from srd_lightning.errors import ResumeError, StorageError
-from srd_lightning.planning import stage_steps
-from srd_lightning.resume_check import check_same_optimizer, digest_of_rows, digest_of_tokens
-from srd_lightning.run_folder import RunLock
-from srd_lightning.templates import PromptTemplate
+from srd_lightning.training.lr_plan import stage_steps
 
 sys.path.insert(0, str(Path(__file__).parent / "projects"))
 import resume as project
@@ -197,7 +197,7 @@ def test_digests_see_which_rows_there_are_and_their_tokens():
 
 class TestAFolderOfCheckpoints:
     def test_belongs_to_one_run(self, run, monkeypatch):
-        monkeypatch.setattr("srd_lightning.run_folder.PATIENCE", 0.01)
+        monkeypatch.setattr("srd_lightning.checkpoints.run_folder.PATIENCE", 0.01)
         monkeypatch.setattr(SRDDataModule, "read_rows", forbidden("rows were read"))
         before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
         lock = filelock.FileLock(run / ".checkpoints.lock")  # as another process has it

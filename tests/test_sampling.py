@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from srd_lightning.sampling import LengthGrouped, Shuffled, length_grouped_order, of_like_length
+from srd_lightning.data.samplers import LengthGrouped, Shuffled, length_grouped_order, of_like_length
 
 sizes = {"number": st.integers(1, 300), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 5)}
 
@@ -139,7 +139,7 @@ class TestShuffled:
             assert list(ours) == list(theirs)
 
     def test_more_rows_than_a_piece(self, monkeypatch):
-        monkeypatch.setattr("srd_lightning.sampling.PIECE", 7)
+        monkeypatch.setattr("srd_lightning.data.samplers.PIECE", 7)
         assert list(Shuffled(range(40), 3, 1)) == list(DistributedSampler(range(40), 3, 1))
         assert list(Shuffled(range(40), 3, 1, start=9)) == list(DistributedSampler(range(40), 3, 1))[9:]
 

@@ -18,9 +18,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from srd_lightning.data.rows import collate
 from srd_lightning.losses import response_mask
-from srd_lightning.rows import collate
-from srd_lightning.split import NotSplit, split
+from srd_lightning.models.split import NotSplit, split
 
 SIZE = {
     "vocab_size": 384,

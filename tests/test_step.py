@@ -13,10 +13,10 @@ from torch.optim import SGD
 from transformers import ByT5Tokenizer
 
 from srd_lightning import DistillationLoss, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning.data.rows import collate
+from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import NonFiniteError, SettingError
-from srd_lightning.rows import collate
-from srd_lightning.step import Step
-from srd_lightning.team import Team
+from srd_lightning.training.step import Step
 
 pytestmark = pytest.mark.xdist_group("step")
 
@@ -333,7 +333,7 @@ def test_a_loss_that_is_no_number_names_the_model_that_is_to_blame(
     student, teacher, said, options, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "srd_lightning.pair.check_module", lambda *_: None
+        "srd_lightning.training.pair.check_module", lambda *_: None
     )  # which says so before the run, where it is so by then
     data = SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}, batch_size=3)
     module = KDLightningModule(student(), teacher(), kd_weight=0.5, **options)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from srd_lightning import store as store_module
+from srd_lightning.curation import score_store as store_module
+from srd_lightning.curation.score_store import ScoreStore, by_id
 from srd_lightning.errors import StorageError
 from srd_lightning.storage import write_atomically
-from srd_lightning.store import ScoreStore, by_id
 
 MADE_OF = {"rows": "r1", "student": "s1", "decoding": "d1"}
 CRITERIA = {"rouge_l": "RougeL", "nll": "NLL"}

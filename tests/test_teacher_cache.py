@@ -8,14 +8,15 @@ import torch
 from conftest import LOSSES, in_other_order, lively_model, make_rows, tokenised
 from transformers import ByT5Tokenizer
 
-from srd_lightning import caching, teacher_cache
-from srd_lightning.caching import cache_teacher, teacher_digest
+from srd_lightning.data.rows import collate
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses import response_mask
-from srd_lightning.models import Pretrained
-from srd_lightning.rows import collate
-from srd_lightning.teacher import HiddenStates, LiveTeacher, TopK
-from srd_lightning.teacher_cache import TeacherCache
+from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.teacher import cache as teacher_cache
+from srd_lightning.teacher import precompute as caching
+from srd_lightning.teacher.cache import TeacherCache
+from srd_lightning.teacher.live import HiddenStates, LiveTeacher, TopK
+from srd_lightning.teacher.precompute import cache_teacher, teacher_digest
 
 MADE_OF = {"teacher": "a", "kind": "b"}
 EXACT = HiddenStates(torch.float32)

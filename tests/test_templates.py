@@ -1,7 +1,7 @@
 import pytest
 
+from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 from srd_lightning.errors import DataError
-from srd_lightning.templates import ALPACA, ChatTemplate, Example, PromptTemplate
 
 PLAIN = PromptTemplate(with_input="Q: {instruction} [{input}]\nA: ", without_input="Q: {instruction}\nA: ")
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from srd_lightning.token_mean import TokenMean
+from srd_lightning.training.token_normalizer import TokenMean
 
 batches = st.lists(st.lists(st.floats(-9, 9, width=32), max_size=6), min_size=1, max_size=5)
 

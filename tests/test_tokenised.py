@@ -8,10 +8,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from srd_lightning import tokenised as tokenised_module
-from srd_lightning.rows import collate
-from srd_lightning.templates import ChatTemplate, PromptTemplate
-from srd_lightning.tokenised import tokenize
+from srd_lightning.data import tokenization as tokenised_module
+from srd_lightning.data.rows import collate
+from srd_lightning.data.templates import ChatTemplate, PromptTemplate
+from srd_lightning.data.tokenization import tokenize
 
 PLAIN = PromptTemplate(with_input="{instruction} {input}: ", without_input="{instruction}: ")
 ROWS = make_rows(6)

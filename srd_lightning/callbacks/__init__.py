@@ -4,5 +4,6 @@ from srd_lightning.callbacks.answer_writer import AnswerWriter
 from srd_lightning.callbacks.curriculum_check import CurriculumCallback
 from srd_lightning.callbacks.export import HuggingFaceExport
 from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
+from srd_lightning.callbacks.runtime import RuntimeBenchmark
 
-__all__ = ["AnswerWriter", "CurriculumCallback", "HuggingFaceExport", "HyperparameterScheduler"]
+__all__ = ["AnswerWriter", "CurriculumCallback", "HuggingFaceExport", "HyperparameterScheduler", "RuntimeBenchmark"]

@@ -10,10 +10,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from srd_lightning.curriculum import Curriculum, find_curriculum
+from srd_lightning.checkpoints.resume import repair_progress
+from srd_lightning.curriculum.curriculum import Curriculum, find_curriculum
+from srd_lightning.data.loaders import RebuiltEveryEpoch
 from srd_lightning.errors import SettingError
-from srd_lightning.loaders import RebuiltEveryEpoch
-from srd_lightning.resume import repair_progress
 
 
 class CurriculumCallback(Callback):

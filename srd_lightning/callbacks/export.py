@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from srd_lightning.callbacks import export_folder
+from srd_lightning.distributed.placement import shards_student
 from srd_lightning.errors import ModelError, SettingError, StorageError
-from srd_lightning.placement import shards_student
 from srd_lightning.storage import check_folder, check_room
 
 SETTING = "HuggingFaceExport(dirpath=...)"

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from srd_lightning.curriculum import check_schedule, never_reached, value_at
+from srd_lightning.curriculum.curriculum import check_schedule, never_reached, value_at
 from srd_lightning.errors import SettingError
 
 

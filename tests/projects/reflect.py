@@ -11,8 +11,9 @@ import drive
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from srd_lightning import reflection, store
 from srd_lightning.cli import SRDTrainer
+from srd_lightning.curation import reflection
+from srd_lightning.curation import score_store as store
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
 

@@ -1,0 +1,112 @@
+"""`SRDCLI`: LightningCLI of the module and the data module, with two subcommands more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import srd_lightning.callbacks
+import srd_lightning.checkpoints.resume_checkpoint
+import srd_lightning.criteria
+import srd_lightning.curriculum
+import srd_lightning.distributed.strategy  # noqa: F401 (short names on the command line)
+from srd_lightning.callbacks.settings_file import SettingsFile
+from srd_lightning.command.console import Ending
+from srd_lightning.command.noise import OneLineSummary
+from srd_lightning.command.parse_errors import of_value
+from srd_lightning.command.parser import SRDParser
+from srd_lightning.command.settings_help import AllHelp
+from srd_lightning.command.subcommands import SUBCOMMANDS
+from srd_lightning.command.trainer import SRDTrainer
+from srd_lightning.datamodule import SRDDataModule
+from srd_lightning.errors import SettingError, SRDError, in_one_line
+from srd_lightning.module import KDLightningModule
+
+OWN = {"model", "datamodule"}
+"""Arguments of our own methods of the trainer that are no settings."""
+
+
+class SRDCLI(LightningCLI):
+    """LightningCLI of `KDLightningModule` and `SRDDataModule`.
+
+    Args:
+        args: Arguments; by default those of the process.
+        run: Whether the first of them is a subcommand, which is then run.
+        ending: Is told when work begins, and where.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True, ending: Ending | None = None) -> None:
+        self._ending = ending
+        self._wanted = _subcommands_wanted(sys.argv[1:] if args is None else args)
+        super().__init__(
+            KDLightningModule,
+            SRDDataModule,
+            trainer_class=SRDTrainer,
+            trainer_defaults={"enable_model_summary": False, "callbacks": [OneLineSummary()]},
+            parser_class=SRDParser,
+            parser_kwargs={"prog": "srd", **{name: {"description": SUBCOMMANDS[name]} for name in self._wanted}},
+            save_config_callback=SettingsFile,
+            save_config_kwargs={"overwrite": True},
+            args=args,
+            run=run,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return those whose parsers are needed, and the arguments of the trainer's methods that are no settings."""
+        of_all = {**LightningCLI.subcommands(), "curate": OWN, "cache-teacher": OWN}
+        return {name: of_all[name] for name in self._wanted}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; without Lightning's warning that the process has arguments of its own."""
+        parsed = parser.parse_object(args) if isinstance(args, Mapping | Namespace) else parser.parse_args(args)
+        self.config = parsed
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the checkpoint to the trainer: Lightning would read it here to look for settings, and holds none."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Split the help: what is needed first, and everything."""
+        parser.add_argument(AllHelp.OPTION, action=AllHelp, help="Show all settings, and exit.")
+
+    def before_instantiate_classes(self) -> None:
+        """Say that the line was understood, so that a traceback is kept from now on."""
+        if self._ending is not None:
+            self._ending.begin_run(self._get(self.config, "trainer")["default_root_dir"] or ".")
+
+    def instantiate_classes(self) -> None:
+        """Make what the settings describe; what their classes refuse is a setting that cannot be.
+
+        Raises:
+            SettingError: A class, perhaps of another library, refuses its settings.
+        """
+        try:
+            super().instantiate_classes()
+        except SRDError:
+            raise
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            raise SettingError(of_value(str(error))) from error
+
+    def instantiate_trainer(self, **options: Any) -> SRDTrainer:
+        """Make the trainer, and say of what is refused that it is one of its settings."""
+        try:
+            return cast(SRDTrainer, super().instantiate_trainer(**options))
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise SettingError(f"trainer: {in_one_line(error)}") from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise SettingError(f"seed_everything: {error}") from error
+
+
+def _subcommands_wanted(args: ArgsType) -> list[str]:
+    """Return the subcommand that is asked for, where that is easily seen, else all: a parser takes its time."""
+    if isinstance(args, list):
+        return args[:1] if args[:1] and args[0] in SUBCOMMANDS else list(SUBCOMMANDS)
+    return [name for name in SUBCOMMANDS if args is not None and name in args] or list(SUBCOMMANDS)

@@ -1,0 +1,82 @@
+"""What a batch must be: that of Hugging Face's models, from this library's data or from one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from srd_lightning.errors import DataError
+from srd_lightning.losses.base import IGNORE_INDEX
+
+FIELDS = ("input_ids", "attention_mask", "labels")
+MUST_HAVE = "a batch must be a mapping with input_ids, attention_mask and labels, integers of one shape [rows, tokens]"
+
+
+def check_batch(batch: Any, vocabulary: int | None = None, name: str = "batch") -> Mapping[str, Tensor]:
+    """Return a batch that is what models and losses take it for.
+
+    Args:
+        batch: ``input_ids``; ``attention_mask``, 1 at tokens and 0 at padding; ``labels``, unshifted: at each position
+            its own token, or -100 where nothing is learnt. ``[B, T]`` each; what else is in it is left alone.
+        vocabulary: Token ids that the model knows, if that is known.
+        name: Of the batch, for the message.
+
+    Raises:
+        DataError: It is not; says what is missing or wrong, and how it must be.
+
+    Example:
+        >>> import torch
+        >>> ids = torch.tensor([[5, 6, 7]])
+        >>> check_batch({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, 8)["labels"]
+        tensor([[5, 6, 7]])
+    """
+    if problem := _wrong_fields(batch) or _wrong_values(batch, vocabulary):
+        raise DataError(f"{name}: {problem}")
+    return batch  # type: ignore[no-any-return]
+
+
+def _wrong_fields(batch: Any) -> str | None:
+    if not isinstance(batch, Mapping):
+        return f"{MUST_HAVE}, but is a {type(batch).__name__}; let the collate function return a dict"
+    if missing := [field for field in FIELDS if field not in batch]:
+        hint = "; without padding it is torch.ones_like(input_ids)" if missing == ["attention_mask"] else ""
+        return f"{MUST_HAVE}, but has no {' and no '.join(missing)}, only {', '.join(map(str, batch))}{hint}"
+    for field in FIELDS:
+        values = batch[field]
+        if not isinstance(values, Tensor) or values.is_floating_point() or values.ndim != 2:
+            found = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            return f"{MUST_HAVE}, but {field} is {found}"
+    shapes = {field: tuple(batch[field].shape) for field in FIELDS}
+    if len(set(shapes.values())) > 1:
+        return f"{MUST_HAVE}, but {', '.join(f'{field} is {list(shape)}' for field, shape in shapes.items())}"
+    return None
+
+
+def _wrong_values(batch: Mapping[str, Tensor], vocabulary: int | None) -> str | None:
+    input_ids, mask, labels = (batch[field] for field in FIELDS)
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        return "attention_mask must be 1 at tokens and 0 at padding, but holds other numbers"
+    learnt = labels != IGNORE_INDEX
+    for field, ids in (("input_ids", input_ids[mask == 1]), ("labels", labels[learnt])):
+        wrong = ids < 0 if vocabulary is None else (ids < 0) | (ids >= vocabulary)
+        if bool(wrong.any()):
+            known = "ids are 0 or more" if vocabulary is None else f"the model knows 0 to {vocabulary - 1}"
+            masks = ", and -100 marks what is not learnt" if field == "labels" else ""
+            return f"{field} holds {int(ids[wrong][0])}, which is no token: {known}{masks}"
+    if _are_shifted(input_ids, labels, learnt):
+        return (
+            "labels are shifted already: each is the token after its position; give the token at its position, as "
+            "Hugging Face's models take it, for the shift is made here"
+        )
+    return None
+
+
+def _are_shifted(input_ids: Tensor, labels: Tensor, learnt: Tensor) -> bool:
+    """Return whether labels are the tokens after their positions, and not those at them."""
+    inner = learnt[:, :-1]
+    if int(inner.sum()) < 2:
+        return False
+    next_ones = bool((labels[:, :-1] == input_ids[:, 1:])[inner].all())
+    return next_ones and not bool((labels == input_ids)[learnt].all())

@@ -1,0 +1,106 @@
+"""Where the weights of student and teacher are, under each strategy of Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+from srd_lightning.distributed.sharding import blocks, is_sharded, send_from_first, shard
+from srd_lightning.errors import SettingError
+
+TeacherPlacement = Literal["replicate", "shard", "offload"]
+
+
+def shards_student(trainer: Trainer) -> bool:
+    """Return whether the strategy spreads the weights of the student over processes."""
+    return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def data_parallel_mesh(module: LightningModule) -> DeviceMesh:
+    """Return the processes that see different rows."""
+    if module.device_mesh is not None:
+        return module.device_mesh["data_parallel"]
+    strategy = module.trainer.strategy
+    return init_device_mesh(strategy.root_device.type, (module.trainer.world_size,))
+
+
+def compute_dtype(trainer: Trainer) -> torch.dtype | None:
+    """Return the type in which matrix products are made, where it is not that of the weights."""
+    device = trainer.strategy.root_device.type
+    with trainer.precision_plugin.forward_context():
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def shard_student(student: nn.Module, module: LightningModule) -> None:
+    """Shard the student where the strategy leaves that to the module (FSDP2), or tell the strategy how (FSDP1)."""
+    strategy = module.trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        send_from_first(student, strategy.root_device)
+        strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(block) for block in blocks(student)}))
+        if strategy.mixed_precision is None and (config := strategy.mixed_precision_config) is not None:
+            # Lightning would sum gradients in half precision, and round what positions are computed from.
+            strategy.mixed_precision = replace(
+                config, reduce_dtype=torch.float32, buffer_dtype=None, cast_root_forward_inputs=False
+            )
+    elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(student):
+        shard(student, data_parallel_mesh(module), compute_dtype(module.trainer))
+
+
+def place_teacher(teacher: nn.Module, module: LightningModule, placement: TeacherPlacement) -> None:
+    """Put the teacher on the device, or spread it over the processes.
+
+    Args:
+        teacher: Frozen.
+        module: Which holds it.
+        placement: ``replicate``: whole on each device. ``shard``: spread over the devices. ``offload``: spread over the
+            memories of their hosts.
+
+    Raises:
+        SettingError: There are no processes to spread it over.
+    """
+    trainer = module.trainer
+    if placement == "replicate":
+        teacher.to(trainer.strategy.root_device)
+        return
+    check_placement(trainer, placement)
+    if not is_sharded(teacher):
+        shard(teacher, data_parallel_mesh(module), compute_dtype(trainer), offload=placement == "offload")
+
+
+def check_placement(trainer: Trainer, placement: TeacherPlacement) -> None:
+    """Check that there are processes to spread a teacher over.
+
+    Raises:
+        SettingError: There are none.
+    """
+    if placement != "replicate" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise SettingError(
+            f"teacher_placement {placement} needs a strategy of several processes, such as ddp (on one device too), "
+            f"but this is {type(trainer.strategy).__name__}; choose one, or replicate"
+        )
+
+
+def whole_weights(module: LightningModule, part: str, only_first: bool = False) -> Mapping[str, Tensor]:
+    """Return the state dict of a part of a module, gathered from all processes; all of them must ask.
+
+    Args:
+        module: Under any strategy.
+        part: Its name.
+        only_first: On the CPU of the first process; others need not get any.
+    """
+    strategy = module.trainer.strategy
+    # from CPU to CPU, FSDP1 would not copy what it then frees
+    elsewhere = strategy.root_device.type != "cpu"
+    options = StateDictOptions(full_state_dict=True, cpu_offload=only_first and elsewhere)
+    weights: Mapping[str, Any] = get_model_state_dict(cast(nn.Module, strategy.model), options=options)
+    prefix = f"{part}."
+    return {name[len(prefix) :]: weight for name, weight in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,294 @@
+"""Distillation losses: a divergence between teacher and student, averaged over the tokens of the response.
+
+Shift, mask, temperature and mean are written once, in `DistillationLoss`; a loss of one's own is one method::
+
+    class SquaredLogits(DistillationLoss):
+        def divergence(self, teacher_logp, student_logp):
+            return (teacher_logp - student_logp).square().mean(-1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from srd_lightning.errors import ModelError
+from srd_lightning.losses import divergences
+from srd_lightning.losses.checks import check_temperature, check_values, share
+
+IGNORE_INDEX = -100
+FLOOR = -1e4
+"""Least log-probability: a token that a model forbids, with a logit of -inf, counts as likely as e^-10000."""
+
+
+def response_mask(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return which positions predict a token of the response.
+
+    Args:
+        labels: ``[B, T]``, unshifted, ``ignore_index`` where no loss is wanted.
+        ignore_index: The label that masks.
+
+    Returns:
+        ``[B, T - 1]``, bool; position t predicts the token at t + 1.
+
+    Example:
+        >>> response_mask(torch.tensor([[-100, -100, 7, 8]]))
+        tensor([[False,  True,  True]])
+    """
+    return labels[:, 1:] != ignore_index
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Return the mean negative log-likelihood of the response's tokens, the loss of plain fine-tuning.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: ``[B, T]``, unshifted, ``ignore_index`` where no loss is wanted.
+        ignore_index: The label that masks.
+
+    Returns:
+        A scalar in fp32; a zero that is connected to the graph if there is no response token.
+    """
+    mask = response_mask(labels, ignore_index)
+    selected = upcast(logits[:, :-1][mask])
+    return nn.functional.cross_entropy(selected, labels[:, 1:][mask].long(), reduction="sum") / mask.sum().clamp(min=1)
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """Return at least fp32: sums over a vocabulary lose too much in bf16."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Return log-softmax of ``logits / temperature``, ``[N, V]``, at least `FLOOR`, so finite where a logit is -inf.
+
+    Example:
+        >>> log_probabilities(torch.tensor([[0.0, 0.0, -torch.inf]]), temperature=1.0)
+        tensor([[-6.9315e-01, -6.9315e-01, -1.0000e+04]])
+    """
+    logits = upcast(logits)
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1).clamp(min=FLOOR)
+
+
+class DistillationLoss(nn.Module):
+    r"""Mean over response tokens of :math:`T^2 \, D_T(\text{teacher} \| \text{student})`.
+
+    Args:
+        temperature: Divides the logits of both models. Staged by ``HyperparameterScheduler({"loss.temperature": …})``.
+        scale_by_temperature: Multiply by temperature squared, so that the size of the gradient does not fall as the
+            temperature rises (Hinton et al., arXiv 1503.02531). The authors' code does so for forward KL, JSD and skew
+            reverse KL only; ``False`` reproduces it for the other three.
+        ignore_index: The label that masks a position.
+
+    Raises:
+        SettingError: The temperature is not positive.
+
+    Example:
+        >>> teacher = torch.tensor([[[0.0, 2.0], [1.0, 1.0], [0.0, 0.0]]])
+        >>> loss = ForwardKL(temperature=2.0)
+        >>> loss(torch.zeros(1, 3, 2), teacher, labels=torch.tensor([[-100, 1, 0]]))
+        tensor(0.2219)
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, scale_by_temperature: bool = True, ignore_index: int = IGNORE_INDEX
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.scale_by_temperature = scale_by_temperature
+        self.ignore_index = ignore_index
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """Return the divergence of each token; the one method that a new loss must write.
+
+        Args:
+            teacher_logp: Log-probabilities at the temperature, ``[N, V]``, finite, fp32 or wider.
+            student_logp: The same of the student; only this one has a gradient.
+
+        Returns:
+            ``[N]``
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define divergence(teacher_logp, student_logp)")
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the divergence of each token, and its gradient; by default by autograd of `divergence`.
+
+        Args:
+            teacher_logp: As in `divergence`.
+            student_logp: As in `divergence`.
+
+        Returns:
+            ``[N]``, and ``[N, V]``, by the student's logits divided by the temperature.
+        """
+        with torch.enable_grad():
+            logits = student_logp.detach().requires_grad_()
+            value = check_values(self, self.divergence(teacher_logp, logits.log_softmax(-1)), len(logits), True)
+            (gradient,) = torch.autograd.grad(value.sum(), logits)
+        return value.detach(), gradient
+
+    def __init_subclass__(cls) -> None:
+        """Let a new divergence have its own gradient, not the one of the loss that it is derived from."""
+        super().__init_subclass__()
+        if "divergence" in vars(cls) and "value_and_gradient" not in vars(cls):
+            cls.value_and_gradient = DistillationLoss.value_and_gradient  # type: ignore[method-assign]
+
+    @property
+    def temperature(self) -> float:
+        """What divides the logits of both models; checked also where it is set later."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._temperature = check_temperature(temperature)
+
+    @property
+    def scale(self) -> float:
+        """What the mean divergence is multiplied by: temperature squared, or 1."""
+        return self.temperature**2 if self.scale_by_temperature else 1.0
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean over the tokens of the response.
+
+        Args:
+            student_logits: ``[B, T, V]``.
+            teacher_logits: ``[B, T, V]``.
+            labels: ``[B, T]``, unshifted, ``ignore_index`` where no loss is wanted.
+
+        Returns:
+            A scalar in fp32; a zero that is connected to the graph if there is no response token.
+
+        Raises:
+            ModelError: The two vocabularies have different sizes.
+        """
+        if student_logits.shape != teacher_logits.shape:
+            raise ModelError(
+                f"student and teacher logits must have one shape, but have {list(student_logits.shape)} and "
+                f"{list(teacher_logits.shape)}; distillation needs two models with the same vocabulary"
+            )
+        mask = response_mask(labels, self.ignore_index)
+        student_logp = log_probabilities(student_logits[:, :-1][mask], self.temperature)
+        teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], self.temperature)
+        values = self.divergence(teacher_logp, student_logp)
+        values = check_values(self, values, len(student_logp), torch.is_grad_enabled() and student_logp.requires_grad)
+        return self.scale * upcast(values).sum() / mask.sum().clamp(min=1)
+
+
+def needs_all_logits(loss: DistillationLoss) -> bool:
+    """Return whether a loss is more than a divergence of each token: then it gets what it asks for."""
+    changed = type(loss).forward is not DistillationLoss.forward
+    return changed or loss.ignore_index != IGNORE_INDEX or any(True for _ in loss.parameters())
+
+
+class ForwardKL(DistillationLoss):
+    """KL(teacher ‖ student), the classic distillation loss; see `divergences.forward_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.forward_kl(teacher_logp, student_logp)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.forward_kl_gradient(teacher_logp, student_logp)
+
+
+class ReverseKL(DistillationLoss):
+    """KL(student ‖ teacher); see `divergences.reverse_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.reverse_kl(teacher_logp, student_logp)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.reverse_kl_gradient(teacher_logp, student_logp)
+
+
+class TotalVariation(DistillationLoss):
+    """Half the summed absolute difference; see `divergences.total_variation`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.total_variation(teacher_logp, student_logp)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.total_variation_gradient(teacher_logp, student_logp)
+
+
+class JensenShannon(DistillationLoss):
+    """The generalised Jensen-Shannon divergence; see `divergences.jensen_shannon`.
+
+    Args:
+        beta: Share of the teacher in the mixture, in (0, 1). The authors' code is 0.1 (their lambda 0.9 weighs the
+            student).
+        temperature: As in `DistillationLoss`.
+        scale_by_temperature: As in `DistillationLoss`.
+        ignore_index: As in `DistillationLoss`.
+    """
+
+    beta: float = share("beta", lambda b: 0 < b < 1, "between 0 and 1", "; at the ends use ReverseKL or ForwardKL")
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        scale_by_temperature: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(temperature, scale_by_temperature, ignore_index)
+        self.beta = beta
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.jensen_shannon(teacher_logp, student_logp, self.beta)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.jensen_shannon_gradient(teacher_logp, student_logp, self.beta)
+
+
+class _Skew(DistillationLoss):
+    """A KL against a mixture.
+
+    Args:
+        alpha: Share that is mixed in, in [0, 1); the authors use 0.1.
+        temperature: As in `DistillationLoss`.
+        scale_by_temperature: As in `DistillationLoss`.
+        ignore_index: As in `DistillationLoss`.
+    """
+
+    alpha: float = share("alpha", lambda a: 0 <= a < 1, "in [0, 1)")
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        scale_by_temperature: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(temperature, scale_by_temperature, ignore_index)
+        self.alpha = alpha
+
+
+class SkewForwardKL(_Skew):
+    """KL(teacher ‖ mixture with the student); see `divergences.skew_forward_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.skew_forward_kl(teacher_logp, student_logp, self.alpha)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.skew_forward_kl_gradient(teacher_logp, student_logp, self.alpha)
+
+
+class SkewReverseKL(_Skew):
+    """KL(student ‖ mixture with the teacher); see `divergences.skew_reverse_kl`."""
+
+    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+        """See `DistillationLoss.divergence`."""
+        return divergences.skew_reverse_kl(teacher_logp, student_logp, self.alpha)
+
+    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
+        """See `DistillationLoss.value_and_gradient`."""
+        return divergences.skew_reverse_kl_gradient(teacher_logp, student_logp, self.alpha)

@@ -1,0 +1,266 @@
+"""Pretrained models named in a configuration and loaded when they are needed."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_one_line, lacks_memory
+from srd_lightning.models.depth_cut import check_layers, keep_layers
+from srd_lightning.models.files import ADAPTER, CONFIG, check_files
+from srd_lightning.models.soundness import check_causal, check_decoder, check_weights
+from srd_lightning.models.vocabulary import check_ends, check_tokens
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A causal language model and its tokenizer, by name; nothing is loaded until it is asked for.
+
+    Args:
+        name: Folder or hub id.
+        dtype: Type of the weights, such as ``bfloat16``. Keep a student that trains in ``float32``.
+        revision: Branch, tag or commit on the hub.
+        gguf_file: File in the folder or repository to read (and dequantize) instead of safetensors.
+        keep_layers: Numbers, from 0, of the decoder layers to keep; cuts a student in depth out of its teacher.
+        lora: Arguments of ``peft.LoraConfig``; only the adapters then train. Needs the ``lora`` extra.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, …; the model's own choice by default.
+        trust_remote_code: Run code that comes with the weights.
+        liger: Use Liger's kernels for norms, rotary embeddings and feed-forward layers: for GPUs, needs the ``liger``
+            extra.
+
+    Example:
+        >>> Pretrained("gpt2", keep_layers=[0, 1, 2, 9, 10, 11]).name
+        'gpt2'
+    """
+
+    name: str
+    dtype: str = "float32"
+    revision: str | None = None
+    gguf_file: str | None = None
+    keep_layers: list[int] | None = None
+    lora: dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    liger: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the type, so that a typing error shows before the weights are loaded."""
+        dtype_named(self.dtype)
+
+    def check(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """See whether the model can be loaded and used, as far as that is known without its weights.
+
+        Args:
+            tokenizer: Of the rows, if it is known.
+
+        Raises:
+            MissingDataError: There is no such folder or hub id, or the hub cannot be reached.
+            ModelError: Its files are damaged, it is no causal language model, or it does not know all tokens.
+            SettingError: Another setting does not fit the model, or needs a package that is not installed.
+        """
+        check_files(self.name, self.gguf_file)
+        if self.lora is not None:
+            self._lora()
+        if self.liger:
+            _extra("liger_kernel.transformers", "liger")
+        if (Path(self.name) / ADAPTER).is_file() and not (Path(self.name) / CONFIG).is_file():
+            return  # an adapter, whose model is elsewhere
+        config = self.config()
+        check_decoder(config, self.name)
+        if self.keep_layers is not None:
+            check_layers(config, self.keep_layers)
+        if tokenizer is not None:
+            check_ends(tokenizer)
+            check_tokens(getattr(config.get_text_config(decoder=True), "vocab_size", None), tokenizer, self.name)
+
+    def config(self) -> Any:
+        """Load the configuration.
+
+        Raises:
+            MissingDataError: There is none of this name.
+            ModelError: It is damaged, or of no causal language model.
+            SettingError: ``gguf_file`` needs a package that is not installed.
+        """
+        options: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        try:
+            config = AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, **options
+            )
+        except ImportError as error:
+            raise SettingError(f"{self.name} needs a package that is not installed: {_in_short(error)}") from error
+        except Exception as error:
+            if Path(self.name).is_dir():
+                file = Path(self.name) / (self.gguf_file or CONFIG)
+                raise ModelError(
+                    f"{file} cannot be used ({_in_short(error)}); copy it again, or name another folder"
+                ) from error
+            raise _not_found(self.name, error) from error
+        own_code = self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+            check_decoder(config, self.name)
+            raise ModelError(
+                f"{self.name} is of type {config.model_type}, which transformers have no causal language model for; an "
+                "image-text model can be loaded with its own class and be given as a module in Python"
+            )
+        return config
+
+    def model(self) -> nn.Module:
+        """Load the model, and check that it can be trained or teach.
+
+        Returns:
+            The model, in eval mode as transformers leaves it.
+
+        Raises:
+            SRDError: As for `check`.
+            ModelError: Weights are missing, of another size, NaN or inf, the model sees the tokens that it predicts, or
+                ``keep_layers`` does not fit it.
+            SettingError: ``lora`` does not fit it.
+        """
+        check_files(self.name, self.gguf_file)
+        model = self._load()
+        check_weights(model, self.name)
+        check_causal(model, self.name)
+        if self.keep_layers is not None:
+            model = keep_layers(model, self.keep_layers)  # tried on the CPU, which has not every attention
+            self._set_attention(model)
+        if self.liger:
+            # Not its losses: they would take the place of ours, and of the logits.
+            _extra("liger_kernel.transformers", "liger")._apply_liger_kernel_to_instance(
+                model, cross_entropy=False, fused_linear_cross_entropy=False
+            )
+        if self.lora is not None:
+            config = self._lora()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # the same adapters in every process and every run
+                try:
+                    model = _extra("peft", "lora").get_peft_model(model, config)
+                except ValueError as error:
+                    raise SettingError(f"lora does not fit {self.name}: {_in_short(error)}") from error
+        return cast(nn.Module, model)
+
+    def _load(self) -> Any:
+        options: dict[str, Any] = {"dtype": dtype_named(self.dtype), "trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None and self.keep_layers is None:
+            options["attn_implementation"] = self.attn_implementation
+        if self.gguf_file is not None:
+            from transformers import GgufConfig  # transformers >= 5 only
+
+            options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        try:
+            with torch.device("cpu"):  # where Lightning says otherwise, every GPU would hold what is to be spread
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    self.name, revision=self.revision, output_loading_info=True, **options
+                )
+        except Exception as error:
+            if lacks_memory(error):
+                raise
+            self.check()  # says better what is wrong, where it knows
+            raise ModelError(f"{self.name} cannot be loaded: {_in_short(error)}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(
+                f"the files of {self.name} lack {len(missing)} tensors of {type(model).__name__}, {missing[0]} among "
+                "them, in whose place there would be random numbers; copy all files, or correct its config.json"
+            )
+        return model
+
+    def _set_attention(self, model: Any) -> None:
+        if self.attn_implementation is None:
+            return
+        try:
+            model.set_attn_implementation(self.attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise SettingError(
+                f"{self.name} cannot have attn_implementation {self.attn_implementation}: {_in_short(error)}"
+            ) from error
+
+    def _lora(self) -> Any:
+        try:
+            return _extra("peft", "lora").LoraConfig(task_type="CAUSAL_LM", **cast(dict[str, Any], self.lora))
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"lora has settings that peft.LoraConfig does not take: {_in_short(error)}") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer.
+
+        Raises:
+            MissingDataError: There is no folder or hub id of this name.
+            ModelError: There is no tokenizer beside the model, or it has no end token.
+        """
+        return load_tokenizer(
+            self.name, revision=self.revision, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
+        )
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        name: Folder or hub id.
+        **options: Of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        MissingDataError: There is no folder or hub id of this name.
+        ModelError: It cannot be loaded, or has no end token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:
+        check_files(name, options.get("gguf_file"))
+        if not Path(name).is_dir():
+            raise _not_found(name, error) from error
+        there = any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"))
+        reason = _in_short(error) if there else "the folder has no tokenizer.json"
+        raise ModelError(
+            f"no tokenizer can be loaded from {name} ({reason}); save it there with "
+            "tokenizer.save_pretrained, or name another one with data.tokenizer"
+        ) from error
+    check_ends(tokenizer)
+    return tokenizer
+
+
+def _not_found(name: str, error: Exception) -> MissingDataError:
+    return MissingDataError(
+        f"{name!r} is no folder here (seen from {Path.cwd()}), and as a hub id it cannot be loaded: {_in_short(error)}"
+    )
+
+
+def _extra(module: str, extra: str) -> ModuleType:
+    """Import a package that only one setting needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SettingError(
+            f"the setting {extra} of a model needs a package: pip install 'srd-lightning[{extra}]' ({error})"
+        ) from error
+
+
+def _in_short(error: Exception) -> str:
+    """Return the first sentences of another library's message."""
+    text = in_one_line(error) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the torch type of a name.
+
+    Raises:
+        SettingError: There is none.
+
+    Example:
+        >>> dtype_named("bfloat16")
+        torch.bfloat16
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingError(
+            f"dtype must name a floating-point type of torch, such as float32 or bfloat16, but is {name!r}"
+        )
+    return dtype

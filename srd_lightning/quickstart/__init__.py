@@ -1,0 +1,1 @@
+"""The quickstart, ``python -m srd_lightning.quickstart``, and what it fetches. Imports anything; nothing imports it."""

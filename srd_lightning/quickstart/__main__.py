@@ -1,0 +1,124 @@
+"""``make quickstart``: fetch, evaluate, distil, evaluate again, and show the difference.
+
+Everything that it does is `configs/quickstart.yaml`; this file adds the weights, the data and the tables around it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from srd_lightning.callbacks import HyperparameterScheduler
+from srd_lightning.callbacks.runtime import RuntimeBenchmark
+from srd_lightning.cli import SRDCLI, find_config, parse
+from srd_lightning.command.console import Ending
+from srd_lightning.models.generation import generate
+from srd_lightning.quickstart import fetch
+from srd_lightning.storage import write_atomically
+
+RUN = Path("runs/quickstart")
+NUM_SHOWN = 3
+
+
+def main() -> None:
+    """Run the quickstart in the current folder; what the user can put right is said in one paragraph."""
+    with Ending("quickstart") as ending:
+        ending.begin_run(RUN)
+        _run()
+
+
+def _run() -> None:
+    start = time.perf_counter()
+    console = Console()
+    _quiet()
+    fetch.question_answer_pairs(RUN / "data")
+    weights = str(fetch.smollm2())
+    config, names = str(find_config("quickstart.yaml")), ("--model.student.name", "--model.teacher.name")
+    cli = parse(["--config", config, *(f"{name}={weights}" for name in names)])
+    console.rule("before: the student as it was cut out of the teacher")
+    before, answers_before = _measure(cli), _answers(cli, cli.model.student)
+    console.rule("distillation")
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    console.rule("curation: what the student made of the data before it was trained")
+    cli.datamodule.report(console)
+    console.rule("after")
+    after, answers_after = _measure(cli), _answers(cli, cli.model.student)
+    summary = {**_stages(cli), "before": before, "after": after, "seconds_total": time.perf_counter() - start}
+    write_atomically(RUN / "summary.json", json.dumps(summary, indent=2).encode())
+    _show_numbers(console, summary)
+    _show_answers(console, cli, answers_before, answers_after)
+    console.print(f"The student is in {RUN / 'student'}, these numbers are in {RUN / 'summary.json'}.")
+
+
+def _quiet() -> None:
+    """Leave out remarks of other libraries that a newcomer can do nothing about."""
+    warnings.filterwarnings("ignore", module="(lightning|torch)")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _measure(cli: SRDCLI) -> dict[str, float]:
+    """Return the measures on the held-out rows."""
+    (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    return {name: metrics[f"test_{name}"] for name in ("nll", "kl", "rouge_l")}
+
+
+def _shown_rows(cli: SRDCLI) -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", cli.datamodule.rows["test"].select(range(NUM_SHOWN)).to_list())
+
+
+def _answers(cli: SRDCLI, model: Any) -> list[str]:
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in _shown_rows(cli)]
+    return generate(model, cli.datamodule.tokenizer, prompts, cli.model.decoding)
+
+
+def _stages(cli: SRDCLI) -> dict[str, Any]:
+    """Return what `RuntimeBenchmark` measured, with the values that were scheduled for each stage."""
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    report = next(callback.report for callback in callbacks if isinstance(callback, RuntimeBenchmark))
+    scheduler = next(callback for callback in callbacks if isinstance(callback, HyperparameterScheduler))
+    for stage in report["stages"]:
+        values = scheduler.values(stage["first_epoch"])
+        stage |= {"temperature": values["loss.temperature"], "kd_weight": values["kd_weight"]}
+    return {name: report[name] for name in ("curation", "stages", "peak_memory_bytes")}
+
+
+def _show_numbers(console: Console, summary: dict[str, Any]) -> None:
+    curation = summary["curation"]
+    stages = Table(title=f"{curation['kept']} of {curation['rows']} rows kept, curated in {curation['seconds']:.0f} s")
+    columns = ("first_epoch", "rows", "steps", "seconds", "temperature", "kd_weight")
+    for column in columns:
+        stages.add_column(column, justify="right")
+    for stage in summary["stages"]:
+        stages.add_row(*(f"{stage[column]:.0f}" if column == "seconds" else str(stage[column]) for column in columns))
+    console.print(stages)
+    measures = Table(title="held-out rows")
+    for column in ("", "before", "after"):
+        measures.add_column(column, justify="right")
+    for name, label in (("nll", "loss of the truth (NLL)"), ("kl", "KL to the teacher"), ("rouge_l", "greedy ROUGE-L")):
+        measures.add_row(label, f"{summary['before'][name]:.3f}", f"{summary['after'][name]:.3f}")
+    console.print(measures)
+    console.print(
+        f"{summary['seconds_total']:.0f} s in all, peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
+    )
+
+
+def _show_answers(console: Console, cli: SRDCLI, before: list[str], after: list[str]) -> None:
+    teacher = _answers(cli, cli.model.teacher)
+    for row, *answers in zip(_shown_rows(cli), before, after, teacher, strict=True):
+        table = Table(title=row["prompt"].split("user\n")[-1].split("<")[0], show_header=False, show_lines=True)
+        for label, text in zip(("before", "after", "teacher", "truth"), (*answers, row["response"]), strict=True):
+            table.add_row(label, Text(text))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What of a module's settings, models and trainer does not go together, said before anything is read or loaded."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from srd_lightning.distributed.placement import check_placement, shards_student
+from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.losses.base import DistillationLoss, needs_all_logits
+from srd_lightning.losses.checks import check_loss
+from srd_lightning.losses.chunked import POWERS
+from srd_lightning.preflight import callbacks_of
+
+
+def check_run(module: Any, trainer: Trainer) -> None:
+    """Check all that can be known of a run of a `KDLightningModule` before anything is read or loaded.
+
+    Raises:
+        SRDError: Of the first check that fails.
+    """
+    schedules = [getattr(callback, "schedules", {}) for callback in callbacks_of(trainer)]
+    trains = trainer.state.fn == "fit"
+    live = module.teacher is not None or module._teacher_source is not None
+    if module.student is not None and trains:
+        check_student(module.student, module.activation_checkpointing)
+    if module.student is not None and module.teacher is not None:
+        module.shared_vocabulary(module.teacher)
+    if live and (module.teacher_cache == "none" or not trains):
+        check_placement(trainer, module.teacher_placement)
+        check_parts(trainer, module.micro_batch_tokens, module.loss, module.teacher_placement)
+    else:
+        check_parts(trainer, module.micro_batch_tokens, module.loss, "replicate")
+    if trains:
+        if type(module.loss).forward is DistillationLoss.forward:
+            check_loss(module.loss)
+        if module.teacher_cache == "topk":
+            check_likeliest(schedules, module.loss, module.chunk)
+        check_precision(trainer, module.optimizer)
+        if module.compile_step:
+            check_compiler(trainer)
+
+
+def check_student(student: nn.Module, activation_checkpointing: bool) -> None:
+    """Check that something is to be trained, and say what is not trained of a mixture of experts that asks for it.
+
+    Raises:
+        ModelError: All weights are frozen, or activations cannot be made again.
+    """
+    if not any(weight.requires_grad for weight in student.parameters()):
+        raise ModelError(
+            f"nothing of the student {type(student).__name__} can be trained: none of its weights requires a gradient; "
+            "call student.requires_grad_(True), or unfreeze those that shall be trained"
+        )
+
+    if activation_checkpointing and not getattr(student, "supports_gradient_checkpointing", False):
+        raise ModelError(
+            f"activation_checkpointing needs a model of transformers that supports it, which {type(student).__name__} "
+            "does not; set it to false"
+        )
+    config: Any = getattr(student, "config", None)
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
+        rank_zero_warn(
+            f"the student {type(student).__name__} is configured to add its router's auxiliary loss (router_aux_loss_"
+            f"coef {config.router_aux_loss_coef}), but the objective is CE and distillation loss only: experts are not "
+            "kept in balance; set output_router_logits to false in its configuration to agree"
+        )
+
+
+def check_likeliest(
+    schedules: Iterable[Mapping[str, Mapping[int, float]]], loss: DistillationLoss, chunk: int | None
+) -> None:
+    """Check what ``teacher_cache: topk`` cannot do.
+
+    Args:
+        schedules: Of attributes of the module, ``{name: {first epoch: value}}``.
+        loss: The distillation loss.
+        chunk: Of the module.
+
+    Raises:
+        SettingError: All logits are needed, or a temperature that was not kept.
+    """
+    if chunk is None or needs_all_logits(loss):
+        why = "chunk null" if chunk is None else f"the loss {type(loss).__name__}"
+        raise SettingError(f"teacher_cache topk keeps no logits, but {why} needs all of them; use teacher_cache hidden")
+    later = [schedule["loss.temperature"].values() for schedule in schedules if "loss.temperature" in schedule]
+    least, most = 1 / POWERS[0], 1 / POWERS[-1]
+    if wrong := [value for value in (loss.temperature, *itertools.chain(*later)) if not least <= value <= most]:
+        raise SettingError(
+            f"teacher_cache topk knows temperatures from {least:g} to {most:g}, but the loss comes to "
+            f"{wrong[0]:g}; use such temperatures, or teacher_cache hidden"
+        )
+
+
+def check_parts(
+    trainer: Trainer, micro_batch_tokens: int | None, loss: DistillationLoss, teacher_placement: str
+) -> None:
+    """Check that batches can be taken in parts, of which ranks may have unlike numbers.
+
+    Args:
+        trainer: Of the run.
+        micro_batch_tokens: Of the module.
+        loss: The distillation loss.
+        teacher_placement: Of a teacher that runs within the steps.
+
+    Raises:
+        SettingError: A model that is gathered at every use would make ranks wait for each other for ever, or gradients
+            would be made without the scale of 16-mixed.
+    """
+    if micro_batch_tokens is None:
+        return
+    other = "take a smaller batch_size, and accumulate_grad_batches of the trainer"
+    if type(loss).forward is not DistillationLoss.forward:
+        raise SettingError(
+            f"micro_batch_tokens takes batches in parts, but {type(loss).__name__}.forward is made for whole ones; "
+            f"leave it out, and {other}, or define divergence instead of forward"
+        )
+    if shards_student(trainer):
+        raise SettingError(
+            "micro_batch_tokens needs a student whose weights are whole, but the strategy "
+            f"{type(trainer.strategy).__name__} shards them; leave it out, and {other}"
+        )
+    if teacher_placement != "replicate" and trainer.world_size > 1:
+        raise SettingError(
+            f"micro_batch_tokens and teacher_placement {teacher_placement} do not go together on several ranks: each "
+            "would gather the teacher as often as it has parts of its own batch, and wait for ever; leave one of the "
+            "two out, or use teacher_cache hidden"
+        )
+    if scales_gradients(trainer):
+        raise SettingError(
+            "micro_batch_tokens does not go with precision 16-mixed: parts would make gradients without its "
+            f"scale, and these vanish in fp16; use precision bf16-mixed, or leave micro_batch_tokens out and {other}"
+        )
+
+
+def check_precision(trainer: Trainer, make_optimizer: Callable[[Any], Any]) -> None:
+    """Check what half precision cannot do, and that the optimizer can be made.
+
+    Args:
+        trainer: Of a training.
+        make_optimizer: Makes the optimizer from parameters.
+
+    Raises:
+        SettingError: Weights in fp16, clipping by a scaler that cannot, or an optimizer with settings out of range.
+    """
+    if trainer.precision == "16-true":
+        raise SettingError(
+            "precision 16-true keeps the weights in fp16, in which small updates and gradients vanish; use bf16-mixed "
+            "or 16-mixed, whose weights are fp32, or bf16-true"
+        )
+    optimizer = _tried(make_optimizer)
+    unscales_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if trainer.gradient_clip_val and scales_gradients(trainer) and unscales_itself:
+        raise SettingError(
+            f"gradient_clip_val {trainer.gradient_clip_val} and precision 16-mixed need an optimizer that leaves "
+            f"gradients to be unscaled first, which a fused {type(optimizer).__name__} does not; set fused to "
+            "false for the optimizer, or use precision bf16-mixed"
+        )
+
+
+def check_compiler(trainer: Trainer) -> None:
+    """Check that there is what compiles for a CPU.
+
+    Raises:
+        SettingError: There is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if trainer.strategy.root_device.type == "cpu" and shutil.which(compiler) is None:
+        raise SettingError(
+            f"compile needs the compiler {compiler} on a CPU, which is not there; install it, or set compile to false"
+        )
+
+
+def scales_gradients(trainer: Trainer) -> bool:
+    """Return whether the loss is multiplied by a scale before the backward pass, as fp16 needs it."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def _tried(make_optimizer: Callable[[Any], Any]) -> Any:
+    """Return an optimizer of weights of no meaning, or nothing where it is one for certain weights only.
+
+    Raises:
+        SettingError: One of its settings is out of range.
+    """
+    try:
+        return make_optimizer([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))])
+    except ValueError as error:
+        if str(error).startswith("Invalid"):  # so all of torch.optim begin
+            raise SettingError(f"the optimizer cannot be made: {error}; correct this setting of it") from error
+    except Exception:  # it may need the real weights, which come later
+        pass
+    return None

@@ -1,0 +1,81 @@
+"""What `KDLightningModule` needs done around its steps, whichever of its hooks a subclass makes its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, Trainer
+from torch.optim import Optimizer
+
+from srd_lightning.checkpoints.resume import repair_progress
+from srd_lightning.curriculum.curriculum import find_curriculum
+from srd_lightning.errors import SettingError
+
+
+class Upkeep(Callback):
+    """Weighs tokens, seeds batches, lets a run go on; comes with the module, and has no state of its own."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a subclass that does not do what this module does in its set-up, and loaders that cannot grow.
+
+        Raises:
+            SettingError: The teacher's cache is left out by it, or a curriculum by the trainer.
+        """
+        if not pl_module.is_set_up:
+            raise SettingError(
+                f"{type(pl_module).__name__}.setup must call super().setup(stage): without it the teacher is not "
+                "cached, and what an earlier run has left is used"
+            )
+        curriculum = find_curriculum(trainer)
+        reload_every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if curriculum is not None and len(set(curriculum.schedule.values())) > 1 and reload_every != 1:
+            raise SettingError(
+                f"the {type(trainer.datamodule).__name__} has a curriculum, but its loader would be built only once, "  # type: ignore[attr-defined]
+                "with the rows of the first stage: add CurriculumCallback() to the callbacks"
+            )
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Have a student that can answer by itself: processes would wait for each other at every token."""
+        pl_module.keep("speaker", pl_module.whole_student())
+
+    on_predict_start = on_test_start
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let go of it."""
+        pl_module.keep("speaker", None)
+
+    on_predict_end = on_test_end
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Let go of it."""
+        pl_module.keep("speaker", None)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""
+        pl_module.token_mean.correct(pl_module.parameters())
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the seed of the run: that of the run that is resumed, else of the first process."""
+        pl_module.run_seed.begin()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Seed what is random in a batch by its number, so that a resumed run draws the same."""
+        pl_module.run_seed.seed_batch(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """See that something was learnt."""
+        pl_module.token_mean.check_learnt()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the run."""
+        pl_module.run_seed.save(checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take the seed of the run that is resumed, and repair what Lightning counted."""
+        pl_module.run_seed.load(checkpoint)
+        repair_progress(checkpoint, trainer)

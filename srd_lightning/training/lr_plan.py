@@ -1,0 +1,99 @@
+"""How many optimizer steps a run will take, stage by stage.
+
+``trainer.estimated_stepping_batches`` multiplies the first stage by the number of epochs, so a learning-rate schedule
+built on it is over long before a growing curriculum is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import accumulate
+
+from lightning import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, SequentialLR
+
+from srd_lightning.curriculum.curriculum import Curriculum, find_curriculum, value_at
+from srd_lightning.errors import SettingError
+from srd_lightning.preflight import callbacks_of
+
+
+def stage_steps(trainer: Trainer) -> list[int]:
+    """Plan the optimizer steps of each stage.
+
+    Args:
+        trainer: Set up for fitting, with ``max_epochs`` or ``max_steps``.
+
+    Returns:
+        One number per stage that the run reaches; a single one without a curriculum.
+
+    Raises:
+        SettingError: The run has no end to plan for.
+    """
+    endless = trainer.max_epochs in (None, -1)
+    if endless and trainer.max_steps < 0:
+        raise SettingError(
+            "a learning-rate schedule needs the length of the run: set the trainer's max_epochs or max_steps"
+        )
+    curriculum = find_curriculum(trainer)
+    if endless:
+        return [trainer.max_steps]
+    if curriculum is None:
+        return [int(trainer.estimated_stepping_batches)]
+    steps: dict[int, int] = {}
+    left = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    for epoch in range(trainer.max_epochs or 0):
+        planned = int(min(_epoch_steps(trainer, curriculum, epoch), left))
+        left -= planned
+        stage = curriculum.stage(epoch)
+        steps[stage] = steps.get(stage, 0) + planned
+    return [count for count in steps.values() if count]
+
+
+def accumulation_of(trainer: Trainer) -> dict[int, int]:
+    """Return how many batches make a step, by first epoch.
+
+    Args:
+        trainer: With or without a `GradientAccumulationScheduler`.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return {int(epoch): batches for epoch, batches in sorted(callback.scheduling.items())}
+    return {0: trainer.accumulate_grad_batches}
+
+
+def _epoch_steps(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
+    world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    batches = curriculum.epoch_steps(epoch, _batch_size(trainer), world_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return math.ceil(batches / value_at(accumulation_of(trainer), epoch))
+
+
+def _batch_size(trainer: Trainer) -> int:
+    known = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if isinstance(known, int):
+        return known
+    trainer.fit_loop.setup_data()
+    batch_size = getattr(trainer.train_dataloader, "batch_size", None)
+    if batch_size is None:
+        raise SettingError("cannot plan the steps: the training loader has no batch_size; give the data module one")
+    return int(batch_size)
+
+
+def staged_schedule(
+    make: Callable[[Optimizer, int], LRScheduler], optimizer: Optimizer, steps: list[int], restart: bool
+) -> LRScheduler:
+    """Return one schedule over all steps, or one per stage, one after the other.
+
+    Args:
+        make: Makes a schedule from the optimizer and a number of steps.
+        optimizer: Whose learning rate is scheduled.
+        steps: Of each stage.
+        restart: One per stage.
+    """
+    if not restart or len(steps) == 1:
+        return make(optimizer, sum(steps))
+    return SequentialLR(optimizer, [make(optimizer, count) for count in steps], milestones=list(accumulate(steps))[:-1])

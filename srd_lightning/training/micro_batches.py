@@ -1,0 +1,126 @@
+"""A batch that is too large for the memory goes through in parts, and the result is the same.
+
+The gradient of each part is complete before the next one begins, so the longest rows alone do not set the peak: what is
+held at a time belongs to one part. To autograd, Lightning and DDP it is one loss of one batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from srd_lightning.losses.chunked import Objective
+
+Batch = Mapping[str, Tensor]
+COST_OF_PART = 256
+"""What a part costs besides its positions, in positions: each makes and adds up all gradients."""
+PADDED = ("input_ids", "attention_mask", "labels")
+
+
+def micro_batches(batch: Batch, max_tokens: int) -> list[dict[str, Tensor]]:
+    """Split a batch into parts of rows of like length, trimmed to their longest.
+
+    Args:
+        batch: Tensors whose first dimension is the row; those of tokens are ``[B, T]``.
+        max_tokens: Most rows times longest row of a part; a single longer row is a part of its own.
+
+    Returns:
+        The parts, longest rows first; no row is lost.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+        >>> parts = micro_batches({"input_ids": mask, "attention_mask": mask, "labels": mask}, max_tokens=4)
+        >>> [tuple(part["input_ids"].shape) for part in parts]
+        [(1, 4), (2, 2)]
+    """
+    mask = batch["attention_mask"]
+    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
+    rows = sorted(range(len(ends)), key=lambda row: -ends[row])
+    cuts = _cuts([ends[row] for row in rows], max_tokens)
+    parts = [rows[first:last] for first, last in itertools.pairwise(cuts)]
+    return [
+        {name: values[part, : ends[part[0]]] if name in PADDED else values[part] for name, values in batch.items()}
+        for part in parts
+    ]
+
+
+def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Return where to cut rows, longest first, so that positions and parts cost least; both ends included."""
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first so many rows: the least cost, and the last cut before
+    for last in range(1, len(lengths) + 1):
+        choices = [
+            (best[first][0] + (last - first) * lengths[first] + COST_OF_PART, first)
+            for first in range(last)
+            if (last - first) * lengths[first] <= max_tokens or last - first == 1
+        ]
+        best.append(min(choices))
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return cuts[::-1]
+
+
+def in_parts(objectives: Sequence[Callable[[], Objective]], parameters: Iterable[nn.Parameter]) -> Objective:
+    """Add up objectives, with one part's activations in memory at a time.
+
+    Args:
+        objectives: Each computes its part.
+        parameters: Those that get the gradient: of the student, and of a loss that learns too.
+
+    Returns:
+        The sums; the gradient of the loss is complete already.
+    """
+    if not torch.is_grad_enabled():
+        return Objective(*(torch.stack(values).sum() for values in zip(*(part() for part in objectives), strict=True)))
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return Objective(*cast(Any, _InParts).apply(objectives, *trained))
+
+
+class _InParts(torch.autograd.Function):
+    """Computes value and gradients in the forward pass; the backward pass only scales the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, objectives: Sequence[Callable[[], Objective]], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        totals: list[Tensor | None] = [None] * len(parameters)
+        sums: list[Objective] = []
+        for objective in objectives:
+            with torch.enable_grad():
+                part = objective()
+            gradients = torch.autograd.grad(part.loss, parameters, allow_unused=True)
+            given: set[int] = set()
+            for place, gradient in enumerate(gradients):
+                if gradient is None:
+                    continue
+                total = totals[place]
+                totals[place] = _own(gradient, given) if total is None else total.add_(gradient)
+            sums.append(Objective(*(value.detach() for value in part)))
+        ctx.gradients = totals
+        loss, ce, kd = (torch.stack(values).sum() for values in zip(*sums, strict=True))
+        ctx.mark_non_differentiable(ce, kd)
+        return loss, ce, kd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a batch in parts makes its gradients once, and cannot be differentiated twice")
+        gradients, ctx.gradients = ctx.gradients[::-1], None
+        scaled = []
+        while gradients:
+            gradient = gradients.pop()  # and free it
+            scaled.append(None if gradient is None else gradient * grad_loss)
+        return (None, *scaled)
+
+
+def _own(gradient: Tensor, given: set[int]) -> Tensor:
+    """Return a tensor to add to: autograd may give one to two parameters, or repeat one value without copying it."""
+    shared = gradient.data_ptr() in given or not gradient.is_contiguous()
+    given.add(gradient.data_ptr())
+    return gradient.clone() if shared else gradient

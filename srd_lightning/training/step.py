@@ -1,0 +1,213 @@
+"""What is computed of a batch: the objective, in the cheapest way that the models and the loss allow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from srd_lightning.data.batches import check_batch
+from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.sharding import inside, release
+from srd_lightning.errors import SettingError
+from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
+from srd_lightning.losses.checks import check_scalar
+from srd_lightning.losses.chunked import CHUNK, Likeliest, Objective, chunked_objective
+from srd_lightning.models.calling import logits_of
+from srd_lightning.models.split import NotSplit, SplitModel, split
+from srd_lightning.models.vocabulary import vocabulary_size
+from srd_lightning.teacher.live import CachedTeacher, LiveTeacher, Teacher
+from srd_lightning.training.diagnosis import cause_of
+from srd_lightning.training.micro_batches import in_parts, micro_batches
+
+Batch = Mapping[str, Tensor]
+
+
+class Step:
+    """The objective of a student and a teacher.
+
+    Args:
+        student: The model that is trained.
+        teacher: A model or a cache, or nothing where the distillation loss has no weight.
+        vocabulary: Tokens that the two share, where their heads are of different size.
+        chunk: Response tokens whose logits exist at a time; ``None`` makes all logits.
+        packing: See `SplitModel`.
+        compile: Compile bodies, and what turns logits into gradients.
+        micro_batch_tokens: See `micro_batches`; by default batches are taken whole.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | CachedTeacher | None,
+        vocabulary: int | None = None,
+        chunk: int | None = CHUNK,
+        packing: bool = False,
+        compile: bool = False,
+        micro_batch_tokens: int | None = None,
+    ) -> None:
+        self.student = student
+        self.source = teacher
+        self.vocabulary = vocabulary
+        self.chunk = chunk
+        self.packing = packing
+        self.compile = compile
+        self.micro_batch_tokens = micro_batch_tokens
+        self.parts: SplitModel | None = None
+        self.teacher: Teacher | None = None
+        self._looked = self._checked = self._warned = False
+
+    def check(self, batch: Any, name: str) -> None:
+        """Refuse a batch that is not what it must be: each on a CPU, and the first elsewhere, where looking waits.
+
+        Args:
+            batch: Any.
+            name: Of the batch, for the message.
+
+        Raises:
+            DataError: See `check_batch`.
+        """
+        if self._checked and batch["input_ids"].device.type != "cpu":
+            return
+        check_batch(batch, self.vocabulary or vocabulary_size(self.student), name)
+        self._checked = True
+
+    def objective(
+        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None = None
+    ) -> Objective:
+        """Return the objective of a batch, taken in parts where it is large.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
+            loss: The distillation loss.
+            kd_weight: Its share.
+            num_tokens: What sums over tokens are divided by, a scalar; by default their number.
+
+        Raises:
+            SettingError: It has a share, and there is no teacher.
+        """
+        if kd_weight > 0 and self.source is None:
+            raise SettingError(
+                f"kd_weight is {kd_weight}, but there is no teacher to learn from; give one, or keep it at 0"
+            )
+        if not self._looked:
+            self._look(batch)
+        if not self._warned and self.parts is not None and kd_weight > 0 and needs_all_logits(loss):
+            self._warned = True
+            rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
+        if self.micro_batch_tokens is None:
+            return self._part(batch, loss, kd_weight, num_tokens)
+        if num_tokens is None:
+            num_tokens = response_mask(batch["labels"]).sum().clamp(min=1)
+        parts = [
+            functools.partial(self._part, part, loss, kd_weight, num_tokens)
+            for part in micro_batches(batch, self.micro_batch_tokens)
+        ]
+        return parts[0]() if len(parts) == 1 else in_parts(parts, (*self.student.parameters(), *loss.parameters()))
+
+    def why_not_finite(self, batch: Batch, trained: bool) -> str | None:
+        """Return which model makes the loss of a batch NaN or infinite, if one does; see `cause_of`."""
+        try:
+            student = LiveTeacher(self.student, self.parts).logits(batch, self.vocabulary)
+            teacher = None if self.teacher is None else self.teacher.logits(batch, self.vocabulary)
+            return cause_of(student, teacher, batch["labels"][:, 1:][response_mask(batch["labels"])].long(), trained)
+        except Exception:  # what it is to explain must not be hidden by it
+            return None
+
+    def _part(self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None) -> Objective:
+        """Return the share of a part in the objective of a batch that has so many response tokens."""
+        if self.parts is None or self.chunk is None or (kd_weight > 0 and needs_all_logits(loss)):
+            objective = self._from_all_logits(batch, loss, kd_weight, num_tokens)
+        else:
+            objective = self._from_chunks(self.parts, self.chunk, batch, loss, kd_weight, num_tokens)
+        if isinstance(self.source, nn.Module):
+            release(self.source)
+        return objective
+
+    def _from_chunks(
+        self,
+        parts: SplitModel,
+        chunk: int,
+        batch: Batch,
+        loss: DistillationLoss,
+        kd_weight: float,
+        num_tokens: Tensor | None,
+    ) -> Objective:
+        targets = batch["labels"][:, 1:][response_mask(batch["labels"])].long()
+        logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
+
+        def work() -> Objective:
+            head, hidden = parts.head().narrow(self.vocabulary), parts.hidden(batch)
+            return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile)
+
+        return inside(self.student, work)
+
+    def _look(self, batch: Batch) -> None:
+        """See on the first batch which models can be taken apart, and say which cannot."""
+        self._looked = True
+        if self.chunk is not None:
+            self.parts = self._split(self.student, batch)
+        if isinstance(self.source, nn.Module):
+            self.teacher = LiveTeacher(self.source, None if self.chunk is None else self._split(self.source, batch))
+        else:
+            self.teacher = self.source
+
+    def _split(self, model: nn.Module, batch: Batch) -> SplitModel | None:
+        """Take a model apart, or on no rank: sharded weights are gathered by all at once."""
+        found: list[SplitModel] = []
+
+        def reason() -> str | None:
+            try:
+                found.append(split(model, batch, self.packing))
+            except NotSplit as error:
+                return str(error)
+            return None
+
+        if reasons := [why for why in Team().from_all(reason) if why is not None]:
+            rank_zero_warn(_all_logits(model, reasons[0]))
+            return None
+        (parts,) = found
+        if self.compile:
+            parts.body.compile()
+        return parts
+
+    def _from_all_logits(
+        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
+    ) -> Objective:
+        labels = batch["labels"]
+        logits = logits_of(self.student, batch)[..., : self.vocabulary]
+        total = logits.new_zeros((), dtype=torch.float32)
+        ce = kd = total
+        if kd_weight < 1:
+            ce = cross_entropy(logits, labels)
+            total = total + (1 - kd_weight) * ce
+        if kd_weight > 0:
+            kd = check_scalar(loss, loss(logits, self._all_teacher_logits(batch, logits), labels))
+            total = total + kd_weight * kd
+        if num_tokens is not None:
+            share = response_mask(labels).sum() / num_tokens
+            total, ce, kd = total * share, ce * share, kd * share
+        return Objective(total, ce.detach(), kd.detach())
+
+    def _all_teacher_logits(self, batch: Batch, like: Tensor) -> Tensor:
+        """Return ``[B, T, V]``, zero where no token of the response is predicted."""
+        assert self.teacher is not None
+        logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
+        if isinstance(logits, Likeliest):
+            raise SettingError(
+                "teacher_cache topk knows no logits, which this student or loss needs all of: use hidden"
+            )
+        full = logits.new_zeros(*like.shape[:2], logits.shape[-1])
+        full[:, :-1][response_mask(batch["labels"])] = logits
+        return full
+
+
+def _all_logits(what: object, reason: str) -> str:
+    return (
+        f"all logits are made at every step, which takes more memory and time, because of {type(what).__name__}: "
+        f"{reason}; set chunk to null to have it so without being told"
+    )
