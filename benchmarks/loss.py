@@ -90,7 +90,8 @@ def naive(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
 
 def chunked(inputs: Inputs, loss: Any, arm: Arm) -> Tensor:
     """Compute it with this library."""
-    from srd_lightning.losses.chunked import Head, chunked_objective
+    from srd_lightning.losses.chunked import chunked_objective
+    from srd_lightning.losses.head import Head
     from srd_lightning.teacher.live import by_head
 
     teacher = by_head(Head(inputs.teacher_head), inputs.teacher_hidden)

@@ -125,7 +125,7 @@ def run_caches(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def run_cache(name: str, kind: Any, width: int, options: argparse.Namespace) -> dict[str, Any]:
-    from srd_lightning.losses.chunked import Head
+    from srd_lightning.losses.head import Head
     from srd_lightning.teacher.cache import TeacherCache
 
     generator = np.random.default_rng(0)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
     from srd_lightning.datamodule import SRDDataModule
     from srd_lightning.distributed.strategy import FSDP2
-    from srd_lightning.losses.base import (
-        DistillationLoss,
+    from srd_lightning.losses.base import DistillationLoss
+    from srd_lightning.losses.chunked import chunked_objective
+    from srd_lightning.losses.head import Head
+    from srd_lightning.losses.standard import (
         ForwardKL,
         JensenShannon,
         ReverseKL,
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
         SkewReverseKL,
         TotalVariation,
     )
-    from srd_lightning.losses.chunked import Head, chunked_objective
     from srd_lightning.models.generation import Decoding
     from srd_lightning.models.pretrained import Pretrained
     from srd_lightning.module import KDLightningModule
@@ -52,7 +53,7 @@ _HOME = {
     "Example": "data.templates",
     "FSDP2": "distributed.strategy",
     "ForwardKL": "losses",
-    "Head": "losses.chunked",
+    "Head": "losses.head",
     "HuggingFaceExport": "callbacks",
     "HyperparameterScheduler": "callbacks",
     "JensenShannon": "losses",

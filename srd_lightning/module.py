@@ -23,8 +23,9 @@ from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.answers import answers
 from srd_lightning.evaluation.rouge import rouge_l
-from srd_lightning.losses.base import DistillationLoss, ForwardKL, response_mask
+from srd_lightning.losses.base import DistillationLoss, response_mask
 from srd_lightning.losses.chunked import CHUNK
+from srd_lightning.losses.standard import ForwardKL
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.pretrained import Pretrained

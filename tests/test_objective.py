@@ -15,7 +15,9 @@ from srd_lightning.losses import (
     cross_entropy,
     log_probabilities,
 )
-from srd_lightning.losses.chunked import Head, Likeliest, chunked_objective
+from srd_lightning.losses.chunked import chunked_objective
+from srd_lightning.losses.head import Head
+from srd_lightning.losses.top_k import Likeliest
 from srd_lightning.teacher.live import TopK
 
 

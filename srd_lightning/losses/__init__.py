@@ -8,17 +8,19 @@ from srd_lightning.losses.base import (
     FLOOR,
     IGNORE_INDEX,
     DistillationLoss,
+    cross_entropy,
+    log_probabilities,
+    needs_all_logits,
+    response_mask,
+    upcast,
+)
+from srd_lightning.losses.standard import (
     ForwardKL,
     JensenShannon,
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
     TotalVariation,
-    cross_entropy,
-    log_probabilities,
-    needs_all_logits,
-    response_mask,
-    upcast,
 )
 
 __all__ = [

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srd_lightning.errors import ModelError
-from srd_lightning.losses import divergences
-from srd_lightning.losses.checks import check_temperature, check_values, share
+from srd_lightning.losses.checks import check_temperature, check_values
 
 IGNORE_INDEX = -100
 FLOOR = -1e4
@@ -84,6 +83,7 @@ class DistillationLoss(nn.Module):
         SettingError: The temperature is not positive.
 
     Example:
+        >>> from srd_lightning import ForwardKL
         >>> teacher = torch.tensor([[[0.0, 2.0], [1.0, 1.0], [0.0, 0.0]]])
         >>> loss = ForwardKL(temperature=2.0)
         >>> loss(torch.zeros(1, 3, 2), teacher, labels=torch.tensor([[-100, 1, 0]]))
@@ -177,118 +177,3 @@ def needs_all_logits(loss: DistillationLoss) -> bool:
     """Return whether a loss is more than a divergence of each token: then it gets what it asks for."""
     changed = type(loss).forward is not DistillationLoss.forward
     return changed or loss.ignore_index != IGNORE_INDEX or any(True for _ in loss.parameters())
-
-
-class ForwardKL(DistillationLoss):
-    """KL(teacher ‖ student), the classic distillation loss; see `divergences.forward_kl`."""
-
-    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
-        return divergences.forward_kl(teacher_logp, student_logp)
-
-    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
-        return divergences.forward_kl_gradient(teacher_logp, student_logp)
-
-
-class ReverseKL(DistillationLoss):
-    """KL(student ‖ teacher); see `divergences.reverse_kl`."""
-
-    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
-        return divergences.reverse_kl(teacher_logp, student_logp)
-
-    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
-        return divergences.reverse_kl_gradient(teacher_logp, student_logp)
-
-
-class TotalVariation(DistillationLoss):
-    """Half the summed absolute difference; see `divergences.total_variation`."""
-
-    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
-        return divergences.total_variation(teacher_logp, student_logp)
-
-    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
-        return divergences.total_variation_gradient(teacher_logp, student_logp)
-
-
-class JensenShannon(DistillationLoss):
-    """The generalised Jensen-Shannon divergence; see `divergences.jensen_shannon`.
-
-    Args:
-        beta: Share of the teacher in the mixture, in (0, 1). The authors' code is 0.1 (their lambda 0.9 weighs the
-            student).
-        temperature: As in `DistillationLoss`.
-        scale_by_temperature: As in `DistillationLoss`.
-        ignore_index: As in `DistillationLoss`.
-    """
-
-    beta: float = share("beta", lambda b: 0 < b < 1, "between 0 and 1", "; at the ends use ReverseKL or ForwardKL")
-
-    def __init__(
-        self,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        scale_by_temperature: bool = True,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
-        super().__init__(temperature, scale_by_temperature, ignore_index)
-        self.beta = beta
-
-    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
-        return divergences.jensen_shannon(teacher_logp, student_logp, self.beta)
-
-    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
-        return divergences.jensen_shannon_gradient(teacher_logp, student_logp, self.beta)
-
-
-class _Skew(DistillationLoss):
-    """A KL against a mixture.
-
-    Args:
-        alpha: Share that is mixed in, in [0, 1); the authors use 0.1.
-        temperature: As in `DistillationLoss`.
-        scale_by_temperature: As in `DistillationLoss`.
-        ignore_index: As in `DistillationLoss`.
-    """
-
-    alpha: float = share("alpha", lambda a: 0 <= a < 1, "in [0, 1)")
-
-    def __init__(
-        self,
-        alpha: float = 0.1,
-        temperature: float = 1.0,
-        scale_by_temperature: bool = True,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
-        super().__init__(temperature, scale_by_temperature, ignore_index)
-        self.alpha = alpha
-
-
-class SkewForwardKL(_Skew):
-    """KL(teacher ‖ mixture with the student); see `divergences.skew_forward_kl`."""
-
-    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
-        return divergences.skew_forward_kl(teacher_logp, student_logp, self.alpha)
-
-    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
-        return divergences.skew_forward_kl_gradient(teacher_logp, student_logp, self.alpha)
-
-
-class SkewReverseKL(_Skew):
-    """KL(student ‖ mixture with the teacher); see `divergences.skew_reverse_kl`."""
-
-    def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
-        return divergences.skew_reverse_kl(teacher_logp, student_logp, self.alpha)
-
-    def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
-        return divergences.skew_reverse_kl_gradient(teacher_logp, student_logp, self.alpha)

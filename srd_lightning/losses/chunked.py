@@ -8,109 +8,23 @@ is kept for the backward pass has the size of the inputs, whatever the number of
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import FLOOR, DistillationLoss, upcast
 from srd_lightning.losses.checks import check_gradient
+from srd_lightning.losses.head import Head
+from srd_lightning.losses.top_k import Likeliest
 
 CHUNK = 256
 """Response tokens whose logits exist at a time."""
 PIECE = 16
 """Tokens of these that are turned into gradients at a time on a CPU: few enough to stay in its cache."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output head of a language model: from hidden states ``[n, d]`` to logits ``[n, V]``.
-
-    Args:
-        weight: ``[V, d]``
-        bias: ``[V]``, if there is one.
-        scale: Multiplies the logits (Cohere, Granite).
-        soft_cap: Bounds the logits to ± this by tanh (Gemma).
-
-    Example:
-        >>> Head(torch.eye(2), scale=3.0)(torch.tensor([[1.0, 2.0]]))
-        tensor([[3., 6.]])
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    soft_cap: float | None = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return logits."""
-        logits = self.linear(hidden)
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
-
-    def linear(self, hidden: Tensor) -> Tensor:
-        """Return logits before they are capped."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
-        return logits if self.scale == 1 else logits * self.scale
-
-    def narrow(self, vocabulary: int | None) -> Head:
-        """Return the head of the first so many tokens, or of all."""
-        if vocabulary in (None, len(self.weight)):
-            return self
-        bias = None if self.bias is None else self.bias[:vocabulary]
-        return replace(self, weight=self.weight[:vocabulary], bias=bias)
-
-    def to(self, target: torch.dtype | torch.device) -> Head:
-        """Return the head in another type or on another device."""
-        return replace(self, weight=self.weight.to(target), bias=None if self.bias is None else self.bias.to(target))
-
-
-class Likeliest(NamedTuple):
-    """What is known of a teacher by its k likeliest tokens; all others are one, whose mass is split as by the student.
-
-    Every divergence that is a sum of ``q f(p / q)``, as all six are, then has value and gradient of distributions over
-    these k + 1.
-
-    Args:
-        logp: Log-probabilities of the k, ``[n, k]``.
-        ids: Which they are, ``[n, k]``.
-        rest: Log of the sum of the others' probabilities to each of the powers `POWERS`, ``[n, G]``.
-    """
-
-    logp: Tensor
-    ids: Tensor
-    rest: Tensor
-
-    def at(self, temperature: float, student_logp: Tensor) -> Tensor:
-        """Return log-probabilities at a temperature, ``[n, V]``, given the student's.
-
-        Raises:
-            SettingError: The temperature lies outside those that are kept.
-        """
-        rest = (self.rest @ self.rest.new_tensor(_shares(1 / temperature)))[:, None]
-        top = self.logp / temperature
-        total = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)
-        others = student_logp.scatter(1, self.ids, -torch.inf).log_softmax(-1)  # a distribution, however unlikely
-        return others.add_(rest - total).scatter_(1, self.ids, top - total).clamp_(min=FLOOR)
-
-
-POWERS = (2.0, 1.0, 0.8, 2 / 3, 0.5, 1 / 3, 0.25)
-"""Inverse temperatures at which the mass of the unlikely tokens is kept; between them its logarithm is interpolated."""
-
-
-@functools.lru_cache
-def _shares(power: float) -> list[float]:
-    """Return by what to weigh what is kept at `POWERS`, for another inverse temperature: a polynomial of its log."""
-    if not POWERS[-1] <= power <= POWERS[0]:
-        raise SettingError(
-            f"teacher_cache topk knows temperatures from {1 / POWERS[0]:g} to {1 / POWERS[-1]:g}, but the loss is at "
-            f"{1 / power:g}; use such a temperature, or teacher_cache hidden"
-        )
-    return [math.prod(math.log(power / other, own / other) for other in POWERS if other != own) for own in POWERS]
 
 
 class Objective(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from srd_lightning.distributed.sharding import inside
 from srd_lightning.errors import ModelError, lacks_memory
 from srd_lightning.losses.base import response_mask
-from srd_lightning.losses.chunked import Head
+from srd_lightning.losses.head import Head
 from srd_lightning.models.calling import extras, logits_of, pads_right, router_off
 from srd_lightning.models.generation import eval_mode
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from srd_lightning.digests import digest, file_digest
 from srd_lightning.errors import StorageError
-from srd_lightning.losses.chunked import Head
+from srd_lightning.losses.head import Head
 from srd_lightning.storage import take, write_atomically
 from srd_lightning.teacher.live import HiddenStates, TopK
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from srd_lightning.distributed.sharding import inside
 from srd_lightning.losses.base import FLOOR, response_mask, upcast
-from srd_lightning.losses.chunked import CHUNK, POWERS, Head, Likeliest
+from srd_lightning.losses.chunked import CHUNK
+from srd_lightning.losses.head import Head
+from srd_lightning.losses.top_k import POWERS, Likeliest
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.split import SplitModel
 

@@ -24,7 +24,7 @@ from srd_lightning.data.samplers import of_like_length
 from srd_lightning.digests import file_digest, weights_digest
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ModelError, StorageError
-from srd_lightning.losses.chunked import Head
+from srd_lightning.losses.head import Head
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.models.split import NotSplit, SplitModel, split
 from srd_lightning.progress import progress_bar

@@ -17,7 +17,7 @@ from srd_lightning.distributed.placement import check_placement, shards_student
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.base import DistillationLoss, needs_all_logits
 from srd_lightning.losses.checks import check_loss
-from srd_lightning.losses.chunked import POWERS
+from srd_lightning.losses.top_k import POWERS
 from srd_lightning.preflight import callbacks_of
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srd_lightning.losses.chunked import CHUNK, Likeliest
+from srd_lightning.losses.chunked import CHUNK
+from srd_lightning.losses.top_k import Likeliest
 from srd_lightning.teacher.live import Logits
 
 WEIGHTS = "check its weights, and load it in float32 or bfloat16, for float16 overflows"

@@ -16,7 +16,8 @@ from srd_lightning.distributed.sharding import inside, release
 from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
 from srd_lightning.losses.checks import check_scalar
-from srd_lightning.losses.chunked import CHUNK, Likeliest, Objective, chunked_objective
+from srd_lightning.losses.chunked import CHUNK, Objective, chunked_objective
+from srd_lightning.losses.top_k import Likeliest
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.split import NotSplit, SplitModel, split
 from srd_lightning.models.vocabulary import vocabulary_size
