@@ -4,23 +4,15 @@ Imports `losses`, `data`, `models` and `evaluation`. Begin with `base`, which ha
 own derives from; `batch` is what it is given.
 """
 
-from srd_lightning.criteria.base import (
-    AnswerLength,
-    Bleu,
-    ChrF,
-    Column,
-    Criterion,
-    ExactMatch,
+from srd_lightning.criteria.answers import AnswerLength, Bleu, ChrF, ExactMatch, NumericAnswer, ResponseLength, RougeL
+from srd_lightning.criteria.base import Column, Criterion, check_criteria
+from srd_lightning.criteria.likelihood import (
     InstructionFollowingDifficulty,
     NegativeLogLikelihood,
-    NumericAnswer,
     Perplexity,
     RankSurprisalRatio,
-    ResponseLength,
-    RougeL,
-    TeacherKL,
-    check_criteria,
 )
+from srd_lightning.criteria.teacher import TeacherKL
 
 __all__ = [
     "AnswerLength",

@@ -17,7 +17,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.criteria.base import Column, Criterion, NegativeLogLikelihood, RougeL, check_criteria
+from srd_lightning.criteria.answers import RougeL
+from srd_lightning.criteria.base import Column, Criterion, check_criteria
+from srd_lightning.criteria.likelihood import NegativeLogLikelihood
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
 from srd_lightning.curation.reflector import Reflector, Scores, rank
 from srd_lightning.curation.refresh import Refresher, rearrange
