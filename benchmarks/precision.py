@@ -28,7 +28,7 @@ from record import record
 from step import KD_WEIGHT, TEMPERATURE, choose_model, choose_rows, models_and_rows
 
 from srd_lightning import ForwardKL, Pretrained
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.models.split import SplitModel
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
 from srd_lightning.training.step import Step

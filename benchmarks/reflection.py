@@ -37,8 +37,8 @@ from srd_lightning import ALPACA, Decoding, Pretrained
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
 from srd_lightning.criteria.base import score_batch
 from srd_lightning.criteria.batch import Reflected
+from srd_lightning.curation.order import rank
 from srd_lightning.curation.reflection import fixed_batches
-from srd_lightning.curation.reflector import rank
 from srd_lightning.curriculum.ranking import average_ranks
 from srd_lightning.data.splits import load_rows
 from srd_lightning.data.tokenization import tokenize

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from srd_lightning.data.samplers import LengthGrouped
     from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
     from srd_lightning.datamodule import SRDDataModule
-    from srd_lightning.distributed.strategy import FSDP2
+    from srd_lightning.distributed.fsdp2 import FSDP2
     from srd_lightning.losses.base import DistillationLoss
     from srd_lightning.losses.chunked import chunked_objective
     from srd_lightning.losses.head import Head
@@ -51,7 +51,7 @@ _HOME = {
     "Decoding": "models.generation",
     "DistillationLoss": "losses",
     "Example": "data.templates",
-    "FSDP2": "distributed.strategy",
+    "FSDP2": "distributed.fsdp2",
     "ForwardKL": "losses",
     "Head": "losses.head",
     "HuggingFaceExport": "callbacks",

@@ -27,7 +27,7 @@ MOVED = {
     "runtime": "callbacks.runtime",
     "sampling": "data.samplers",
     "store": "curation.score_store",
-    "strategy": "distributed.strategy",
+    "strategy": "distributed.fsdp2",
     "templates": "data.templates",
 }
 """Where each is now."""

@@ -22,7 +22,7 @@ from srd_lightning.distributed.clipping import clip
 from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.answers import answers
-from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.losses.base import DistillationLoss, response_mask
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.standard import ForwardKL

@@ -6,8 +6,7 @@ from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule
-from srd_lightning.data.batches import check_batch
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import check_batch, collate
 from srd_lightning.errors import DataError
 
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from srd_lightning import ForwardKL
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.losses import response_mask
 from srd_lightning.models.calling import extras, logits_of
 from srd_lightning.training.step import Step

@@ -41,7 +41,7 @@ from srd_lightning.curation.reflection import reflect
 from srd_lightning.curation.score_store import ScoreStore
 from srd_lightning.data.tokenization import tokenize
 from srd_lightning.errors import SettingError
-from srd_lightning.evaluation.matching import same_number
+from srd_lightning.evaluation.text_metrics import same_number
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.pretrained import Pretrained
 

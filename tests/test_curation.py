@@ -17,10 +17,12 @@ from srd_lightning.criteria import (
 )
 from srd_lightning.criteria import batch as reflected_module
 from srd_lightning.curation.external_scores import read_scores
-from srd_lightning.curation.reflector import Reflector, pinned_threads, rank, stored_scores
+from srd_lightning.curation.order import rank
+from srd_lightning.curation.reflector import Reflector, pinned_threads
+from srd_lightning.curation.score_store import stored_scores
 from srd_lightning.data.rows import ids_of
 from srd_lightning.errors import DataError, ModelError, StorageError
-from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import Decoding, generate
 
 GREEDY = Decoding(max_new_tokens=6)

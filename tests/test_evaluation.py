@@ -4,7 +4,7 @@ import torch
 from conftest import lively_model, make_rows, tokenised
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.evaluation.response_logits import negative_log_likelihood, response_logits
 
 

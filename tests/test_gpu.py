@@ -21,7 +21,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
-from srd_lightning.curation.reflector import Reflector, rank
+from srd_lightning.curation.order import rank
+from srd_lightning.curation.reflector import Reflector
 from srd_lightning.data.rows import ids_of
 from srd_lightning.models.generation import Decoding
 

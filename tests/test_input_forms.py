@@ -440,7 +440,7 @@ def test_the_delimiter_is_said(caplog):
 
 
 def test_files_of_all_splits_are_looked_for_before_one_is_read(monkeypatch):
-    monkeypatch.setattr("srd_lightning.data.sources.read", None)
+    monkeypatch.setattr("srd_lightning.data.readers.read", None)
     with pytest.raises(DataError, match=r"there is no file gone\.jsonl"):
         pairs_of({"train": file("rows.jsonl", LINES), "validation": "gone.jsonl"})
 

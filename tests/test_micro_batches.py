@@ -6,7 +6,7 @@ from conftest import lively_model, make_rows, tiny_model, tokenised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.losses import ForwardKL
 from srd_lightning.losses.chunked import Objective
 from srd_lightning.training.micro_batches import in_parts, micro_batches

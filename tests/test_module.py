@@ -19,7 +19,7 @@ from srd_lightning import (
     Pretrained,
     SRDDataModule,
 )
-from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate
 from srd_lightning.training.step import Step
 

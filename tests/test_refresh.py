@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer
 
 from srd_lightning import ALPACA, Curriculum
 from srd_lightning.curation.refresh import Refresher, rearrange
-from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate
 
 sys.path.insert(0, str(PROJECTS))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.evaluation.text_metrics import rouge_l
 
 
 class TestRougeL:

@@ -8,7 +8,8 @@ from conftest import in_other_order, make_rows, tokenised
 from datasets import Dataset, DatasetDict
 from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq
 
-from srd_lightning.data.rows import collate, lengths_of, row_ids
+from srd_lightning.data.batches import collate
+from srd_lightning.data.rows import lengths_of, row_ids
 from srd_lightning.data.splits import load_rows, load_splits
 
 ROWS = make_rows(6)

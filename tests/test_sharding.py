@@ -17,9 +17,9 @@ from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained
 from srd_lightning.curation.student_source import fresh_student, trained_student
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
+from srd_lightning.distributed.fsdp2 import blocks, inside, release, shard, with_weights, without_weights
 from srd_lightning.distributed.placement import shard_student
-from srd_lightning.distributed.sharding import blocks, inside, release, shard, with_weights, without_weights
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.training.step import Step
 

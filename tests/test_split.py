@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.losses import response_mask
 from srd_lightning.models.split import NotSplit, split
 

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from transformers import ByT5Tokenizer
 
 from srd_lightning import DistillationLoss, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import NonFiniteError, SettingError
 from srd_lightning.training.step import Step

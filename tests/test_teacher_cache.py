@@ -8,7 +8,7 @@ import torch
 from conftest import LOSSES, in_other_order, lively_model, make_rows, tokenised
 from transformers import ByT5Tokenizer
 
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses import response_mask
 from srd_lightning.models.pretrained import Pretrained

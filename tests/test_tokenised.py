@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from srd_lightning.data import tokenization as tokenised_module
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.data.templates import ChatTemplate, PromptTemplate
 from srd_lightning.data.tokenization import tokenize
 

@@ -8,8 +8,7 @@ from typing import Any
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.criteria.batch import Reflected
 from srd_lightning.errors import SettingError
-from srd_lightning.evaluation.matching import same_number, same_words
-from srd_lightning.evaluation.rouge import rouge_l
+from srd_lightning.evaluation.text_metrics import rouge_l, same_number, same_words
 
 
 class RougeL(Criterion):

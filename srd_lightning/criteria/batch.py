@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.data.samplers import of_like_length
 from srd_lightning.evaluation.response_logits import response_logits
 from srd_lightning.losses.base import IGNORE_INDEX, upcast

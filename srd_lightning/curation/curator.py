@@ -21,9 +21,11 @@ from srd_lightning.criteria.answers import RougeL
 from srd_lightning.criteria.base import Column, Criterion, check_criteria
 from srd_lightning.criteria.likelihood import NegativeLogLikelihood
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
-from srd_lightning.curation.reflector import Reflector, Scores, rank
+from srd_lightning.curation.order import rank
+from srd_lightning.curation.reflector import Reflector
 from srd_lightning.curation.refresh import Refresher, rearrange
 from srd_lightning.curation.result import Curated
+from srd_lightning.curation.score_store import Scores
 from srd_lightning.curation.student_source import find_tokenizer, fresh_student, trained_student
 from srd_lightning.curriculum.arrangement import Arrangement, EasyToHard, arranged
 from srd_lightning.curriculum.curriculum import Curriculum, check_fractions, never_reached

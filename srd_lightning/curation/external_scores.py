@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.criteria.base import Criterion, score_batch
 from srd_lightning.criteria.batch import Reflected
-from srd_lightning.curation.reflector import Scores
-from srd_lightning.curation.score_store import Floats, answers_by_id, by_id
-from srd_lightning.data import sources
+from srd_lightning.curation.score_store import Floats, Scores, answers_by_id, by_id
+from srd_lightning.data import readers
 from srd_lightning.data.formats import FORMATS, form_of, names_in
 from srd_lightning.data.rows import ids_of
 from srd_lightning.errors import DataError, MissingDataError, in_one_line
@@ -89,7 +88,7 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
 
 def _table(path: Path) -> pa.Table:
     if form_of(path) != ".parquet":
-        return sources.from_files([path]).with_format("arrow")[:]
+        return readers.from_files([path]).with_format("arrow")[:]
     table = pq.read_table(path, memory_map=True)
     try:
         return table.set_column(table.column_names.index("id"), "id", table["id"].cast(pa.string()))

@@ -67,7 +67,7 @@ def reflect(
     Args:
         model: The student.
         tokenizer: Its tokenizer.
-        rows: Tokenised rows, see `rows.tokenize`.
+        rows: Tokenised rows, see `data.tokenization.tokenize`.
         store: Takes the scores.
         criteria: What to score.
         decoding: How the student answers.

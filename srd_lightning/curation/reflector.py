@@ -1,4 +1,4 @@
-"""From rows and a student to scores and an order: reflection by all processes, and ranking."""
+"""Reflection by all processes: each scores its share of the batches, and all get all scores."""
 
 from __future__ import annotations
 
@@ -6,41 +6,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.curation.fingerprint import fingerprint
 from srd_lightning.curation.reflection import SCORING_VERSION, Batch, fixed_batches, reflect
-from srd_lightning.curation.score_store import Floats, ScoreStore
-from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
+from srd_lightning.curation.score_store import Floats, Scores, ScoreStore
 from srd_lightning.data.rows import ids_of
 from srd_lightning.distributed.process_group import Team
-from srd_lightning.errors import DataError, ModelError, ResumeError, SettingError
+from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of all rows, ``[N]`` by column, and where they come from.
-
-    Args:
-        columns: By name.
-        folder: Where they are kept.
-        scored: How many rows were scored in this run.
-        answers: Takes ids; returns the answers that there are, by id.
-    """
-
-    columns: dict[str, Floats]
-    folder: Path
-    scored: int
-    answers: Callable[[pa.Array], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -153,66 +133,3 @@ def pinned_threads(number: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) -> Scores:
-    """Read the scores of an earlier reflection as they are, without the student that made them.
-
-    Raises:
-        ResumeError: They are not there, or not all.
-    """
-    if not (folder / "manifest.json").exists():
-        raise ResumeError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
-    store = ScoreStore.reopen(folder)
-    columns = store.columns(ids_of(rows), [criterion.column for criterion in criteria])
-    if any(np.isnan(values).any() for values in columns.values()):
-        raise ResumeError(f"some of the scores that this run was trained with are not in {folder} any more")
-    return Scores(columns, folder, 0, store.answers)
-
-
-def rank(
-    columns: Mapping[str, Floats], criteria: Sequence[Criterion], ids: pa.Array, ties: Literal["average", "order"]
-) -> Tensor:
-    """Order rows by their scores, easiest first.
-
-    Args:
-        columns: Scores by column, ``[N]``.
-        criteria: Their directions and weights.
-        ids: ``[N]``; rows that no score can tell apart stand in the order of their ids, not of the file.
-        ties: See `reciprocal_rank_fusion`; with ``"order"`` the order of the file decides, as in the paper's code.
-
-    Returns:
-        Row numbers ``[N]``, int64.
-    """
-    for criterion in criteria:
-        missing = np.flatnonzero(np.isnan(columns[criterion.column]))
-        if len(missing) == len(ids):
-            raise ModelError(
-                f"{criterion.column} is NaN for all {len(ids)} rows, so it is not the rows but the student that gives "
-                f"NaN, or {type(criterion).__name__}; look at its weights"
-            )
-        if len(missing):
-            raise DataError(
-                f"{criterion.column} is NaN for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} "
-                "among them; leave the rows or the criterion out"
-            )
-    ease = [
-        columns[criterion.column] if criterion.higher_is_easier else -columns[criterion.column]
-        for criterion in criteria
-    ]
-    order = reciprocal_rank_fusion(*ease, ties=ties, weights=[criterion.weight for criterion in criteria])
-    return order if ties == "order" else _settle_by_id(order, ease, ids)
-
-
-def _settle_by_id(order: Tensor, ease: Sequence[Floats], ids: pa.Array) -> Tensor:
-    rows = order.numpy()
-    as_before = np.ones(max(len(rows) - 1, 0), dtype=bool)
-    for values in ease:
-        in_order = values[rows]
-        as_before &= in_order[1:] == in_order[:-1]
-    places = np.flatnonzero(np.append(as_before, False) | np.insert(as_before, 0, False))
-    if len(places):
-        group = np.cumsum(~np.insert(as_before, 0, False)[places])
-        names = np.array(ids.take(pa.array(rows[places])).to_pylist())
-        rows[places] = rows[places][np.lexsort((names, group))]
-    return order

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from srd_lightning.criteria.base import Criterion
-from srd_lightning.curation.reflector import Scores, stored_scores
+from srd_lightning.curation.score_store import Scores, stored_scores
 from srd_lightning.curriculum.curriculum import Curriculum
 from srd_lightning.digests import digest
 from srd_lightning.errors import ResumeError, SettingError

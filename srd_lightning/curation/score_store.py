@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from datasets import Dataset
 from numpy.typing import NDArray
 
-from srd_lightning.errors import StorageError
+from srd_lightning.criteria.base import Criterion
+from srd_lightning.data.rows import ids_of
+from srd_lightning.errors import ResumeError, StorageError
 from srd_lightning.storage import take, write_atomically
 
 Floats = NDArray[np.float64]
@@ -224,3 +228,35 @@ def _one_row_per_id(table: pa.Table) -> pa.Table:
     names = sorted(name for name in table.column_names if name != "id")
     joined = table.group_by("id", use_threads=False).aggregate([(name, "first") for name in names])  # not null
     return joined.rename_columns(["id", *names]).sort_by("id")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all rows, ``[N]`` by column, and where they come from.
+
+    Args:
+        columns: By name.
+        folder: Where they are kept.
+        scored: How many rows were scored in this run.
+        answers: Takes ids; returns the answers that there are, by id.
+    """
+
+    columns: dict[str, Floats]
+    folder: Path
+    scored: int
+    answers: Callable[[pa.Array], dict[str, str]]
+
+
+def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) -> Scores:
+    """Read the scores of an earlier reflection as they are, without the student that made them.
+
+    Raises:
+        ResumeError: They are not there, or not all.
+    """
+    if not (folder / "manifest.json").exists():
+        raise ResumeError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
+    store = ScoreStore.reopen(folder)
+    columns = store.columns(ids_of(rows), [criterion.column for criterion in criteria])
+    if any(np.isnan(values).any() for values in columns.values()):
+        raise ResumeError(f"some of the scores that this run was trained with are not in {folder} any more")
+    return Scores(columns, folder, 0, store.answers)

@@ -1,10 +1,16 @@
-"""What a batch must be: that of Hugging Face's models, from this library's data or from one's own."""
+"""Tokenised rows become a batch; and what a batch must be, from here or from elsewhere.
+
+It has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100 where no token of
+the response stands.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from srd_lightning.errors import DataError
@@ -80,3 +86,33 @@ def _are_shifted(input_ids: Tensor, labels: Tensor, learnt: Tensor) -> bool:
         return False
     next_ones = bool((labels[:, :-1] == input_ids[:, 1:])[inner].all())
     return next_ones and not bool((labels == input_ids)[learnt].all())
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
+    """Pad rows on the right to a batch.
+
+    Args:
+        rows: Tokenised rows.
+        pad_token_id: Fills up; masked, so any id will do.
+        pad_to_multiple_of: T is the length of the longest row, rounded up to a multiple of this.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``, int64.
+
+    Example:
+        >>> rows = [{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [5, 8], "prompt_length": 1}]
+        >>> collate(rows, pad_token_id=0)["labels"]
+        tensor([[-100,    6,    7],
+                [-100,    8, -100]])
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    shape = (len(rows), math.ceil(longest / pad_to_multiple_of) * pad_to_multiple_of)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for position, row in enumerate(rows):
+        ids = torch.tensor(row["input_ids"])
+        input_ids[position, : len(ids)] = ids
+        attention_mask[position, : len(ids)] = 1
+        labels[position, row["prompt_length"] : len(ids)] = ids[row["prompt_length"] :]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

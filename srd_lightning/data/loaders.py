@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.data.rows import collate
+from srd_lightning.data.batches import collate
 from srd_lightning.data.samplers import LengthGrouped, Lengths, Shuffled
 
 ExtraColumns = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]

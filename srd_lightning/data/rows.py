@@ -1,27 +1,17 @@
-"""Ids of rows, and from tokenised rows to a batch.
-
-A batch has what Hugging Face models take: ``input_ids``, ``attention_mask`` and unshifted ``labels``, -100
-where no token of the response stands.
-"""
+"""Ids and lengths of rows."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch import Tensor
 
 from srd_lightning.data.fields import is_missing
 from srd_lightning.errors import DataError
-from srd_lightning.losses.base import IGNORE_INDEX
 
 
 def row_ids(rows: Dataset) -> list[str]:
@@ -68,33 +58,3 @@ def lengths_of(rows: Dataset) -> NDArray[np.int32]:
     lengths: NDArray[np.int32] = rows.data.column("length").to_numpy()
     places = rows._indices  # which `datasets` itself makes Python numbers of: minutes for 100 million rows
     return lengths if places is None else lengths[places.column(0).to_numpy()]
-
-
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
-    """Pad rows on the right to a batch.
-
-    Args:
-        rows: Tokenised rows.
-        pad_token_id: Fills up; masked, so any id will do.
-        pad_to_multiple_of: T is the length of the longest row, rounded up to a multiple of this.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``, int64.
-
-    Example:
-        >>> rows = [{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [5, 8], "prompt_length": 1}]
-        >>> collate(rows, pad_token_id=0)["labels"]
-        tensor([[-100,    6,    7],
-                [-100,    8, -100]])
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-    shape = (len(rows), math.ceil(longest / pad_to_multiple_of) * pad_to_multiple_of)
-    input_ids = torch.full(shape, pad_token_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX)
-    for position, row in enumerate(rows):
-        ids = torch.tensor(row["input_ids"])
-        input_ids[position, : len(ids)] = ids
-        attention_mask[position, : len(ids)] = 1
-        labels[position, row["prompt_length"] : len(ids)] = ids[row["prompt_length"] :]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

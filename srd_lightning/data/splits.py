@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from lightning.pytorch.utilities import rank_zero_warn
 
-from srd_lightning.data import sources
+from srd_lightning.data import readers
 from srd_lightning.data.fields import kind_of
 from srd_lightning.data.formats import FORMATS, check_there, form_of
 from srd_lightning.errors import DataError, MissingDataError, SRDError, in_one_line
@@ -82,9 +82,9 @@ def load_rows(source: Any, split: str = "train") -> Dataset:
 
 def _load(source: Any, split: str) -> Any:
     if isinstance(source, (str, Path)):
-        return sources.from_files([source]) if form_of(source) else _from_folder_or_hub(str(source))
+        return readers.from_files([source]) if form_of(source) else _from_folder_or_hub(str(source))
     if isinstance(source, (Dataset, DatasetDict, pd.DataFrame)):
-        return source if not isinstance(source, pd.DataFrame) else sources.from_rows(source, split)
+        return source if not isinstance(source, pd.DataFrame) else readers.from_rows(source, split)
     if not isinstance(source, Iterable) or isinstance(source, (bytes, Mapping)):
         raise DataError(
             f"{split} must be a file, a list of files, a folder, a hub id, a data set, or rows, but is "
@@ -92,13 +92,13 @@ def _load(source: Any, split: str) -> Any:
         )
     rows = list(source)
     if not rows or not all(isinstance(row, (str, Path)) for row in rows):
-        return sources.from_rows(rows, split)
+        return readers.from_rows(rows, split)
     if texts := [row for row in rows if form_of(row) is None]:
         raise DataError(
             f"{split}: {str(texts[0])[:80]!r} is neither the name of a {'/'.join(FORMATS)} file nor a row; a row is "
             "{'instruction': …, 'output': …}"
         )
-    return sources.from_files(rows)
+    return readers.from_files(rows)
 
 
 def _from_folder_or_hub(name: str) -> Any:

@@ -24,8 +24,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.fields import fields_read
+from srd_lightning.data.readers import unwritable_cache
 from srd_lightning.data.rows import row_ids
-from srd_lightning.data.sources import unwritable_cache
 from srd_lightning.data.templates import ChatTemplate, Example, PromptTemplate
 from srd_lightning.errors import DataError
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from srd_lightning.distributed.sharding import blocks, is_sharded, send_from_first, shard
+from srd_lightning.distributed.fsdp2 import blocks, is_sharded, send_from_first, shard
 from srd_lightning.errors import SettingError
 
 TeacherPlacement = Literal["replicate", "shard", "offload"]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from srd_lightning.distributed.sharding import inside
+from srd_lightning.distributed.fsdp2 import inside
 from srd_lightning.errors import ModelError, lacks_memory
 from srd_lightning.losses.base import response_mask
 from srd_lightning.losses.head import Head

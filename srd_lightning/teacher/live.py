@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from srd_lightning.distributed.sharding import inside
+from srd_lightning.distributed.fsdp2 import inside
 from srd_lightning.losses.base import FLOOR, response_mask, upcast
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.head import Head

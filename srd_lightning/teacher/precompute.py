@@ -19,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from srd_lightning.data.rows import collate, lengths_of
+from srd_lightning.data.batches import collate
+from srd_lightning.data.rows import lengths_of
 from srd_lightning.data.samplers import of_like_length
 from srd_lightning.digests import file_digest, weights_digest
 from srd_lightning.distributed.process_group import Team

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.digests import digest
+from srd_lightning.distributed.fsdp2 import is_sharded, with_weights, without_weights
 from srd_lightning.distributed.placement import (
     TeacherPlacement,
     compute_dtype,
@@ -22,7 +23,6 @@ from srd_lightning.distributed.placement import (
     whole_weights,
 )
 from srd_lightning.distributed.process_group import Team
-from srd_lightning.distributed.sharding import is_sharded, with_weights, without_weights
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.models.pretrained import Pretrained, dtype_named, load_tokenizer
 from srd_lightning.models.soundness import check_module

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from srd_lightning.data.batches import check_batch
+from srd_lightning.distributed.fsdp2 import inside, release
 from srd_lightning.distributed.process_group import Team
-from srd_lightning.distributed.sharding import inside, release
 from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
 from srd_lightning.losses.checks import check_scalar

@@ -19,8 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, HuggingFaceExport, HyperparameterScheduler, KDLightningModule, SRDDataModule
-from srd_lightning.distributed.sharding import is_sharded
-from srd_lightning.distributed.strategy import FSDP2
+from srd_lightning.distributed.fsdp2 import FSDP2, is_sharded
 
 utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
 """Lightning evaluates over gloo in another mode than over NCCL: let it take the harder one, as on GPUs."""

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from srd_lightning.distributed.strategy import FSDP2
+from srd_lightning.distributed.fsdp2 import FSDP2
 
 BATCH = 3
 

@@ -26,8 +26,8 @@ from srd_lightning import (
     ResumeCheckpoint,
     SRDDataModule,
 )
+from srd_lightning.distributed.fsdp2 import FSDP2
 from srd_lightning.distributed.placement import whole_weights
-from srd_lightning.distributed.strategy import FSDP2
 
 BATCH = 6
 """Rows in a batch of all processes; 41 rows make 2, 4, 4 and 5 batches in the epochs, and 1, 2, 2 and 3 steps."""
