@@ -1,4 +1,7 @@
-"""Callbacks: what is staged, what is checked, what is written at the end. One class a file."""
+"""Callbacks: what is staged, what is checked, what is written at the end. One class a file.
+
+Imports `curriculum`, `data`, `distributed` and `checkpoints`.
+"""
 
 from srd_lightning.callbacks.answer_writer import AnswerWriter
 from srd_lightning.callbacks.curriculum_check import CurriculumCallback

@@ -1,6 +1,6 @@
 """Curriculum: which rows come when.
 
-A pure room: torch and numpy, and nothing of Lightning or transformers. Imports `errors` only. Scores become one order
+A pure room: torch and numpy, and nothing of Lightning or transformers. Imports no other room. Scores become one order
 in `ranking`, an `arrangement` may change it, and `curriculum` says which of its rows an epoch has.
 """
 

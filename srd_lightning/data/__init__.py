@@ -1,7 +1,6 @@
 """Data: files become rows of text, rows of tokens, and batches.
 
-Imports `losses`, for what a label masks, and no model. Begin with `templates`, which are pure: a row becomes a prompt
-and a response.
+Imports `losses`. Begin with `templates`, which are pure: a row becomes a prompt and a response.
 """
 
 from __future__ import annotations

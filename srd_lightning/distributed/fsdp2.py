@@ -1,4 +1,4 @@
-"""Models whose weights are spread over the processes (FSDP2), block by block, whole copies of them, and the strategy."""
+"""FSDP2: models whose weights are spread over the ranks, block by block, whole copies of them, and the strategy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Losses: what is minimised.
 
-A pure room: torch, and nothing of Lightning or transformers. Imports `errors` only. Begin with `base`, which has the
+A pure room: torch, and nothing of Lightning or transformers. Imports no other room. Begin with `base`, which has the
 class that a loss of one's own derives from; `chunked` makes value and gradient without ever holding all logits.
 """
 

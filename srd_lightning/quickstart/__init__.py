@@ -1,1 +1,4 @@
-"""The quickstart, ``python -m srd_lightning.quickstart``, and what it fetches. Imports anything; nothing imports it."""
+"""The quickstart, ``python -m srd_lightning.quickstart``, and what it fetches.
+
+Imports `models`, `callbacks`, `command` and `cli`; nothing imports it.
+"""
