@@ -27,9 +27,9 @@ from srd_lightning.data.rows import ids_of, lengths_of
 from srd_lightning.data.templates import ALPACA, ChatTemplate, PromptTemplate
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
-from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.pretrained import Pretrained, load_tokenizer
 from srd_lightning.preflight import run_preflight
-from srd_lightning.teacher.cache import TeacherCache
+from srd_lightning.protocols import BatchColumns
 from srd_lightning.training.arguments import check_sizes
 from srd_lightning.training.lr_plan import accumulation_of
 
@@ -153,8 +153,7 @@ class SRDDataModule(CuratedRows):
         self._every_epoch = RebuiltEveryEpoch()
         self._as_read: Dataset | None = None
         self._digests: dict[str, Any] | None = None
-        self.teacher_cache: TeacherCache | None = None
-        """Where batches take from what they bring along of the teacher; set by a module that has one cached."""
+        self._batch_columns: BatchColumns | None = None
 
     def setup(self, stage: str) -> None:
         """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
@@ -183,8 +182,16 @@ class SRDDataModule(CuratedRows):
         if self.trainer is not None:
             self._every_epoch.end(self.trainer)
 
-    def rows_of_teacher(self) -> Dataset:
-        """Return the rows on which a teacher is asked in ``fit``: those that are kept, and the validation's."""
+    def rows_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of the rows, if it is not left to the module."""
+        return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+
+    def use_batch_columns(self, columns: BatchColumns | None) -> None:
+        """Let the batches of loaders made from now on carry what these make of their rows."""
+        self._batch_columns = columns
+
+    def rows_to_cache(self) -> Dataset:
+        """Return the rows to which a teacher is asked in ``fit``: those that are kept, and the validation's."""
         assert self.curriculum is not None, 'setup("fit") comes first'
         train = self.rows["train"]
         if not self.refresher.first_epochs:  # a new order may let in what was dropped
@@ -274,7 +281,7 @@ class SRDDataModule(CuratedRows):
             self.seed,
             place["rank"],
             place["num_replicas"],
-            None if self.teacher_cache is None else self.teacher_cache.batch,
+            self._batch_columns,
             self.pad_to_multiple_of,
         )
 

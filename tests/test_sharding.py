@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
-from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained
+from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
 from srd_lightning.curation.student_source import fresh_student, trained_student
 from srd_lightning.data.batches import collate
 from srd_lightning.distributed.fsdp2 import blocks, inside, release, shard, with_weights, without_weights
@@ -168,4 +168,4 @@ def test_a_sharded_teacher_is_not_cached(mesh):
     module = KDLightningModule(tiny_model(), tiny_model(), teacher_cache="hidden")
     shard(module.teacher, mesh)
     with pytest.raises(ValueError, match="an earlier run has sharded the teacher"):
-        module.cache(SimpleNamespace(rows_of_teacher=list))
+        module.cache(SRDDataModule([], schedule={0: 1.0}))

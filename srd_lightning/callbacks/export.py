@@ -16,6 +16,7 @@ from torch import nn
 from srd_lightning.callbacks import export_folder
 from srd_lightning.distributed.placement import shards_student
 from srd_lightning.errors import ModelError, SettingError, StorageError
+from srd_lightning.protocols import GathersStudent
 from srd_lightning.storage import check_folder, check_room
 
 SETTING = "HuggingFaceExport(dirpath=...)"
@@ -79,7 +80,7 @@ class HuggingFaceExport(Callback):
             rank_zero_info(f"fast_dev_run: nothing is saved to {self.dirpath}")
             return
         module: Any = pl_module
-        student = module.whole_student(only_first=True) if hasattr(module, "whole_student") else module.student
+        student = module.whole_student(only_first=True) if isinstance(module, GathersStudent) else module.student
         self._saved = True
         if trainer.is_global_zero:
             student, tokenizer = _merged(student), _tokenizer(trainer)

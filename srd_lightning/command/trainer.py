@@ -58,13 +58,14 @@ class _Bystander(LightningModule):
     def build_student(self) -> Any:
         return self.models[0].build_student()
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.models[0].tokenizer
+    def whole_student(self, only_first: bool = False) -> Any:
+        return self.models[0].whole_student(only_first)
 
-    @property
-    def sources(self) -> Any:
-        return getattr(self.models[0], "sources", {})
+    def student_tokenizer(self) -> Any:
+        return self.models[0].student_tokenizer()
+
+    def models_by_name(self) -> Any:
+        return self.models[0].models_by_name()
 
     def preflight(self, trainer: Trainer) -> None:
         """Let the module that it stands for check, if it can."""

@@ -40,6 +40,7 @@ from srd_lightning.errors import DataError, SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions
 from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.protocols import HasStudent
 from srd_lightning.storage import check_folder, check_room
 
 NEEDED = {
@@ -135,7 +136,9 @@ class CuratedRows(LightningDataModule):
         """Check what can be known before rows are read."""
         if isinstance(self.data, Mapping) and not self.rows:  # later runs may bring loaders of their own
             self._check_splits(self.data, stage)
-        models: dict[str, Any] = dict(getattr(self._module(), "sources", {}))
+        models: dict[str, Any] = (
+            dict(module.models_by_name()) if isinstance(module := self._module(), HasStudent) else {}
+        )
         if self.student is not None:
             models["student"] = self.student
         check_positions(models, {"max_length": self.max_length})

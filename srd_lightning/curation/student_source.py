@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.protocols import GathersStudent, HasStudent
 
 
 def find_tokenizer(
@@ -25,7 +26,7 @@ def find_tokenizer(
         return source
     if isinstance(student, Pretrained):
         return student.tokenizer()
-    found = getattr(module, "tokenizer", None)
+    found = module.student_tokenizer() if isinstance(module, HasStudent) else getattr(module, "tokenizer", None)
     if found is None:
         raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
     return found
@@ -36,7 +37,7 @@ def fresh_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Modu
 
     Args:
         source: The student of the data module, if it was given one.
-        module: The LightningModule, if there is one: with ``build_student()`` or a model as ``student``.
+        module: The LightningModule, if there is one: a `HasStudent`, or with a model as ``student``.
 
     Raises:
         ValueError: There is none.
@@ -45,7 +46,7 @@ def fresh_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Modu
         return source.model()
     if source is not None:
         return source
-    if hasattr(module, "build_student"):
+    if isinstance(module, HasStudent):
         return _whole(module.build_student(), "an earlier run has done so: make a new module")
     if isinstance(getattr(module, "student", None), nn.Module):
         return cast(nn.Module, module.student)
@@ -61,7 +62,7 @@ def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Mo
     Raises:
         ValueError: There is none that is trained, or its weights are sharded and the module cannot gather them.
     """
-    if hasattr(module, "whole_student"):
+    if isinstance(module, GathersStudent):
         return cast(nn.Module, module.whole_student())
     student = getattr(module, "student", source)
     if not isinstance(student, nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.batches import collate
 from srd_lightning.data.samplers import LengthGrouped, Lengths, Shuffled
-
-ExtraColumns = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+from srd_lightning.protocols import BatchColumns
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Loaders:
         seed: Of the order within an epoch.
         rank: This process.
         world_size: Processes that see different rows.
-        extra_columns: Takes rows; returns what their batch brings along besides, such as what a teacher said to them.
+        batch_columns: Takes rows; returns what their batch brings along besides, such as what a teacher said to them.
         pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this.
     """
 
@@ -40,7 +39,7 @@ class Loaders:
     seed: int
     rank: int
     world_size: int
-    extra_columns: ExtraColumns | None = None
+    batch_columns: BatchColumns | None = None
     pad_to_multiple_of: int = 1
 
     def train(self, pool: Any, epoch: int, batch_size: int, lengths: Lengths | None = None) -> ResumableLoader:
@@ -76,7 +75,7 @@ class Loaders:
             "collate_fn": functools.partial(
                 _collate,
                 pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-                extra_columns=self.extra_columns,
+                batch_columns=self.batch_columns,
                 pad_to_multiple_of=self.pad_to_multiple_of,
             ),
             "pin_memory": torch.cuda.is_available(),
@@ -106,10 +105,10 @@ class RebuiltEveryEpoch:
 
 
 def _collate(
-    rows: Sequence[Mapping[str, Any]], pad_token_id: int, extra_columns: ExtraColumns | None, pad_to_multiple_of: int
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, batch_columns: BatchColumns | None, pad_to_multiple_of: int
 ) -> dict[str, Tensor]:
     batch = collate(rows, pad_token_id, pad_to_multiple_of)
-    return batch if extra_columns is None else {**batch, **extra_columns(rows)}
+    return batch if batch_columns is None else {**batch, **batch_columns(rows)}
 
 
 class ResumableLoader(DataLoader[Any]):

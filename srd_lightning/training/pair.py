@@ -24,9 +24,10 @@ from srd_lightning.distributed.placement import (
 )
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.models.pretrained import Pretrained, dtype_named, load_tokenizer
+from srd_lightning.models.pretrained import Pretrained, dtype_named
 from srd_lightning.models.soundness import check_module
 from srd_lightning.models.vocabulary import check_same_tokenizer, shared_vocabulary, vocabulary_size
+from srd_lightning.protocols import HasCuratedRows
 from srd_lightning.storage import check_folder
 from srd_lightning.teacher.cache import MANIFEST, check_manifest
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
@@ -88,9 +89,12 @@ class StudentAndTeacher(LightningModule):
             self._tokenizer = self._student_source.tokenizer()
         return self._tokenizer
 
-    @property
-    def sources(self) -> dict[str, Pretrained | nn.Module | None]:
-        """Student and teacher by name, as they were given or as they are loaded."""
+    def student_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of the student, see `HasStudent`."""
+        return self.tokenizer
+
+    def models_by_name(self) -> dict[str, Pretrained | nn.Module | None]:
+        """Return student and teacher, as they were given or as they are loaded."""
         return {"student": self._student_source or self.student, "teacher": self._teacher_source or self.teacher}
 
     def build_student(self) -> nn.Module:
@@ -162,19 +166,17 @@ class StudentAndTeacher(LightningModule):
 
     def _tokenizer_of_rows(self, trainer: Trainer) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer of an `SRDDataModule`, or the one that it will take; else what was given, if any."""
-        data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "rows_of_teacher"):
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, HasCuratedRows):
             return self._tokenizer
-        if data.tokenizer is None:
-            return self.tokenizer
-        return load_tokenizer(data.tokenizer) if isinstance(data.tokenizer, str) else data.tokenizer
+        return data.rows_tokenizer() or self.tokenizer
 
     def setup(self, stage: str) -> None:
         """Before training: let the teacher be cached, where that is asked for. Data modules are set up by now."""
         self._cached = None
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(data, "teacher_cache"):
-            data.teacher_cache = None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, HasCuratedRows):
+            data.use_batch_columns(None)
         if stage == "fit" and self.teacher_cache != "none":
             self._cached = self.cache(data)
 
@@ -189,13 +191,13 @@ class StudentAndTeacher(LightningModule):
         """
         if self.teacher_cache == "none":
             raise SettingError("nothing is to be cached: set teacher_cache to hidden or topk")
-        if not hasattr(data, "rows_of_teacher"):
+        if not isinstance(data, HasCuratedRows):
             raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
         if is_sharded(self.teacher):
             raise ModelError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
         made_of = Team().from_first(self._cache_made_of)
-        data.teacher_cache, cached = cache_teacher(
-            data.rows_of_teacher(),
+        cache, cached = cache_teacher(
+            data.rows_to_cache(),
             self._cache_folder(self.trainer, made_of),
             self._cache_kind(),
             made_of,
@@ -203,6 +205,7 @@ class StudentAndTeacher(LightningModule):
             self.shared_vocabulary,
             width_of(cast(Any, self._teacher_of())),
         )
+        data.use_batch_columns(cache.batch)
         if self._teacher_source is not None:  # it can be loaded again
             self.keep("teacher", None)
         return cached

@@ -1,0 +1,60 @@
+"""What module, data module, trainer and callbacks ask of each other, so that each may be of the user's own.
+
+Only methods, so that ``isinstance`` looks and nothing is loaded by looking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+BatchColumns = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+"""Takes the tokenised rows of a batch; returns what the batch carries besides, by name."""
+
+
+@runtime_checkable
+class GathersStudent(Protocol):
+    """A module that can give its student as trained so far, however it is spread over ranks."""
+
+    def whole_student(self, only_first: bool = False) -> nn.Module | None:
+        """Return the student with all of its weights; all ranks must ask.
+
+        Args:
+            only_first: Other ranks than the first get nothing.
+        """
+
+
+@runtime_checkable
+class HasStudent(GathersStudent, Protocol):
+    """A module whose student can reflect before training. One with a model as ``student`` needs none of this."""
+
+    def build_student(self) -> nn.Module:
+        """Load the student if it is not there yet, and return it."""
+
+    def student_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of the student, or nothing where only the data module knows it."""
+
+    def models_by_name(self) -> Mapping[str, Any]:
+        """Return student and teacher, as models or `Pretrained`, without loading them; nothing for one that lacks."""
+
+
+@runtime_checkable
+class HasCuratedRows(Protocol):
+    """A data module whose batches can carry what a cached teacher says to their rows."""
+
+    def rows_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of the rows, before or after set-up; nothing where it is that of the module."""
+
+    def rows_to_cache(self) -> Dataset:
+        """Return the tokenised rows to which the teacher is asked in ``fit``, after ``setup("fit")``."""
+
+    def use_batch_columns(self, columns: BatchColumns | None) -> None:
+        """Let the batches of loaders made from now on carry these columns besides.
+
+        Args:
+            columns: Nothing takes away those that were given before.
+        """
