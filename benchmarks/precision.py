@@ -31,12 +31,12 @@ from srd_lightning import ForwardKL, Pretrained
 from srd_lightning.data.batches import collate
 from srd_lightning.models.split import SplitModel
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
 
 REPEATS = 3
 
 
-def gradient(step: Step, batch: Any, autocast: bool) -> tuple[float, torch.Tensor]:
+def gradient(step: DistillationStep, batch: Any, autocast: bool) -> tuple[float, torch.Tensor]:
     """Return the loss, and all gradients of the student as one vector in float64."""
     step.student.zero_grad()
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=autocast):
@@ -59,7 +59,9 @@ def cached(kind: HiddenStates | TopK, teacher: Any, batch: dict[str, Any]) -> tu
     return CachedTeacher(kind, head), {**batch, **padded}
 
 
-def arms(options: argparse.Namespace, batch: dict[str, Any]) -> dict[str, Callable[[], tuple[Step, Any, bool]]]:
+def arms(
+    options: argparse.Namespace, batch: dict[str, Any]
+) -> dict[str, Callable[[], tuple[DistillationStep, Any, bool]]]:
     """Return what makes each arm: a step, its batch, and whether to autocast."""
     device = batch["labels"].device
 
@@ -68,29 +70,29 @@ def arms(options: argparse.Namespace, batch: dict[str, Any]) -> dict[str, Callab
         teacher = Pretrained(options.model, dtype=dtype).model()
         return student.to(device).eval(), teacher.to(device).eval().requires_grad_(False)
 
-    def with_cache(kind: HiddenStates | TopK) -> tuple[Step, Any, bool]:
+    def with_cache(kind: HiddenStates | TopK) -> tuple[DistillationStep, Any, bool]:
         student, teacher = models("float32")
         known, more = cached(kind, teacher, batch)
-        return Step(student, known), more, False
+        return DistillationStep().attach(student, known), more, False
 
-    def mixed() -> tuple[Step, Any, bool]:
-        return Step(models("float32")[0], models("bfloat16")[1]), batch, True
+    def mixed() -> tuple[DistillationStep, Any, bool]:
+        return DistillationStep().attach(models("float32")[0], models("bfloat16")[1]), batch, True
 
     return {
-        "fp32": lambda: (Step(*models("float32")), batch, False),
-        "fp32, all logits": lambda: (Step(*models("float32"), chunk=None), batch, False),
+        "fp32": lambda: (DistillationStep().attach(*models("float32")), batch, False),
+        "fp32, all logits": lambda: (DistillationStep(None).attach(*models("float32")), batch, False),
         "bf16-mixed": mixed,
-        "bf16-true": lambda: (Step(*models("bfloat16")), batch, False),
+        "bf16-true": lambda: (DistillationStep().attach(*models("bfloat16")), batch, False),
         "hidden fp32": lambda: with_cache(HiddenStates(torch.float32)),
         "hidden bf16": lambda: with_cache(HiddenStates(torch.bfloat16)),
         "topk 16": lambda: with_cache(TopK(16)),
         "topk 64": lambda: with_cache(TopK(64)),
         "topk 256": lambda: with_cache(TopK(256)),
-        "float64, all logits": lambda: (Step(*models("float64"), chunk=None), batch, False),
+        "float64, all logits": lambda: (DistillationStep(None).attach(*models("float64")), batch, False),
     }
 
 
-def measure(make: Callable[[], tuple[Step, Any, bool]], repeats: int) -> tuple[float, torch.Tensor, float]:
+def measure(make: Callable[[], tuple[DistillationStep, Any, bool]], repeats: int) -> tuple[float, torch.Tensor, float]:
     """Return loss, gradient and median seconds of an arm."""
     step, batch, autocast = make()
     loss, found = gradient(step, batch, autocast)

@@ -64,14 +64,15 @@ def run_step(arm: str, size: dict[str, Any], options: argparse.Namespace) -> dic
     """Measure a step in this process."""
     from srd_lightning.losses import ForwardKL
     from srd_lightning.losses.chunked import CHUNK
-    from srd_lightning.training.step import Step
+    from srd_lightning.training.step import DistillationStep
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student = make_model(size["vocabulary"], options.layers, options).train().to(device)
     teacher = make_model(size["vocabulary"], 2 * options.layers, options).eval().requires_grad_(False).to(device)
     batch = {name: values.to(device) for name, values in make_batch(**size, options=options).items()}
-    step, loss = Step(student, teacher, None, CHUNK if arm == "chunked" else None, False), ForwardKL(TEMPERATURE)
+    step = DistillationStep(CHUNK if arm == "chunked" else None).attach(student, teacher)
+    loss = ForwardKL(TEMPERATURE)
 
     def work() -> None:
         step.objective(batch, loss, KD_WEIGHT).loss.backward()

@@ -41,10 +41,12 @@ if TYPE_CHECKING:
     from srd_lightning.models.generation import Decoding
     from srd_lightning.models.pretrained import Pretrained
     from srd_lightning.module import KDLightningModule
+    from srd_lightning.teacher.handle import CacheSettings
 
 _HOME = {
     "ALPACA": "data.templates",
     "AnswerWriter": "callbacks",
+    "CacheSettings": "teacher.handle",
     "ChatTemplate": "data.templates",
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
@@ -76,6 +78,7 @@ __all__ = [
     "ALPACA",
     "FSDP2",
     "AnswerWriter",
+    "CacheSettings",
     "ChatTemplate",
     "Curriculum",
     "CurriculumCallback",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -29,14 +29,18 @@ from srd_lightning.losses.standard import ForwardKL
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.vocabulary import shared_vocabulary, vocabulary_size
 from srd_lightning.preflight import callbacks_of
+from srd_lightning.protocols import HasCuratedRows
+from srd_lightning.teacher.handle import CacheKind, CacheSettings, TeacherHandle
+from srd_lightning.teacher.live import CachedTeacher
 from srd_lightning.training import arguments, compatibility
 from srd_lightning.training.failures import Failures, check_finite
 from srd_lightning.training.hardware import Hardware
 from srd_lightning.training.hooks import Upkeep
 from srd_lightning.training.lr_plan import stage_steps, staged_schedule
-from srd_lightning.training.pair import StudentAndTeacher, TeacherCaching
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
+from srd_lightning.training.student import StudentHandle
 from srd_lightning.training.token_normalizer import TokenMean
 
 Batch = Mapping[str, Tensor]
@@ -44,7 +48,7 @@ NAN = float("nan")
 """What `MeanMetric` takes for NaN: by default it would leave these rows out, and the mean of the others look sound."""
 
 
-class KDLightningModule(StudentAndTeacher):
+class KDLightningModule(LightningModule):
     r"""Trains a student by :math:`(1 - w) \, \mathrm{CE} + w \, \text{distillation loss}`.
 
     Batches are Hugging Face's: ``input_ids``, ``attention_mask`` and unshifted ``labels`` with -100 where nothing is
@@ -65,11 +69,8 @@ class KDLightningModule(StudentAndTeacher):
         decoding: How answers are generated in ``test`` and ``predict``.
         teacher_cache: ``hidden`` runs the teacher once over all rows, before training, and keeps its final hidden
             states on disk; with a complete cache it is not even loaded. ``topk`` keeps its likeliest tokens instead:
-            smaller, and not exact. Needs an `SRDDataModule`.
-        teacher_cache_dir: Folder that all processes see; by default one in the trainer's ``default_root_dir``, named
-            after what the cache depends on.
-        teacher_cache_dtype: In which hidden states are kept.
-        top_k: Tokens that ``topk`` keeps of each distribution.
+            smaller, and not exact. `CacheSettings` also say how many, in which type and where. Needs an
+            `SRDDataModule`.
         micro_batch_tokens: Most rows times longest row that go through the models at a time: a batch with more is taken
             in parts, with the same result and less memory. By default batches are taken whole.
         packing: Put the rows of a batch behind each other instead of padding them, for attention that keeps them apart
@@ -106,10 +107,7 @@ class KDLightningModule(StudentAndTeacher):
         restart_lr_each_stage: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
-        teacher_cache: TeacherCaching = "none",
-        teacher_cache_dir: str | None = None,
-        teacher_cache_dtype: str = "bfloat16",
-        top_k: int = 64,
+        teacher_cache: CacheKind | CacheSettings = "none",
         micro_batch_tokens: int | None = None,
         packing: bool = False,
         chunk: int | None = CHUNK,
@@ -122,23 +120,21 @@ class KDLightningModule(StudentAndTeacher):
         arguments.check_models(student, teacher)
         arguments.check_tokenizer(tokenizer)
         arguments.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
-        arguments.check_choice("teacher_cache", teacher_cache, TeacherCaching)
+        cache = arguments.cache_settings(teacher_cache)
         arguments.check_choice("teacher_placement", teacher_placement, TeacherPlacement)
-        arguments.check_sizes(top_k=top_k, micro_batch_tokens=micro_batch_tokens, chunk=chunk)
+        arguments.check_sizes(micro_batch_tokens=micro_batch_tokens, chunk=chunk)
         arguments.check_kd_weight(kd_weight, has_teacher=teacher is not None)
-        if teacher is None and teacher_cache != "none":
-            raise SettingError(f"teacher_cache {teacher_cache} needs a teacher, but none is given")
-        super().__init__(
-            student=student,
-            teacher=teacher,
-            tokenizer=tokenizer,
-            teacher_cache=teacher_cache,
-            teacher_cache_dir=teacher_cache_dir,
-            teacher_cache_dtype=teacher_cache_dtype,
-            top_k=top_k,
-            activation_checkpointing=activation_checkpointing,
-            teacher_placement=teacher_placement,
+        if teacher is None and cache is not None:
+            raise SettingError(f"teacher_cache {cache.kind} needs a teacher, but none is given")
+        super().__init__()
+        self.student: nn.Module | None = student if isinstance(student, nn.Module) else None
+        self.student_handle = StudentHandle(
+            student if isinstance(student, Pretrained) else None, activation_checkpointing
         )
+        self.teacher_handle = TeacherHandle(teacher, cache, teacher_placement)
+        self.step = DistillationStep(chunk, packing, compile, micro_batch_tokens)
+        self._tokenizer = tokenizer
+        self._models_checked = False
         self.loss = loss
         self._has_teacher = teacher is not None
         self._kd_weight = kd_weight
@@ -146,15 +142,8 @@ class KDLightningModule(StudentAndTeacher):
         self.lr_scheduler = lr_scheduler
         self.restart_lr_each_stage = restart_lr_each_stage
         self.decoding = decoding
-        self.micro_batch_tokens = micro_batch_tokens
-        self.packing = packing
-        self.chunk = chunk
-        self.compile_step = compile
-        self.speaker: nn.Module | None
-        self.keep("speaker", None)
         self.run_seed = RunSeed()
         self.token_mean = TokenMean()
-        self._step: Step | None = None
         self.is_set_up = False
         """Whether `setup` was called for the run that begins."""
         self.metrics = nn.ModuleDict(
@@ -171,6 +160,63 @@ class KDLightningModule(StudentAndTeacher):
         arguments.check_kd_weight(kd_weight, self._has_teacher)
         self._kd_weight = kd_weight
 
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher, where it is loaded."""
+        return self.teacher_handle.model
+
+    @property
+    def teacher_cache_dir(self) -> str | None:
+        """The folder of the teacher's cache, where one was given."""
+        return None if self.teacher_handle.cache is None else self.teacher_handle.cache.dir
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer given, else the student's, else nothing."""
+        if self._tokenizer is None and self.student_handle.source is not None:
+            self._tokenizer = self.student_handle.source.tokenizer()
+        return self._tokenizer
+
+    def student_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of the student, see `HasStudent`."""
+        return self.tokenizer
+
+    def models_by_name(self) -> dict[str, Pretrained | nn.Module | None]:
+        """Return student and teacher, as they were given or as they are loaded."""
+        return {"student": self.student_handle.source or self.student, "teacher": self.teacher_handle.given}
+
+    def build_student(self) -> nn.Module:
+        """Load the student if it is not there yet, and return it."""
+        if self.student is None:
+            self.student = cast(Pretrained, self.student_handle.source).model()
+        return self.student
+
+    def whole_student(self, only_first: bool = False) -> nn.Module | None:
+        """Return the student with all of its weights, a copy while a run shards it; see `StudentHandle.gather`."""
+        return self.student_handle.gather(cast(nn.Module, self.student), self, only_first)
+
+    def shared_vocabulary(self, teacher: nn.Module | CachedTeacher) -> int | None:
+        """Return how many tokens the student shares with a teacher, or nothing where all are."""
+        if isinstance(teacher, CachedTeacher):
+            return len(teacher.head.weight)
+        both_known = self.student_handle.source is not None and self.teacher_handle.source is not None
+        sizes = vocabulary_size(self.build_student()), vocabulary_size(teacher)
+        return shared_vocabulary(*sizes, self.tokenizer if both_known else None)
+
+    def _check_same_family(self) -> None:
+        student, teacher = self.student_handle.source, self.teacher_handle.source
+        if student is not None and teacher is not None:
+            compatibility.check_same_family(student, teacher, cast(PreTrainedTokenizerBase, self.tokenizer))
+
+    def _tokenizer_of_rows(self, trainer: Trainer) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer of an `SRDDataModule`, or the one that it will take; else what was given, if any."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return (data.rows_tokenizer() or self.tokenizer) if isinstance(data, HasCuratedRows) else self._tokenizer
+
+    def cache(self, data: object, trainer: Trainer) -> None:
+        """Let the teacher see all rows that its cache lacks; see `TeacherHandle.fill_cache`."""
+        self.teacher_handle.fill_cache(data, trainer, self.shared_vocabulary)
+
     def preflight(self, trainer: Trainer) -> None:
         """Refuse what cannot be trained, or not together, see `training.compatibility`; look at the two models."""
         compatibility.check_run(self, trainer)
@@ -180,15 +226,28 @@ class KDLightningModule(StudentAndTeacher):
             type(self).configure_optimizers is KDLightningModule.configure_optimizers
         ):
             check_optimizer(trainer, self.optimizer)
-        self.check_models(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.teacher_cache != "none":
+        if not self._models_checked:
+            compatibility.check_models(self.models_by_name(), self._tokenizer_of_rows(trainer))
+            self._check_same_family()
+            self._models_checked = True
+        if trainer.state.fn == TrainerFn.FITTING:
             self.check_cache(trainer)
+
+    def check_cache(self, trainer: Trainer) -> None:
+        """See whether the teacher can be cached, where that is asked for; see `TeacherHandle.check_cache`."""
+        if self.teacher_handle.cache is not None:
+            self.teacher_handle.check_cache(trainer)
 
     def setup(self, stage: str) -> None:
         """Begin anew; before training, let the teacher be cached, where that is asked for."""
         self.preflight(self.trainer)
-        super().setup(stage)
-        self._step, self.is_set_up = None, True
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.teacher_handle.cached = None
+        if isinstance(data, HasCuratedRows):
+            data.use_batch_columns(None)
+        if stage == "fit" and self.teacher_handle.cache is not None:
+            self.cache(data, self.trainer)
+        self.is_set_up = True
         if stage in ("test", "predict") and type(self).predict_step is KDLightningModule.predict_step:
             self._need_tokenizer()
 
@@ -204,9 +263,26 @@ class KDLightningModule(StudentAndTeacher):
                 f"{type(self).__name__}.configure_callbacks leaves out what this class brings along, without which it "
                 "trains wrongly: return [*super().configure_callbacks(), ...]"
             )
+        if self.teacher is None and not self._models_checked:
+            self._check_same_family()
+        student = self.build_student()
         if self._trainer and self._trainer.state.fn == "fit":
-            compatibility.check_student(self.build_student(), self.activation_checkpointing)
-        super().configure_model()
+            compatibility.check_student(student, self.student_handle.activation_checkpointing)
+        self.student_handle.prepare(student, self)
+        if self.teacher_handle.given is not None and self.teacher_handle.cached is None:
+            self.teacher_handle.load()
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Settle what is known as soon as both models are there: where the teacher is, and what a step computes."""
+        group = None
+        if self._trainer:
+            if self._trainer.state.fn != TrainerFn.PREDICTING:
+                self.teacher_handle.place(self)
+            group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
+        self.token_mean = TokenMean(group)
+        teacher = self.teacher_handle.used
+        self.step.attach(self.build_student(), teacher, None if teacher is None else self.shared_vocabulary(teacher))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the student's logits, ``[B, T, V]``."""
@@ -214,8 +290,8 @@ class KDLightningModule(StudentAndTeacher):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
-        step, accumulated = self._steps(), self.trainer.accumulate_grad_batches if self._trainer else 1
-        step.check(batch, f"training batch {batch_idx}")
+        step, accumulated = self.step, self.trainer.accumulate_grad_batches if self._trainer else 1
+        self._check_batch(batch, f"training batch {batch_idx}")
         num_tokens = self.token_mean.divisor(response_mask(batch["labels"]).sum(), accumulated)
         objective = step.objective(batch, self.loss, self.kd_weight, num_tokens)
         loss, ce, kd = self.token_mean.of_batch(torch.stack(objective).detach())
@@ -229,18 +305,13 @@ class KDLightningModule(StudentAndTeacher):
         self.log("train_loss", loss, prog_bar=True)
         return objective.loss
 
-    def _steps(self) -> Step:
-        if self._step is None or self._step.student is not self.student:
-            if self._trainer:
-                self.place_teacher()
-                group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
-                self.token_mean = TokenMean(group)
-            student, teacher = cast(nn.Module, self.student), self._cached or self.teacher
-            vocabulary = None if teacher is None else self.shared_vocabulary(teacher)
-            self._step = Step(
-                student, teacher, vocabulary, self.chunk, self.packing, self.compile_step, self.micro_batch_tokens
+    def _check_batch(self, batch: Batch, name: str) -> None:
+        if self.step.student is None or self.step.student is not self.student:
+            raise RuntimeError(
+                f"the student of {type(self).__name__} is not the one that configure_model() has prepared; call that "
+                "before the first step, or super().configure_model() in your own, with the student in its place"
             )
-        return self._step
+        self.step.check(batch, name)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val_nll`` and ``val_kl``, means over response tokens."""
@@ -254,8 +325,13 @@ class KDLightningModule(StudentAndTeacher):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """Return prompt, true response and generated answer of every row that has a response."""
-        student = cast(nn.Module, self.student if self.speaker is None else self.speaker)
-        return answers(student, self._need_tokenizer(), batch, self.decoding)
+        gathered = self.student_handle.for_generation
+        return answers(
+            cast(nn.Module, self.student) if gathered is None else gathered,
+            self._need_tokenizer(),
+            batch,
+            self.decoding,
+        )
 
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
@@ -264,10 +340,10 @@ class KDLightningModule(StudentAndTeacher):
         return tokenizer
 
     def _log_likelihoods(self, stage: str, batch: Batch, batch_idx: int) -> None:
-        self._steps().check(batch, f"{stage} batch {batch_idx}")
+        self._check_batch(batch, f"{stage} batch {batch_idx}")
         tokens = response_mask(batch["labels"]).sum()
-        with_teacher = self.teacher is not None or self._cached is not None
-        found = self._steps().objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)
+        with_teacher = self.teacher_handle.used is not None
+        found = self.step.objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)
         self._log_mean(f"{stage}_nll", found.ce, tokens)
         if with_teacher:
             self._log_mean(f"{stage}_kl", found.kd, tokens)

@@ -17,7 +17,7 @@ from srd_lightning import ForwardKL
 from srd_lightning.data.batches import collate
 from srd_lightning.losses import response_mask
 from srd_lightning.models.calling import extras, logits_of
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
 
 SIZE = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXPERTS = {"intermediate_size": 32, "num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.0}
@@ -73,7 +73,7 @@ def test_a_step_is_the_same_wherever_the_padding_is(chunk, micro_batch_tokens):
     found = []
     for batch in (left_padded()[1], collate(left_padded()[0], pad_token_id=0)):
         student = gpt2()
-        step = Step(student, gpt2(1), chunk=chunk, micro_batch_tokens=micro_batch_tokens)
+        step = DistillationStep(chunk, micro_batch_tokens=micro_batch_tokens).attach(student, gpt2(1))
         objective = step.objective(batch, ForwardKL(), 0.5)
         objective.loss.backward()
         found.append((objective.loss.detach(), [weight.grad for weight in student.parameters()]))
@@ -92,7 +92,7 @@ def test_logits_of_a_router_are_never_made():
     rows, _ = left_padded()
     batch, model, seen = collate(rows, pad_token_id=0), mixtral(), []
     model.model.register_forward_hook(lambda module, arguments, output: seen.append(output.router_logits))
-    step = Step(model, mixtral())
+    step = DistillationStep().attach(model, mixtral())
     step.objective(batch, ForwardKL(), 0.5).loss.backward()
     logits_of(model, batch)
     assert seen

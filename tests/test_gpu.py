@@ -19,7 +19,7 @@ from torch.optim import SGD, AdamW
 from transformers import ByT5Tokenizer
 from transformers.utils import is_flash_attn_2_available
 
-from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule
+from srd_lightning import CacheSettings, ForwardKL, KDLightningModule, SRDDataModule
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.order import rank
 from srd_lightning.curation.reflector import Reflector
@@ -185,8 +185,8 @@ def on_cpu(tmp_path_factory):
     [
         {},
         {"chunk": None},
-        {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"},
-        {"teacher_cache": "topk", "top_k": 384},
+        {"teacher_cache": CacheSettings("hidden", dtype="float32")},
+        {"teacher_cache": CacheSettings("topk", k=384)},
         {"micro_batch_tokens": 90},
         {"packing": True},
         {"activation_checkpointing": True},

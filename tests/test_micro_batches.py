@@ -10,7 +10,7 @@ from srd_lightning.data.batches import collate
 from srd_lightning.losses import ForwardKL
 from srd_lightning.losses.chunked import Objective
 from srd_lightning.training.micro_batches import in_parts, micro_batches
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40), st.booleans())
@@ -37,7 +37,7 @@ def test_parts_give_the_gradient_of_the_whole(chunk, tokenizer):
     found = []
     for max_tokens in (None, 40):
         student = lively_model(0).train()
-        step = Step(student, lively_model(1), chunk=chunk, micro_batch_tokens=max_tokens)
+        step = DistillationStep(chunk, micro_batch_tokens=max_tokens).attach(student, lively_model(1))
         objective = step.objective(batch, ForwardKL(1.5), 0.6)
         (objective.loss * 2).backward()  # as accumulation or a scaler would have it
         found.append((objective, [parameter.grad for parameter in student.parameters()]))
@@ -64,7 +64,7 @@ def test_a_loss_with_weights_of_its_own_gets_their_gradient(tokenizer):
     gradients = []
     for max_tokens in (None, 40):
         loss = Weighed()
-        step = Step(lively_model(0), lively_model(1), chunk=None, micro_batch_tokens=max_tokens)
+        step = DistillationStep(None, micro_batch_tokens=max_tokens).attach(lively_model(0), lively_model(1))
         step.objective(batch, loss, 0.5).loss.backward()
         gradients.append(loss.share.grad)
     assert gradients[0] != 0
@@ -75,7 +75,8 @@ def test_tied_heads_get_both_gradients(tokenizer):
     batch = collate(tokenised(tokenizer, make_rows(4)).to_list(), pad_token_id=0)
     student = tiny_model(0, tie_word_embeddings=True).train()
     plain = copy.deepcopy(student)
-    Step(student, None, chunk=8, micro_batch_tokens=40).objective(batch, ForwardKL(), 0.0).loss.backward()
+    step = DistillationStep(8, micro_batch_tokens=40).attach(student, None)
+    step.objective(batch, ForwardKL(), 0.0).loss.backward()
     plain(**batch).loss.backward()
     torch.testing.assert_close(student.lm_head.weight.grad, plain.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
 
@@ -83,9 +84,9 @@ def test_tied_heads_get_both_gradients(tokenizer):
 def test_without_gradients_parts_are_just_added(tokenizer):
     batch = collate(tokenised(tokenizer, make_rows(7)).to_list(), pad_token_id=0)
     models = lively_model(0).eval(), lively_model(1).eval()
-    whole = Step(*models).objective(batch, ForwardKL(), 0.5)
+    whole = DistillationStep().attach(*models).objective(batch, ForwardKL(), 0.5)
     with torch.inference_mode():
-        found = Step(*models, micro_batch_tokens=40).objective(batch, ForwardKL(), 0.5)
+        found = DistillationStep(micro_batch_tokens=40).attach(*models).objective(batch, ForwardKL(), 0.5)
     assert not found.loss.requires_grad
     torch.testing.assert_close(tuple(found), tuple(value.detach() for value in whole))
 

@@ -10,7 +10,7 @@ from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, ByT5Tokenizer, LlavaConfig
 
-from srd_lightning import KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning import CacheSettings, KDLightningModule, Pretrained, SRDDataModule
 from srd_lightning.command.trainer import SRDTrainer
 from srd_lightning.errors import MissingDataError, ModelError, SettingError, SRDError, StorageError
 from srd_lightning.models.soundness import check_weights
@@ -294,17 +294,16 @@ class TestBeforeRowsAreRead:
 
     def test_the_folder_of_the_cache(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(SRDError, match=r"teacher_cache_dir needs the folder .*file/cache, but .*file is a file"):
+        with pytest.raises(SRDError, match=r"teacher_cache.dir needs the folder .*file/cache, but .*file is a file"):
             self.fit(
                 *(tiny_model(0), tiny_model(1), tmp_path),
-                teacher_cache="hidden",
-                teacher_cache_dir=str(tmp_path / "file" / "cache"),
+                teacher_cache=CacheSettings("hidden", dir=str(tmp_path / "file" / "cache")),
             )
 
     @pytest.mark.parametrize("run", ["fit", "cache_teacher"])
     def test_the_cache_of_another_teacher(self, run, whole, tmp_path):
         (tmp_path / "manifest.json").write_text('{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}')
-        settings = {"teacher_cache": "hidden", "teacher_cache_dir": str(tmp_path)}
+        settings = {"teacher_cache": CacheSettings("hidden", dir=str(tmp_path))}
         module = KDLightningModule(tiny_model(0), Pretrained(str(whole)), **settings)
         data = SRDDataModule(str(tmp_path / "no_such.jsonl"), tokenizer=ByT5Tokenizer(), schedule={0: 1.0})
         start = getattr(SRDTrainer(**QUIET, default_root_dir=tmp_path, max_epochs=1), run)

@@ -21,7 +21,7 @@ from srd_lightning import (
 )
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
 
 
 def sgd(params):
@@ -263,12 +263,12 @@ def test_what_a_module_brings_along_cannot_get_lost(student, teacher, tokenizer,
 def test_models_are_looked_at_once_in_a_run(student, teacher, tokenizer, rows, tmp_path, monkeypatch):
     made = []
 
-    class Counted(Step):
-        def __init__(self, *arguments):
+    class Counted(DistillationStep):
+        def attach(self, *arguments):
             made.append(self)
-            super().__init__(*arguments)
+            return super().attach(*arguments)
 
-    monkeypatch.setattr("srd_lightning.module.Step", Counted)
+    monkeypatch.setattr("srd_lightning.module.DistillationStep", Counted)
     module = KDLightningModule(student, teacher, teacher_cache="hidden", optimizer=sgd)
     data = everything(tokenizer, rows)
     L.Trainer(max_epochs=3, default_root_dir=tmp_path, **QUIET).fit(module, datamodule=data)

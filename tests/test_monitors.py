@@ -136,7 +136,9 @@ class TestSubclasses:
 
 
 def test_a_validation_that_is_no_number_is_no_mean_of_the_others(monkeypatch):
-    monkeypatch.setattr("srd_lightning.training.pair.check_module", lambda *_: None)  # which refuses such a student
+    monkeypatch.setattr(
+        "srd_lightning.training.compatibility.check_module", lambda *_: None
+    )  # which refuses such a student
     student = tiny_model(0)
     poisoned = {**BATCH, "input_ids": torch.tensor([[5, 6, 9, 8]])}
     with torch.no_grad():

@@ -21,7 +21,7 @@ from srd_lightning.data.batches import collate
 from srd_lightning.distributed.fsdp2 import blocks, inside, release, shard, with_weights, without_weights
 from srd_lightning.distributed.placement import shard_student
 from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
 
 
 @pytest.fixture
@@ -63,11 +63,12 @@ def test_a_sharded_model_is_whole_only_inside(make, mesh):
 
 def test_a_step_leaves_nothing_of_a_sharded_teacher_whole(mesh):
     student, teacher = tiny_model(0), tiny_model(1).requires_grad_(False).eval()
-    whole = Step(copy.deepcopy(student), copy.deepcopy(teacher)).objective(batch(), ForwardKL(), 0.5)
+    whole = DistillationStep().attach(copy.deepcopy(student), copy.deepcopy(teacher))
+    whole = whole.objective(batch(), ForwardKL(), 0.5)
     shard(student, mesh)
     shard(teacher, mesh)
     for chunk in (256, None):
-        step = Step(student, teacher, chunk=chunk)
+        step = DistillationStep(chunk).attach(student, teacher)
         found = step.objective(batch(), ForwardKL(), 0.5)
         assert (step.parts is None) == (chunk is None)
         torch.testing.assert_close(found.loss, whole.loss)
@@ -168,4 +169,4 @@ def test_a_sharded_teacher_is_not_cached(mesh):
     module = KDLightningModule(tiny_model(), tiny_model(), teacher_cache="hidden")
     shard(module.teacher, mesh)
     with pytest.raises(ValueError, match="an earlier run has sharded the teacher"):
-        module.cache(SRDDataModule([], schedule={0: 1.0}))
+        module.cache(SRDDataModule([], schedule={0: 1.0}), None)

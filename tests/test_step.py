@@ -12,11 +12,11 @@ from conftest import QUIET, lively_model, make_rows, tiny_model, tokenised
 from torch.optim import SGD
 from transformers import ByT5Tokenizer
 
-from srd_lightning import DistillationLoss, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning import CacheSettings, DistillationLoss, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
 from srd_lightning.data.batches import collate
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import NonFiniteError, SettingError
-from srd_lightning.training.step import Step
+from srd_lightning.training.step import DistillationStep
 
 pytestmark = pytest.mark.xdist_group("step")
 
@@ -56,11 +56,11 @@ def as_usual(tmp_path_factory):
     [
         {"chunk": None},
         {"chunk": 3},
-        {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"},
-        {"teacher_cache": "hidden", "teacher_cache_dtype": "float32", "chunk": None},
-        {"teacher_cache": "topk", "top_k": 384},
+        {"teacher_cache": CacheSettings("hidden", dtype="float32")},
+        {"teacher_cache": CacheSettings("hidden", dtype="float32"), "chunk": None},
+        {"teacher_cache": CacheSettings("topk", k=384)},
         {"micro_batch_tokens": 40},
-        {"micro_batch_tokens": 40, "teacher_cache": "hidden", "teacher_cache_dtype": "float32"},
+        {"micro_batch_tokens": 40, "teacher_cache": CacheSettings("hidden", dtype="float32")},
         {"packing": True},
         {"packing": True, "micro_batch_tokens": 40},
     ],
@@ -97,7 +97,7 @@ def test_a_teacher_whose_cache_is_complete_is_not_loaded(as_usual, tmp_path, mon
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     teacher = Pretrained(str(tmp_path / "teacher"))
-    options = {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"}
+    options = {"teacher_cache": CacheSettings("hidden", dtype="float32")}
     first, _, _ = train(tmp_path, student=Pretrained(str(tmp_path / "student")), teacher=teacher, **options)
     load, loaded = Pretrained.model, []
     monkeypatch.setattr(Pretrained, "model", lambda self: (loaded.append(self.name), load(self))[1])
@@ -124,17 +124,41 @@ def test_after_a_cached_run_the_module_evaluates_with_the_teacher_itself(tokeniz
     [
         ({"teacher": None, "kd_weight": 0.0, "teacher_cache": "hidden"}, "teacher_cache hidden needs a teacher"),
         ({"chunk": 0}, "sizes must be at least 1, but chunk=0"),
-        ({"micro_batch_tokens": -1, "top_k": 0}, "at least 1, but top_k=0, micro_batch_tokens=-1"),
-        (
-            {"teacher_cache_dtype": "bf16"},
-            "must name a floating-point type of torch, such as float32 or bfloat16, but is 'bf16'",
-        ),
+        ({"micro_batch_tokens": -1, "chunk": 0}, "at least 1, but micro_batch_tokens=-1, chunk=0"),
     ],
     ids=str,
 )
 def test_settings_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         KDLightningModule(**{"student": tiny_model(0), "teacher": lively_model(1), **options})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "top"}, "teacher_cache.kind must be hidden or topk, but is 'top'"),
+        ({"kind": "topk", "k": 0}, "sizes must be at least 1, but teacher_cache.k=0"),
+        ({"kind": "topk", "k": "64"}, "must be whole numbers, but teacher_cache.k='64'"),
+        ({"kind": "hidden", "dtype": "bf16"}, "must name a floating-point type of torch, .* but is 'bf16'"),
+        ({"kind": "hidden", "k": 8}, "teacher_cache.k 8 does not belong to kind hidden; leave it out"),
+        ({"kind": "topk", "dtype": "float32"}, "teacher_cache.dtype float32 does not belong to kind topk"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_cache_that_cannot_be(settings, said):
+    with pytest.raises(SettingError, match=said):
+        KDLightningModule(tiny_model(0), tiny_model(1), teacher_cache=CacheSettings(**settings))
+
+
+def test_a_student_that_was_not_prepared_is_not_trained(tokenizer):
+    """Its optimizer would have the weights of the other one."""
+    module = KDLightningModule(tiny_model(0), kd_weight=0.0)
+    with pytest.raises(RuntimeError, match="not the one that configure_model"):
+        module.training_step(batch_of(), 0)
+    module.configure_model()
+    module.student = tiny_model(1)
+    with pytest.raises(RuntimeError, match="not the one that configure_model"):
+        module.training_step(batch_of(), 0)
 
 
 def test_a_cache_needs_a_data_module_that_brings_it_along(tokenizer, tmp_path):
@@ -150,6 +174,8 @@ def batch_of(number=5):
 
 def objective(module, batch):
     module.log = lambda *_, **__: None
+    if module.step.student is None:
+        module.configure_model()
     loss = module.training_step(batch, 0)
     loss.backward()
     return loss.detach(), [parameter.grad for parameter in module.student.parameters()]
@@ -173,10 +199,9 @@ def test_heads_that_differ_by_padding_are_compared_on_what_they_share(tmp_path):
             module = KDLightningModule(
                 Pretrained(str(tmp_path / student)), Pretrained(str(tmp_path / teacher)), kd_weight=0.5, chunk=chunk
             )
-            module.configure_model()
-            found, gradients = objective(module.eval(), batch)
+            found, gradients = objective(module, batch)
             alone = KDLightningModule(*(copy.deepcopy(model) for model in pair), kd_weight=0.5)
-            expected, others = objective(alone.eval(), batch)
+            expected, others = objective(alone, batch)
             torch.testing.assert_close(found, expected)
             for gradient, other in zip(gradients, others, strict=True):
                 torch.testing.assert_close(gradient[: len(other)], other, rtol=1e-3, atol=1e-5)
@@ -185,14 +210,13 @@ def test_heads_that_differ_by_padding_are_compared_on_what_they_share(tmp_path):
 def test_other_differences_of_vocabulary_are_refused(tmp_path):
     module = KDLightningModule(tiny_model(0), tiny_model(1, vocab_size=448))
     with pytest.raises(ValueError, match="of 384 and 448 tokens, and their tokenizers are not known to be the same"):
-        module.training_step(batch_of(), 0)
+        module.configure_model()
     for name, size in (("small", 300), ("large", 384)):
         tiny_model(0, vocab_size=size).save_pretrained(tmp_path / name)
         ByT5Tokenizer().save_pretrained(tmp_path / name)
     module = KDLightningModule(Pretrained(str(tmp_path / "small")), Pretrained(str(tmp_path / "large")))
-    module.configure_model()
     with pytest.raises(ValueError, match="of 300 and 384 tokens, but their tokenizer uses 384"):
-        module.training_step(batch_of(), 0)
+        module.configure_model()
 
 
 def test_a_weight_without_a_teacher_is_refused_when_it_rises():
@@ -270,7 +294,7 @@ def test_losses_that_need_all_logits_say_so_once(make_loss, times, caplog):
 def test_one_rank_that_cannot_take_a_model_apart_decides_for_all(monkeypatch):
     """Else ranks would gather sharded weights at unlike times."""
     monkeypatch.setattr(Team, "from_all", lambda self, work: [work(), "body and head give other logits"])
-    step = Step(lively_model(0), lively_model(1))
+    step = DistillationStep().attach(lively_model(0), lively_model(1))
     with pytest.warns(UserWarning, match="because of LlamaForCausalLM: body and head give other logits"):
         step.objective(batch_of(), ForwardKL(), 0.5)
     assert step.parts is None
@@ -288,7 +312,7 @@ def test_a_forward_that_is_no_number_is_named(make):
 @pytest.mark.parametrize("chunk", [7, None])
 def test_a_teacher_is_not_run_where_it_has_no_weight(chunk):
     teacher, times = lively_model(1), []
-    step = Step(lively_model(0), teacher, chunk=chunk)
+    step = DistillationStep(chunk).attach(lively_model(0), teacher)
     step.objective(batch_of(), ForwardKL(), 0.5)  # looks at the models first
     teacher.model.register_forward_hook(lambda *_: times.append(1))
     assert step.objective(batch_of(), ForwardKL(), 0.0).kd == 0
@@ -333,7 +357,7 @@ def test_a_loss_that_is_no_number_names_the_model_that_is_to_blame(
     student, teacher, said, options, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "srd_lightning.training.pair.check_module", lambda *_: None
+        "srd_lightning.training.compatibility.check_module", lambda *_: None
     )  # which says so before the run, where it is so by then
     data = SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}, batch_size=3)
     module = KDLightningModule(student(), teacher(), kd_weight=0.5, **options)

@@ -42,7 +42,7 @@ def check(alone, found, tolerance, same_rows=False):
 
 
 SHARDED = {"teacher_placement": "shard", "activation_checkpointing": True}
-CACHED = {"teacher_cache": "hidden", "teacher_cache_dtype": "float32"}
+CACHED = {"teacher_cache": {"kind": "hidden", "dtype": "float32"}}
 
 
 MUTED = {"tied": True, "muted": True}

@@ -232,7 +232,7 @@ def test_a_damaged_manifest_is_named(content, data, load, tmp_path):
     fill(data, tmp_path, load)
     (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(
-        StorageError, match=r"manifest\.json is damaged .*; delete the folder, or point `teacher_cache_dir`"
+        StorageError, match=r"manifest\.json is damaged .*; delete the folder, or point `teacher_cache.dir`"
     ):
         fill(data, tmp_path, load)
 
@@ -273,7 +273,7 @@ def test_a_teacher_that_says_nan_is_refused_with_the_row(kind, value, data, load
 
 def test_states_too_large_for_the_type_of_the_cache_are_refused(data, load, tmp_path):
     load.model.model.norm.weight.data *= 1e6
-    with pytest.raises(ModelError, match=r"for row .* are too large for teacher_cache_dtype float16; take bfloat16"):
+    with pytest.raises(ModelError, match=r"for row .* are too large for teacher_cache.dtype float16; take bfloat16"):
         fill(data, tmp_path, load, HiddenStates(torch.float16))
 
 
@@ -321,7 +321,7 @@ def test_a_disk_that_is_too_small_is_refused_before_it_starts(width, loaded, dat
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     tokens = sum(row["length"] - row["prompt_length"] for row in data)
-    wanted = f"needs {4 * 32 * tokens / 1000:.3g} kB in .*, where 1 kB are free; point `teacher_cache_dir`"
+    wanted = f"needs {4 * 32 * tokens / 1000:.3g} kB in .*, where 1 kB are free; point `teacher_cache.dir`"
     with pytest.raises(StorageError, match=wanted):
         cache_teacher(data, tmp_path, EXACT, MADE_OF, load, lambda model: None, width)
     assert load.times == loaded

@@ -24,6 +24,12 @@ TYPES = {
     "list": "a list",
     "Iterable": "a list",
 }
+MOVED = {
+    "model.top_k": "model.teacher_cache.k",
+    "model.teacher_cache_dtype": "model.teacher_cache.dtype",
+    "model.teacher_cache_dir": "model.teacher_cache.dir",
+}
+"""Settings of earlier versions, and where they are now."""
 OF_SUBCOMMAND = re.compile(rf"\b(?:{'|'.join(SUBCOMMANDS)})\.(?=(?:model|data|trainer)\.)")
 KEY = re.compile(r'Parser key "(?P<key>[^"]+)"(?: element \d+)?:\s*(?P<rest>.*)', re.DOTALL)
 NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or invalid\n- ", re.DOTALL)
@@ -125,6 +131,8 @@ def unknown(name: str, known: Collection[str]) -> str:
         >>> unknown("data.schedul", {"data.schedule", "data.seed", "model.loss"})
         'there is no setting data.schedul; did you mean data.schedule?'
     """
+    if name in MOVED:
+        return f"there is no setting {name} any more; it is {MOVED[name]} now, beside its kind, hidden or topk"
     leaf = name.rpartition(".")[2]
     near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.75)
     near = near or [other for other in sorted(known) if other.rpartition(".")[2] == leaf][:2]
@@ -140,6 +148,9 @@ def _of_union(errors: list[str], value: str, typehint: Any) -> str:
         for error in errors:
             if kind.fullmatch(error):
                 return of_value(error, typehint)
+    expected = [found["type"] for error in errors if (found := EXPECTED.fullmatch(error))]
+    if any(LITERAL.fullmatch(kind) for kind in expected):  # one of several words: who wants a class writes more
+        return f"expected {_types(expected)}, but got {_short(value)}"
     for error in errors:
         if NO_CLASS.fullmatch(error):
             named = f"Expected a dot import path string: {value}"
@@ -147,7 +158,7 @@ def _of_union(errors: list[str], value: str, typehint: Any) -> str:
     others = [error for error in errors if not EXPECTED.fullmatch(error)]
     if others:
         return in_one_line(others[0])
-    return f"expected {_types([error[11:].partition('. Got value: ')[0] for error in errors])}, but got {_short(value)}"
+    return f"expected {_types(expected)}, but got {_short(value)}"
 
 
 def _no_class(name: str, reason: str | None, typehint: Any) -> str:

@@ -83,12 +83,10 @@ class _Cacher(_Bystander):
 
     def preflight(self, trainer: Trainer) -> None:
         super().preflight(trainer)
-        if self.models[0].teacher_cache != "none":
-            self.models[0].check_cache(trainer)
+        self.models[0].check_cache(trainer)
 
     def setup(self, stage: str) -> None:
-        self.models[0].trainer = self.trainer
-        self.models[0].cache(self.trainer.datamodule.datamodule)  # type: ignore[attr-defined]
+        self.models[0].cache(self.trainer.datamodule.datamodule, self.trainer)  # type: ignore[attr-defined]
 
 
 class _CurationOnly(LightningDataModule):

@@ -8,7 +8,7 @@ is kept for the backward pass has the size of the inputs, whatever the number of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -92,24 +92,19 @@ class _Work:
     chunk: int
     compile: bool
 
-    def logits_to_gradient(self, logits: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        """Overwrite a chunk's logits, before they are capped, with their gradient; return the sums of CE and KD."""
+    def pieces(self, logits: Tensor, tokens: slice) -> Iterator[tuple[Tensor, Tensor | Likeliest | None, Tensor]]:
+        """Yield the student's logits, the teacher's and the targets of a few tokens of a chunk at a time."""
         teacher = self.teacher_logits(tokens) if self.teacher_logits is not None and self.kd_weight > 0 else None
         targets = self.targets[tokens]
-        piece = PIECE if logits.device.type == "cpu" else len(logits)
-        to_gradient = _compiled() if self.compile else _Work.piece_to_gradient
-        ce, kd = [], []
-        for first in range(0, len(logits), piece):
-            some = slice(first, first + piece)
-            values = to_gradient(self, logits[some], _some(teacher, some), targets[some])
-            ce.append(values[0])
-            kd.append(values[1])
-        return torch.stack(ce).sum(), torch.stack(kd).sum()
+        size = PIECE if logits.device.type == "cpu" else len(logits)
+        for first in range(0, len(logits), size):
+            some = slice(first, first + size)
+            yield logits[some], _some(teacher, some), targets[some]
 
     def piece_to_gradient(
         self, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Do so for a few tokens, all at once."""
+        """Overwrite logits, before they are capped, with their gradient; return the sums of CE and KD."""
         student, cap, weight = upcast(logits), self.head.soft_cap, self.kd_weight
         if cap is not None:
             student = cap * torch.tanh(student / cap)
@@ -173,10 +168,15 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         sums = hidden.new_zeros(2, dtype=wide)
+        to_gradient = _compiled() if work.compile else _Work.piece_to_gradient
         for first in range(0, len(hidden), work.chunk):
             tokens = slice(first, min(first + work.chunk, len(hidden)))
-            logits = head.linear(hidden[tokens])
-            sums += torch.stack(work.logits_to_gradient(logits, tokens))
+            logits, ces, kds = head.linear(hidden[tokens]), [], []
+            for piece in work.pieces(logits, tokens):
+                ce, kd = to_gradient(work, *piece)
+                ces.append(ce)
+                kds.append(kd)
+            sums += torch.stack([torch.stack(ces).sum(), torch.stack(kds).sum()])
             if grad_hidden is not None:
                 torch.mm(logits, head.weight, out=grad_hidden[tokens])
             if ctx.needs_input_grad[1]:

@@ -83,9 +83,9 @@ class TeacherCache:
             folder,
             PATIENCE,
             busy=f"another run is writing to the teacher cache in {folder}; wait until it has ended, or point "
-            "`teacher_cache_dir` to another folder",
+            "`teacher_cache.dir` to another folder",
             unwritable=lambda reason: (
-                f"the teacher cache cannot be kept in {folder}: {reason}; point `teacher_cache_dir` to another folder"
+                f"the teacher cache cannot be kept in {folder}: {reason}; point `teacher_cache.dir` to another folder"
             ),
         )
         try:
@@ -260,10 +260,10 @@ def check_manifest(folder: Path, made_of: Mapping[str, str]) -> None:
     if not isinstance(stored, dict) or not stored.keys() >= made_of.keys():
         raise StorageError(
             f"{path} is damaged ({problem}), so nobody knows of which teacher the cache is; delete the folder, or "
-            "point `teacher_cache_dir` to another one"
+            "point `teacher_cache.dir` to another one"
         )
     if different := sorted(part for part in made_of if stored[part] != made_of[part]):
         raise StorageError(
-            f"the teacher cache in {folder} was made with another {', '.join(different)}; point `teacher_cache_dir` to "
+            f"the teacher cache in {folder} was made with another {', '.join(different)}; point `teacher_cache.dir` to "
             "a new folder, or delete this one, to make it again"
         )

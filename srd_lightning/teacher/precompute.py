@@ -112,7 +112,7 @@ def check_room(cache: TeacherCache, rows: Dataset, width: int) -> None:
     if needed > free:
         raise StorageError(
             f"the teacher cache needs {_readable(needed)} in {cache.folder}, where {_readable(free)} are free; "
-            "point `teacher_cache_dir` to a larger disk, or keep less with teacher_cache: topk"
+            "point `teacher_cache.dir` to a larger disk, or keep less with teacher_cache: topk"
         )
 
 
@@ -180,7 +180,7 @@ def _check_finite(
     if finite[places[0]] and "teacher_hidden" in kept:
         dtype = str(known.dtype).removeprefix("torch.")
         raise ModelError(
-            f"the hidden states of the teacher {name} for row {row} are too large for teacher_cache_dtype {dtype}; "
+            f"the hidden states of the teacher {name} for row {row} are too large for teacher_cache.dtype {dtype}; "
             "take bfloat16 or float32"
         )
     raise ModelError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.base import DistillationLoss
-from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.pretrained import Pretrained, dtype_named
+from srd_lightning.teacher.handle import CacheKind, CacheSettings
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -26,6 +27,29 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     words = get_args(choices)
     if value not in words:
         raise SettingError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, but is {value!r}")
+
+
+def cache_settings(value: CacheKind | CacheSettings) -> CacheSettings | None:
+    """Return what ``teacher_cache`` asks for, or nothing where it asks for none.
+
+    Raises:
+        SettingError: It is neither `CacheSettings` nor one of the words, or a setting is out of range, or of the other
+            kind.
+    """
+    if not isinstance(value, CacheSettings):
+        check_choice("teacher_cache", value, CacheKind)
+        return None if value == "none" else CacheSettings(value)
+    check_choice("teacher_cache.kind", value.kind, Literal["hidden", "topk"])
+    check_sizes(**{"teacher_cache.k": value.k})
+    of_other_kind = {"hidden": "k", "topk": "dtype"}[value.kind]
+    if (other := getattr(value, of_other_kind)) is not None:
+        raise SettingError(
+            f"teacher_cache.{of_other_kind} {other} does not belong to kind {value.kind}; leave it out, or choose the "
+            "other kind"
+        )
+    if value.dtype is not None:
+        dtype_named(value.dtype)
+    return value
 
 
 def check_sizes(**sizes: Any) -> None:

@@ -12,12 +12,16 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.distributed.placement import check_placement, shards_student
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.base import DistillationLoss, needs_all_logits
 from srd_lightning.losses.checks import check_loss
 from srd_lightning.losses.top_k import POWERS
+from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.soundness import check_module
+from srd_lightning.models.vocabulary import check_same_tokenizer
 from srd_lightning.preflight import callbacks_of
 
 
@@ -29,24 +33,60 @@ def check_run(module: Any, trainer: Trainer) -> None:
     """
     schedules = [getattr(callback, "schedules", {}) for callback in callbacks_of(trainer)]
     trains = trainer.state.fn == "fit"
-    live = module.teacher is not None or module._teacher_source is not None
+    teacher, step = module.teacher_handle, module.step
     if module.student is not None and trains:
-        check_student(module.student, module.activation_checkpointing)
-    if module.student is not None and module.teacher is not None:
-        module.shared_vocabulary(module.teacher)
-    if live and (module.teacher_cache == "none" or not trains):
-        check_placement(trainer, module.teacher_placement)
-        check_parts(trainer, module.micro_batch_tokens, module.loss, module.teacher_placement)
+        check_student(module.student, module.student_handle.activation_checkpointing)
+    if module.student is not None and teacher.model is not None:
+        module.shared_vocabulary(teacher.model)
+    if teacher.given is not None and (teacher.cache is None or not trains):
+        check_placement(trainer, teacher.placement)
+        check_parts(trainer, step.micro_batch_tokens, module.loss, teacher.placement)
     else:
-        check_parts(trainer, module.micro_batch_tokens, module.loss, "replicate")
+        check_parts(trainer, step.micro_batch_tokens, module.loss, "replicate")
     if trains:
         if type(module.loss).forward is DistillationLoss.forward:
             check_loss(module.loss)
-        if module.teacher_cache == "topk":
-            check_likeliest(schedules, module.loss, module.chunk)
+        if teacher.cache is not None and teacher.cache.kind == "topk":
+            check_likeliest(schedules, module.loss, step.chunk)
         check_precision(trainer, module.optimizer)
-        if module.compile_step:
+        if step.compile:
             check_compiler(trainer)
+
+
+def check_models(models: Mapping[str, Any], tokenizer: Any) -> None:
+    """See whether student and teacher can be used, as far as that is known before they are loaded.
+
+    Args:
+        models: By name: a model, a `Pretrained`, or nothing.
+        tokenizer: Of the rows, if it is known.
+
+    Raises:
+        SRDError: They cannot, with the reason.
+    """
+    for name, model in models.items():
+        if isinstance(model, Pretrained):
+            model.check(tokenizer)
+        elif model is not None:
+            check_module(model, f"the {name}", tokenizer)
+
+
+def check_same_family(student: Pretrained, teacher: Pretrained, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that two models that are loaded by name have one tokenizer, and say where they are one model.
+
+    Args:
+        student: To be loaded.
+        teacher: To be loaded.
+        tokenizer: Of the student.
+
+    Raises:
+        ModelError: They have not.
+    """
+    check_same_tokenizer(tokenizer, teacher.tokenizer())
+    if student == teacher:
+        rank_zero_warn(
+            f"student and teacher are the same model {student.name}: the distillation loss begins at 0, and only holds "
+            "the student where it is"
+        )
 
 
 def check_student(student: nn.Module, activation_checkpointing: bool) -> None:

@@ -56,8 +56,7 @@ def settings_in_bf16(trainer: Trainer) -> list[str]:
     module: Any = trainer.lightning_module
     data: Any = getattr(trainer, "datamodule", None)
     asked = {"trainer.precision": str(trainer.precision).startswith("bf16")}
-    for part in ("student", "teacher"):
-        source = getattr(module, f"_{part}_source", None)
+    for part, source in module.models_by_name().items():
         asked[f"model.{part}.dtype"] = isinstance(source, Pretrained) and source.dtype == "bfloat16"
     for owner, of in (("data", data), ("model", module)):
         asked[f"{owner}.decoding.bf16"] = bool(getattr(getattr(of, "decoding", None), "bf16", False))

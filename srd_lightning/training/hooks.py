@@ -17,6 +17,7 @@ class Upkeep(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
+        # Lightning asks the loops, which only an argument of the trainer tells, and wraps all of a step in it
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
 
@@ -40,20 +41,20 @@ class Upkeep(Callback):
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Have a student that can answer by itself: processes would wait for each other at every token."""
-        pl_module.keep("speaker", pl_module.whole_student())
+        """Gather a full copy of the student for generation."""
+        pl_module.student_handle.gather_for_generation(pl_module.student, pl_module)
 
     on_predict_start = on_test_start
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Let go of it."""
-        pl_module.keep("speaker", None)
+        """Free the gathered copy."""
+        pl_module.student_handle.free()
 
     on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Let go of it."""
-        pl_module.keep("speaker", None)
+        """Free the gathered copy."""
+        pl_module.student_handle.free()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""

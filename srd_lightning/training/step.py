@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from srd_lightning.data.batches import check_batch
-from srd_lightning.distributed.fsdp2 import inside, release
+from srd_lightning.distributed.fsdp2 import inside, is_sharded, release
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
@@ -28,13 +28,10 @@ from srd_lightning.training.micro_batches import in_parts, micro_batches
 Batch = Mapping[str, Tensor]
 
 
-class Step:
-    """The objective of a student and a teacher.
+class DistillationStep:
+    """The objective of a student and a teacher, which are attached for each run.
 
     Args:
-        student: The model that is trained.
-        teacher: A model or a cache, or nothing where the distillation loss has no weight.
-        vocabulary: Tokens that the two share, where their heads are of different size.
         chunk: Response tokens whose logits exist at a time; ``None`` makes all logits.
         packing: See `SplitModel`.
         compile: Compile bodies, and what turns logits into gradients.
@@ -43,24 +40,35 @@ class Step:
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module | CachedTeacher | None,
-        vocabulary: int | None = None,
         chunk: int | None = CHUNK,
         packing: bool = False,
         compile: bool = False,
         micro_batch_tokens: int | None = None,
     ) -> None:
-        self.student = student
-        self.source = teacher
-        self.vocabulary = vocabulary
         self.chunk = chunk
         self.packing = packing
         self.compile = compile
         self.micro_batch_tokens = micro_batch_tokens
+        self.student: nn.Module | None = None
+
+    def attach(
+        self, student: nn.Module, teacher: nn.Module | CachedTeacher | None, vocabulary: int | None = None
+    ) -> DistillationStep:
+        """Take the models of a run; they are looked at when its first batch comes.
+
+        Args:
+            student: The model that is trained.
+            teacher: A model or a cache, or nothing where the distillation loss has no weight.
+            vocabulary: Tokens that the two share, where their heads are of different size.
+
+        Returns:
+            Itself.
+        """
+        self.student, self.source, self.vocabulary = student, teacher, vocabulary
         self.parts: SplitModel | None = None
         self.teacher: Teacher | None = None
         self._looked = self._checked = self._warned = False
+        return self
 
     def check(self, batch: Any, name: str) -> None:
         """Refuse a batch that is not what it must be: each on a CPU, and the first elsewhere, where looking waits.
@@ -96,48 +104,42 @@ class Step:
                 f"kd_weight is {kd_weight}, but there is no teacher to learn from; give one, or keep it at 0"
             )
         if not self._looked:
-            self._look(batch)
+            self._probe_models(batch)
         if not self._warned and self.parts is not None and kd_weight > 0 and needs_all_logits(loss):
             self._warned = True
             rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
+        whole = self.parts is None or (kd_weight > 0 and needs_all_logits(loss))
+        way = self._from_all_logits if whole else self._from_chunks
         if self.micro_batch_tokens is None:
-            return self._part(batch, loss, kd_weight, num_tokens)
-        if num_tokens is None:
-            num_tokens = response_mask(batch["labels"]).sum().clamp(min=1)
-        parts = [
-            functools.partial(self._part, part, loss, kd_weight, num_tokens)
-            for part in micro_batches(batch, self.micro_batch_tokens)
-        ]
-        return parts[0]() if len(parts) == 1 else in_parts(parts, (*self.student.parameters(), *loss.parameters()))
+            objective = way(batch, loss, kd_weight, num_tokens)
+        else:
+            if num_tokens is None:
+                num_tokens = response_mask(batch["labels"]).sum().clamp(min=1)
+            shares = [
+                functools.partial(way, part, loss, kd_weight, num_tokens)
+                for part in micro_batches(batch, self.micro_batch_tokens)
+            ]
+            trained = (*cast(nn.Module, self.student).parameters(), *loss.parameters())
+            objective = shares[0]() if len(shares) == 1 else in_parts(shares, trained)
+        if isinstance(self.source, nn.Module):
+            release(self.source)
+        return objective
 
     def why_not_finite(self, batch: Batch, trained: bool) -> str | None:
         """Return which model makes the loss of a batch NaN or infinite, if one does; see `cause_of`."""
         try:
-            student = LiveTeacher(self.student, self.parts).logits(batch, self.vocabulary)
+            student = LiveTeacher(cast(nn.Module, self.student), self.parts).logits(batch, self.vocabulary)
             teacher = None if self.teacher is None else self.teacher.logits(batch, self.vocabulary)
             return cause_of(student, teacher, batch["labels"][:, 1:][response_mask(batch["labels"])].long(), trained)
         except Exception:  # what it is to explain must not be hidden by it
             return None
 
-    def _part(self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None) -> Objective:
-        """Return the share of a part in the objective of a batch that has so many response tokens."""
-        if self.parts is None or self.chunk is None or (kd_weight > 0 and needs_all_logits(loss)):
-            objective = self._from_all_logits(batch, loss, kd_weight, num_tokens)
-        else:
-            objective = self._from_chunks(self.parts, self.chunk, batch, loss, kd_weight, num_tokens)
-        if isinstance(self.source, nn.Module):
-            release(self.source)
-        return objective
-
     def _from_chunks(
-        self,
-        parts: SplitModel,
-        chunk: int,
-        batch: Batch,
-        loss: DistillationLoss,
-        kd_weight: float,
-        num_tokens: Tensor | None,
+        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
     ) -> Objective:
+        parts, chunk = self.parts, self.chunk
+        assert parts is not None, "without parts all logits are made"
+        assert chunk is not None
         targets = batch["labels"][:, 1:][response_mask(batch["labels"])].long()
         logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
 
@@ -145,13 +147,13 @@ class Step:
             head, hidden = parts.head().narrow(self.vocabulary), parts.hidden(batch)
             return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile)
 
-        return inside(self.student, work)
+        return inside(parts.model, work) if is_sharded(parts.model) else work()
 
-    def _look(self, batch: Batch) -> None:
+    def _probe_models(self, batch: Batch) -> None:
         """See on the first batch which models can be taken apart, and say which cannot."""
         self._looked = True
         if self.chunk is not None:
-            self.parts = self._split(self.student, batch)
+            self.parts = self._split(cast(nn.Module, self.student), batch)
         if isinstance(self.source, nn.Module):
             self.teacher = LiveTeacher(self.source, None if self.chunk is None else self._split(self.source, batch))
         else:
@@ -180,7 +182,7 @@ class Step:
         self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
     ) -> Objective:
         labels = batch["labels"]
-        logits = logits_of(self.student, batch)[..., : self.vocabulary]
+        logits = logits_of(cast(nn.Module, self.student), batch)[..., : self.vocabulary]
         total = logits.new_zeros((), dtype=torch.float32)
         ce = kd = total
         if kd_weight < 1:

@@ -146,6 +146,24 @@ FAULTS = [
         says="model.teacher_cache: expected one of none, hidden, topk, but got hiden",
     ),
     Fault(
+        id="unknown_setting_of_the_cache",
+        done="`--model.teacher_cache.kid hidden`",
+        argv=("fit", "--model.teacher_cache.kid", "hidden"),
+        says="model.teacher_cache: CacheSettings: there is no setting kid; did you mean kind?",
+    ),
+    Fault(
+        id="cache_without_a_kind",
+        done="`--model.teacher_cache.k 16` without a kind",
+        argv=("fit", "--model.teacher_cache.k", "16"),
+        says="model.teacher_cache: CacheSettings: kind must be given",
+    ),
+    Fault(
+        id="former_setting",
+        done="`--model.top_k 16`, as in earlier versions",
+        argv=("fit", "--model.top_k", "16"),
+        says="there is no setting model.top_k any more; it is model.teacher_cache.k now, beside its kind, hidden or topk",
+    ),
+    Fault(
         id="unknown_ties",
         done="`--data.ties random`",
         argv=("fit", "--data.ties", "random"),

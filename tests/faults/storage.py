@@ -21,9 +21,9 @@ def report_to(path: str) -> dict[str, Any]:
     return with_callbacks(("RuntimeBenchmark", {"path": path}))
 
 
-def caching(folder: str, **settings: str) -> dict[str, Any]:
+def caching(folder: str, kind: str = "hidden", **settings: str) -> dict[str, Any]:
     """Return settings of a run that caches its teacher."""
-    return {"model": {"teacher_cache": "hidden", "teacher_cache_dir": folder, **settings}}
+    return {"model": {"teacher_cache": {"kind": kind, "dir": folder, **settings}}}
 
 
 FAULTS: list[Fault] = [
@@ -158,10 +158,10 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         id="cache_below_a_file",
-        done="`teacher_cache_dir` below a file",
+        done="`teacher_cache.dir` below a file",
         files={"notes.txt": "mine"},
         settings=caching("notes.txt/cache"),
-        says="teacher_cache_dir needs the folder notes.txt/cache, but {folder}/notes.txt is a file; name another place",
+        says="teacher_cache.dir needs the folder notes.txt/cache, but {folder}/notes.txt is a file; name another place",
     ),
     Fault(
         id="cache_manifest_cut",
@@ -170,7 +170,7 @@ FAULTS: list[Fault] = [
         settings=caching("cache"),
         says="cache/manifest.json is damaged (Unterminated string starting at: line 1 column 13 (char "
         "12)), so nobody knows of which teacher the cache is; delete the folder, or point "
-        "`teacher_cache_dir` to another one",
+        "`teacher_cache.dir` to another one",
     ),
     Fault(
         id="cache_manifest_none",
@@ -178,28 +178,28 @@ FAULTS: list[Fault] = [
         files={"cache/manifest.json": "[]"},
         settings=caching("cache"),
         says="cache/manifest.json is damaged (it is not a manifest), so nobody knows of which teacher the "
-        "cache is; delete the folder, or point `teacher_cache_dir` to another one",
+        "cache is; delete the folder, or point `teacher_cache.dir` to another one",
     ),
     Fault(
         id="cache_of_another",
-        done="`teacher_cache_dir` with the cache of another teacher",
+        done="`teacher_cache.dir` with the cache of another teacher",
         files={"cache/manifest.json": '{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}'},
         settings=caching("cache"),
-        says="the teacher cache in cache was made with another teacher; point `teacher_cache_dir` to a new "
+        says="the teacher cache in cache was made with another teacher; point `teacher_cache.dir` to a new "
         "folder, or delete this one, to make it again",
     ),
     Fault(
         id="cache_of_another_kind",
-        done="`teacher_cache_dir` with a cache of another kind",
+        done="`teacher_cache.dir` with a cache of another kind",
         files={"cache/manifest.json": '{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}'},
-        settings=caching("cache", teacher_cache="topk"),
-        says="the teacher cache in cache was made with another kind, teacher; point `teacher_cache_dir` to "
+        settings=caching("cache", "topk"),
+        says="the teacher cache in cache was made with another kind, teacher; point `teacher_cache.dir` to "
         "a new folder, or delete this one, to make it again",
     ),
     Fault(
         id="cache_dtype",
-        done="a `teacher_cache_dtype` that torch does not know",
-        settings=caching("cache", teacher_cache_dtype="int8"),
+        done="a `teacher_cache.dtype` that torch does not know",
+        settings=caching("cache", dtype="int8"),
         says="dtype must name a floating-point type of torch, such as float32 or bfloat16, but is 'int8'",
     ),
 ]

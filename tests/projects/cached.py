@@ -2,7 +2,9 @@
 
 import distil
 
-OPTIONS = {"teacher_cache": "hidden", "teacher_cache_dtype": "float32", "micro_batch_tokens": 400}
+from srd_lightning import CacheSettings
+
+OPTIONS = {"teacher_cache": CacheSettings("hidden", dtype="float32"), "micro_batch_tokens": 400}
 
 
 def main(**options):

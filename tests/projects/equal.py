@@ -18,7 +18,14 @@ from lightning.pytorch.strategies import FSDPStrategy
 from peft import LoraConfig, get_peft_model
 from transformers import ByT5Tokenizer
 
-from srd_lightning import Decoding, HuggingFaceExport, HyperparameterScheduler, KDLightningModule, SRDDataModule
+from srd_lightning import (
+    CacheSettings,
+    Decoding,
+    HuggingFaceExport,
+    HyperparameterScheduler,
+    KDLightningModule,
+    SRDDataModule,
+)
 from srd_lightning.distributed.fsdp2 import FSDP2, is_sharded
 
 utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
@@ -77,6 +84,8 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     trainer_options, data_options = settings.pop("trainer", {}), settings.pop("data", {})
     mute = Mute(settings.pop("muted", False))
     tied, lora = settings.pop("tied", False), settings.pop("lora", False)
+    if isinstance(cache := settings.get("teacher_cache"), dict):
+        settings["teacher_cache"] = CacheSettings(**cache)
     L.seed_everything(0)
     losses = Losses()
     student = distil.tiny(0, tie_word_embeddings=tied)
@@ -114,7 +123,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         **trainer_options,
     )
     trainer.fit(module, datamodule=data)
-    record = {"losses": losses.losses, "metrics": numbers(trainer), "in_parts": module._step.parts is not None}
+    record = {"losses": losses.losses, "metrics": numbers(trainer), "in_parts": module.step.parts is not None}
     record["silent_batches"] = mute.silent_batches
     if strategy != "fsdp1":  # Lightning cannot use a module again that FSDP1 has wrapped
         trainer.test(module, datamodule=data, verbose=False)

@@ -1,0 +1,167 @@
+"""The teacher of a module: where it comes from, whether it is cached, and where its weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from lightning import LightningModule, Trainer
+from torch import nn
+
+from srd_lightning.digests import digest
+from srd_lightning.distributed.fsdp2 import is_sharded
+from srd_lightning.distributed.placement import TeacherPlacement, compute_dtype, place_teacher
+from srd_lightning.distributed.process_group import Team
+from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.models.pretrained import Pretrained, dtype_named
+from srd_lightning.protocols import HasCuratedRows
+from srd_lightning.storage import check_folder
+from srd_lightning.teacher.cache import MANIFEST, check_manifest
+from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
+from srd_lightning.teacher.precompute import cache_teacher, teacher_digest, width_of
+
+CacheKind = Literal["none", "hidden", "topk"]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What is kept on disk of a teacher, and where.
+
+    Args:
+        kind: ``hidden``: its final hidden states. ``topk``: its likeliest tokens; smaller, and not exact.
+        k: Tokens that ``topk`` keeps of each distribution; 64 by default.
+        dtype: Type in which ``hidden`` keeps them; bfloat16 by default.
+        dir: Folder that all processes see; by default one in the trainer's ``default_root_dir``, named after what the
+            cache depends on.
+
+    Example:
+        >>> CacheSettings("topk", k=16).format
+        TopK(k=16)
+    """
+
+    kind: Literal["hidden", "topk"]
+    k: int | None = None
+    dtype: str | None = None
+    dir: str | None = None
+
+    @property
+    def format(self) -> HiddenStates | TopK:
+        """What is kept of each response token."""
+        return TopK(self.k or 64) if self.kind == "topk" else HiddenStates(dtype_named(self.dtype or "bfloat16"))
+
+
+class TeacherHandle:
+    """A frozen teacher, which is no part of the module for Lightning: in no state dict, and moved by nobody else.
+
+    Args:
+        source: The model, or what it is loaded from; nothing where the distillation loss has no weight.
+        cache: What is kept of it on disk; by default it is run at every step.
+        placement: Where the weights of one that is run are.
+    """
+
+    def __init__(
+        self, source: Pretrained | nn.Module | None, cache: CacheSettings | None, placement: TeacherPlacement
+    ) -> None:
+        self.source = source if isinstance(source, Pretrained) else None
+        self.model: nn.Module | None = None
+        if isinstance(source, nn.Module):
+            self._hold(source)
+        self.cache = cache
+        self.placement = placement
+        self.cached: CachedTeacher | None = None
+        """The teacher as it lives on in its cache, in a run that has one."""
+        self._digest: str | None = None
+
+    def _hold(self, model: nn.Module) -> nn.Module:
+        self.model = model.requires_grad_(False).eval()
+        return self.model
+
+    @property
+    def given(self) -> Pretrained | nn.Module | None:
+        """The teacher as it was given."""
+        return self.source or self.model
+
+    @property
+    def used(self) -> CachedTeacher | nn.Module | None:
+        """What a run asks, once it is set up."""
+        return self.cached or self.model
+
+    def check_cache(self, trainer: Trainer) -> None:
+        """See whether the teacher can be cached where it is to be, and that nothing else is cached there.
+
+        Args:
+            trainer: Of the run.
+
+        Raises:
+            StorageError: Nothing can be written there, or the cache there is another one's, or damaged.
+        """
+        folder, own = self._folder(trainer, {}), self.cache is not None and self.cache.dir is not None
+        check_folder(folder, "teacher_cache.dir" if own else "default_root_dir")
+        if own:  # else it is named after what it is made of
+
+            def look() -> None:
+                if (folder / MANIFEST).exists():
+                    check_manifest(folder, self._made_of())
+
+            Team().from_first(look)
+
+    def fill_cache(self, data: object, trainer: Trainer, vocabulary: Callable[[nn.Module], int | None]) -> None:
+        """Let the teacher see all rows that its cache lacks; batches carry the rest from now on.
+
+        Args:
+            data: A `HasCuratedRows`, set up for ``fit``.
+            trainer: Of the run.
+            vocabulary: Says how many tokens student and teacher share.
+
+        Raises:
+            SettingError: Nothing is to be cached, or batches cannot carry it.
+            ModelError: The teacher was sharded by an earlier run.
+        """
+        if self.cache is None:
+            raise SettingError("nothing is to be cached: set teacher_cache to hidden or topk")
+        if not isinstance(data, HasCuratedRows):
+            raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
+        if is_sharded(self.model):
+            raise ModelError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
+        made_of, given = Team().from_first(self._made_of), cast("Pretrained | nn.Module", self.given)
+        cache, self.cached = cache_teacher(
+            data.rows_to_cache(),
+            self._folder(trainer, made_of),
+            self.cache.format,
+            made_of,
+            lambda: self.load().to(trainer.strategy.root_device),
+            vocabulary,
+            width_of(given),
+        )
+        data.use_batch_columns(cache.batch)
+        if self.source is not None:  # it can be loaded again
+            self.model = None
+
+    def load(self) -> nn.Module:
+        """Load the teacher if it is not there yet, and return it."""
+        return self.model if self.model is not None else self._hold(cast(Pretrained, self.source).model())
+
+    def place(self, module: LightningModule) -> None:
+        """Put it where it is to be.
+
+        Args:
+            module: Which learns from it, with its trainer.
+        """
+        if self.cached is not None:
+            self.cached = self.cached.to(module.trainer.strategy.root_device)
+            if (dtype := compute_dtype(module.trainer)) is not None:  # once, not at every step
+                self.cached = self.cached.to(dtype)
+        elif self.model is not None:
+            place_teacher(self.model, module, self.placement)
+
+    def _made_of(self) -> dict[str, str]:
+        assert self.cache is not None
+        if self._digest is None or self.source is None:  # files stay, weights may change
+            self._digest = teacher_digest(cast("Pretrained | nn.Module", self.given))
+        return {"teacher": self._digest, "kind": repr(self.cache.format)}
+
+    def _folder(self, trainer: Trainer, made_of: Mapping[str, str]) -> Path:
+        own = self.cache and self.cache.dir
+        return Path(own or Path(trainer.default_root_dir) / "teacher" / digest(made_of))
