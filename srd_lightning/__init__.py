@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
     from srd_lightning.datamodule import SRDDataModule
     from srd_lightning.distributed.fsdp2 import FSDP2
+    from srd_lightning.losses.auxiliary import AuxiliaryLoss, HiddenStateMSE
     from srd_lightning.losses.base import DistillationLoss
     from srd_lightning.losses.chunked import chunked_objective
     from srd_lightning.losses.head import Head
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _HOME = {
     "ALPACA": "data.templates",
     "AnswerWriter": "callbacks",
+    "AuxiliaryLoss": "losses.auxiliary",
     "CacheSettings": "teacher.handle",
     "ChatTemplate": "data.templates",
     "Curriculum": "curriculum",
@@ -56,6 +58,7 @@ _HOME = {
     "FSDP2": "distributed.fsdp2",
     "ForwardKL": "losses",
     "Head": "losses.head",
+    "HiddenStateMSE": "losses.auxiliary",
     "HuggingFaceExport": "callbacks",
     "HyperparameterScheduler": "callbacks",
     "JensenShannon": "losses",
@@ -78,6 +81,7 @@ __all__ = [
     "ALPACA",
     "FSDP2",
     "AnswerWriter",
+    "AuxiliaryLoss",
     "CacheSettings",
     "ChatTemplate",
     "Curriculum",
@@ -87,6 +91,7 @@ __all__ = [
     "Example",
     "ForwardKL",
     "Head",
+    "HiddenStateMSE",
     "HuggingFaceExport",
     "HyperparameterScheduler",
     "JensenShannon",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,10 +19,11 @@ from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.checkpoints.compatibility import check_optimizer
 from srd_lightning.checkpoints.resume import RunSeed
 from srd_lightning.distributed.clipping import clip
-from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh
+from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh, shard_along
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.answers import answers
 from srd_lightning.evaluation.text_metrics import rouge_l
+from srd_lightning.losses.auxiliary import AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss, response_mask
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.standard import ForwardKL
@@ -80,6 +81,8 @@ class KDLightningModule(LightningModule):
         compile: Compile the bodies of student and teacher, and what turns logits into gradients.
         activation_checkpointing: Keep one activation per block of the student and make the others again in the backward
             pass: less memory, about a third more time.
+        auxiliary: Losses of hidden states, whose weighted means over response tokens are added to the objective in
+            training, with parameters of their own that are trained along; see `AuxiliaryLoss`.
         teacher_placement: Where a teacher that is not cached is: whole on each device (``replicate``), spread over the
             devices (``shard``), or over the memories of their hosts (``offload``), from where each block comes when it
             is used. The last two need a strategy of processes.
@@ -114,9 +117,11 @@ class KDLightningModule(LightningModule):
         compile: bool = False,
         activation_checkpointing: bool = False,
         teacher_placement: TeacherPlacement = "replicate",
+        auxiliary: Sequence[AuxiliaryLoss] = (),
     ) -> None:
         loss = loss if loss is not None else ForwardKL()
         arguments.check_loss_type(loss)
+        arguments.check_auxiliary_types(auxiliary)
         arguments.check_models(student, teacher)
         arguments.check_tokenizer(tokenizer)
         arguments.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -126,6 +131,8 @@ class KDLightningModule(LightningModule):
         arguments.check_kd_weight(kd_weight, has_teacher=teacher is not None)
         if teacher is None and cache is not None:
             raise SettingError(f"teacher_cache {cache.kind} needs a teacher, but none is given")
+        if auxiliary and teacher is None:
+            raise SettingError("auxiliary losses need a teacher, but none is given")
         super().__init__()
         self.student: nn.Module | None = student if isinstance(student, nn.Module) else None
         self.student_handle = StudentHandle(
@@ -136,6 +143,7 @@ class KDLightningModule(LightningModule):
         self._tokenizer = tokenizer
         self._models_checked = False
         self.loss = loss
+        self.auxiliary = nn.ModuleList(auxiliary)
         self._has_teacher = teacher is not None
         self._kd_weight = kd_weight
         self.optimizer = optimizer
@@ -221,7 +229,7 @@ class KDLightningModule(LightningModule):
         """Refuse what cannot be trained, or not together, see `training.compatibility`; look at the two models."""
         compatibility.check_run(self, trainer)
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
-            check_monitors(trainer, self._has_teacher)
+            check_monitors(trainer, self._has_teacher, len(self.auxiliary) > 0)
         if trainer.state.fn == TrainerFn.FITTING and (
             type(self).configure_optimizers is KDLightningModule.configure_optimizers
         ):
@@ -269,6 +277,8 @@ class KDLightningModule(LightningModule):
         if self._trainer and self._trainer.state.fn == "fit":
             compatibility.check_student(student, self.student_handle.activation_checkpointing)
         self.student_handle.prepare(student, self)
+        for auxiliary in self.auxiliary if self._trainer else ():
+            shard_along(auxiliary, self)
         if self.teacher_handle.given is not None and self.teacher_handle.cached is None:
             self.teacher_handle.load()
         self.prepare()
@@ -293,7 +303,8 @@ class KDLightningModule(LightningModule):
         step, accumulated = self.step, self.trainer.accumulate_grad_batches if self._trainer else 1
         self._check_batch(batch, f"training batch {batch_idx}")
         num_tokens = self.token_mean.divisor(response_mask(batch["labels"]).sum(), accumulated)
-        objective = step.objective(batch, self.loss, self.kd_weight, num_tokens)
+        auxiliary = cast("list[AuxiliaryLoss]", list(self.auxiliary))
+        objective = step.objective(batch, self.loss, self.kd_weight, num_tokens, auxiliary)
         loss, ce, kd = self.token_mean.of_batch(torch.stack(objective).detach())
         trained = self._trainer is not None and self.trainer.global_step > 0
         why = functools.partial(step.why_not_finite, batch, trained)
@@ -302,6 +313,8 @@ class KDLightningModule(LightningModule):
             self.log("train_ce", ce)
         if self.kd_weight > 0:
             self.log("train_kd", kd)
+        if auxiliary:
+            self.log("train_auxiliary", loss - (1 - self.kd_weight) * ce - self.kd_weight * kd)
         self.log("train_loss", loss, prog_bar=True)
         return objective.loss
 

@@ -180,6 +180,31 @@ def distillation_loss(
     return mean * temperature * temperature if scale_by_temperature else mean
 
 
+def hidden_state_mse(
+    student: Tensor, teacher: Tensor, labels: Tensor, projection: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """Return the mean over response tokens, and its gradients by the student's states and by the projection.
+
+    Args:
+        student: ``[B, T, d]``.
+        teacher: ``[B, T, e]``.
+        labels: ``[B, T]``.
+        projection: ``[e, d]``.
+    """
+    value, by_states, by_projection = 0.0, torch.zeros_like(student), torch.zeros_like(projection)
+    places = response_positions(labels)
+    for row, token in places:
+        for unit in range(len(projection)):
+            difference = sum(projection[unit, k] * student[row, token, k] for k in range(student.shape[2]))
+            difference = difference - teacher[row, token, unit]
+            share = 2 * difference / (len(projection) * len(places))
+            value += float(difference) ** 2 / (len(projection) * len(places))
+            for k in range(student.shape[2]):
+                by_states[row, token, k] += share * projection[unit, k]
+                by_projection[unit, k] += share * student[row, token, k]
+    return value, by_states, by_projection
+
+
 def paper_step(
     student: Any,
     teacher: Any,

@@ -33,6 +33,7 @@ def check(alone, found, tolerance, same_rows=False):
         expected = {name: one["metrics"][name] for name in record["metrics"]}
         assert record["metrics"] == pytest.approx(expected, abs=tolerance)
         assert record["in_parts"]
+        assert record["auxiliary"] == pytest.approx(one["auxiliary"], abs=tolerance)
     if "answers" in records[0]:
         answers = [row for record in records[: 1 if same_rows else None] for row in record["answers"]]
         assert sorted(answers, key=str) == sorted(one["answers"], key=str)
@@ -47,19 +48,21 @@ CACHED = {"teacher_cache": {"kind": "hidden", "dtype": "float32"}}
 
 MUTED = {"tied": True, "muted": True}
 """Some batches of a process have no token to learn from, and the student's head is its embedding."""
+AUXILIARY = {"auxiliary": True}
+"""A loss of hidden states with weights of its own, which are compared too."""
 
 
 @pytest.mark.parametrize(
     ("strategy", "settings", "model", "precision"),
     [
-        ("ddp", {"teacher_placement": "shard"}, {}, "32-true"),
+        ("ddp", {"teacher_placement": "shard"}, AUXILIARY, "32-true"),
         ("ddp", {"micro_batch_tokens": 90}, MUTED, "32-true"),
         ("ddp", {}, {}, "bf16-mixed"),
         ("fsdp1", SHARDED, MUTED, "32-true"),
         ("fsdp1", {}, {"lora": True}, "bf16-mixed"),
         ("fsdp2", SHARDED, MUTED, "32-true"),
         ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}, "bf16-mixed"),
-        ("fsdp2", CACHED, {}, "32-true"),
+        ("fsdp2", CACHED, AUXILIARY, "32-true"),
         ("fsdp2_and_tensors", {}, {}, "32-true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",

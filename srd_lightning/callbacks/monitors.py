@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from srd_lightning.errors import SettingError
 
 
-def check_monitors(trainer: Trainer, has_teacher: bool) -> None:
+def check_monitors(trainer: Trainer, has_teacher: bool, has_auxiliary: bool = False) -> None:
     """Refuse what is watched, or stands in the name of a checkpoint, but is never logged, and losses to be maximised.
 
     Nothing is refused by name where another callback than Lightning's and ours might log it. Ours say so in ``logged``.
@@ -19,11 +19,12 @@ def check_monitors(trainer: Trainer, has_teacher: bool) -> None:
     Args:
         trainer: Of a run that fits a `KDLightningModule`.
         has_teacher: Whether the module has one.
+        has_auxiliary: Whether the module has auxiliary losses.
 
     Raises:
         SettingError: A name that never comes, with those that do; or ``mode="max"`` of a loss.
     """
-    logged = _logged(trainer, has_teacher)
+    logged = _logged(trainer, has_teacher) | ({"train_auxiliary"} if has_auxiliary else set())
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     known = logged.union(*(getattr(callback, "logged", ()) for callback in callbacks))
     may_log = [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in OURS]

@@ -60,6 +60,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, 
         policies["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     for part in (*blocks(model), model):
         fully_shard(part, **policies)
+    # FSDP2 makes weights whole in methods that are registered, by name, and models have none that runs a function
     setattr(model, INSIDE, types.MethodType(lambda _, work: work(), model))
     register_forward(model, INSIDE)
     if whole := [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]:

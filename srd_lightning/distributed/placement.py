@@ -44,6 +44,7 @@ def shard_student(student: nn.Module, module: LightningModule) -> None:
     """Shard the student where the strategy leaves that to the module (FSDP2), or tell the strategy how (FSDP1)."""
     strategy = module.trainer.strategy
     if isinstance(strategy, FSDPStrategy):
+        # Lightning wraps the whole module, by what its strategy was made with: blocks are known only now
         send_from_first(student, strategy.root_device)
         strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(block) for block in blocks(student)}))
         if strategy.mixed_precision is None and (config := strategy.mixed_precision_config) is not None:
@@ -53,6 +54,18 @@ def shard_student(student: nn.Module, module: LightningModule) -> None:
             )
     elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(student):
         shard(student, data_parallel_mesh(module), compute_dtype(module.trainer))
+
+
+def shard_along(other: nn.Module, module: LightningModule) -> None:
+    """Shard what is trained beside a student that `shard_student` shards: an optimizer takes no mixture.
+
+    Args:
+        other: With parameters of its own, or without; called by itself, never within the student.
+        module: Which holds it, with its trainer.
+    """
+    strategy = module.trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and not is_sharded(other) and any(True for _ in other.parameters()):
+        shard(other, data_parallel_mesh(module), compute_dtype(module.trainer))
 
 
 def place_teacher(teacher: nn.Module, module: LightningModule, placement: TeacherPlacement) -> None:

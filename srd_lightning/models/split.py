@@ -7,15 +7,16 @@ that was not seen on a few tokens of the first batch: the two parts must give th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from srd_lightning.distributed.fsdp2 import inside
 from srd_lightning.errors import ModelError, lacks_memory
+from srd_lightning.losses.auxiliary import LAST
 from srd_lightning.losses.base import response_mask
 from srd_lightning.losses.head import Head
 from srd_lightning.models.calling import extras, logits_of, pads_right, router_off
@@ -28,6 +29,27 @@ SAMPLE = 32
 
 class NotSplit(ValueError):
     """Why a model cannot be used in two parts."""
+
+
+class BodyAndHead(Protocol):
+    """What is asked of a model in two parts. Another family, such as encoder-decoders, is one more class like this."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole."""
+
+    @property
+    def body(self) -> Any:
+        """What makes hidden states, as a module that can be compiled."""
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return the final hidden states at the positions that predict the response, ``[N, d]``, row after row."""
+
+    def layers(self, batch: Batch, numbers: Collection[int]) -> dict[int, Tensor]:
+        """Return the same of several layers, numbered as in `AuxiliaryLoss`."""
+
+    def head(self) -> Head:
+        """Return what makes logits of the final ones, as it is now."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +66,28 @@ class SplitModel:
     packing: bool = False
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Return the final hidden states at the positions that predict the response, ``[N, d]``, row after row."""
+        """See `BodyAndHead.hidden`."""
+        return self.layers(batch, (LAST,))[LAST]
+
+    def layers(self, batch: Batch, numbers: Collection[int]) -> dict[int, Tensor]:
+        """See `BodyAndHead.layers`."""
         mask = nn.functional.pad(response_mask(batch["labels"]), (0, 1), value=False)
         real = batch["attention_mask"].bool()
         if self.packing:
             positions = (batch["attention_mask"].cumsum(1) - 1)[real]
-            return self._states(batch["input_ids"][real][None], position_ids=positions[None])[0, mask[real]]
-        if pads_right(real):  # what pads on the right is not seen from the left: no mask
-            return self._states(batch["input_ids"])[mask]
-        extra = extras(self.body, batch["attention_mask"])
-        return self._states(batch["input_ids"], attention_mask=batch["attention_mask"], **extra)[mask]
-
-    def _states(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        output = self.body(input_ids=input_ids, use_cache=False, **{**router_off(self.body), **arguments})
-        return cast(Tensor, output.last_hidden_state)
+            given = {"input_ids": batch["input_ids"][real][None], "position_ids": positions[None]}
+            mask = mask[real][None]
+        elif pads_right(real):  # causal attention never looks at right padding: no mask, and the fused kernel
+            given = {"input_ids": batch["input_ids"]}
+        else:
+            given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            given |= extras(self.body, batch["attention_mask"])
+        wanted = {"output_hidden_states": True} if set(numbers) - {LAST} else {}
+        output = self.body(use_cache=False, **{**router_off(self.body), **wanted, **given})
+        return {
+            number: (output.last_hidden_state if number == LAST else output.hidden_states[number])[mask]
+            for number in dict.fromkeys(numbers)
+        }
 
     @property
     def body(self) -> Any:

@@ -6,7 +6,7 @@ A teacher gives its logits a slice of the response tokens at a time, so that nob
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from srd_lightning.distributed.fsdp2 import inside
+from srd_lightning.losses.auxiliary import LAST
 from srd_lightning.losses.base import FLOOR, response_mask, upcast
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.top_k import POWERS, Likeliest
 from srd_lightning.models.calling import logits_of
-from srd_lightning.models.split import SplitModel
+from srd_lightning.models.split import BodyAndHead
 
 Batch = Mapping[str, Tensor]
 Logits = Callable[[slice], Tensor | Likeliest]
@@ -32,6 +33,11 @@ class Teacher(Protocol):
     def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
         """Return what gives the logits of the first ``vocabulary`` tokens, or of all."""
 
+    def logits_and_layers(
+        self, batch: Batch, vocabulary: int | None, numbers: Collection[int]
+    ) -> tuple[Logits, dict[int, Tensor]]:
+        """Return them, and the hidden states of some layers; see `BodyAndHead.layers`."""
+
 
 @dataclass(frozen=True)
 class LiveTeacher:
@@ -43,16 +49,22 @@ class LiveTeacher:
     """
 
     model: nn.Module
-    parts: SplitModel | None
+    parts: BodyAndHead | None
+
+    def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
+        """See `Teacher.logits`."""
+        return self.logits_and_layers(batch, vocabulary, ())[0]
 
     @torch.no_grad()
-    def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
-        """Run the body, or the whole."""
+    def logits_and_layers(
+        self, batch: Batch, vocabulary: int | None, numbers: Collection[int]
+    ) -> tuple[Logits, dict[int, Tensor]]:
+        """Run the body, or the whole, which has no hidden states to give."""
         if self.parts is None:
             logits = logits_of(self.model, batch)[:, :-1, :vocabulary][response_mask(batch["labels"])]
-            return lambda tokens: logits[tokens]
-        hidden = inside(self.model, functools.partial(self.parts.hidden, batch))
-        return by_head(self.parts.head().narrow(vocabulary), hidden)  # a sharded model keeps its head at hand
+            return lambda tokens: logits[tokens], {}
+        found = inside(self.model, functools.partial(self.parts.layers, batch, {LAST, *numbers}))
+        return by_head(self.parts.head().narrow(vocabulary), found[LAST]), found  # sharded, it keeps its head at hand
 
 
 def by_head(head: Head, hidden: Tensor) -> Logits:
@@ -146,10 +158,17 @@ class CachedTeacher:
         return CachedTeacher(self.kind, self.head.to(target))
 
     def logits(self, batch: Batch, vocabulary: int | None) -> Logits:
-        """Take the rows' tokens, ``[B, R, width]``, out of their padding."""
+        """See `Teacher.logits`."""
+        return self.logits_and_layers(batch, vocabulary, ())[0]
+
+    def logits_and_layers(
+        self, batch: Batch, vocabulary: int | None, numbers: Collection[int]
+    ) -> tuple[Logits, dict[int, Tensor]]:
+        """Take the rows' tokens, ``[B, R, width]``, out of their padding; of layers there is at most the last."""
         counts = response_mask(batch["labels"]).sum(1)
         kept = {}
         for name in self.kind.fields:
             values = batch[name]
             kept[name] = values[torch.arange(values.shape[1], device=values.device) < counts[:, None]]
-        return self.kind.logits(kept, self.head.narrow(vocabulary))
+        layers = {LAST: kept["teacher_hidden"]} if "teacher_hidden" in kept else {}
+        return self.kind.logits(kept, self.head.narrow(vocabulary)), layers

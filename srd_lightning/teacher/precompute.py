@@ -27,7 +27,7 @@ from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses.head import Head
 from srd_lightning.models.pretrained import Pretrained
-from srd_lightning.models.split import NotSplit, SplitModel, split
+from srd_lightning.models.split import BodyAndHead, NotSplit, split
 from srd_lightning.progress import progress_bar
 from srd_lightning.teacher.cache import TeacherCache
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
@@ -127,13 +127,23 @@ def _readable(size: float) -> str:
 
 def width_of(source: Pretrained | nn.Module) -> int | None:
     """Return how wide the hidden states of a model are, if its configuration says so."""
-    config: Any = source.config() if isinstance(source, Pretrained) else getattr(source, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    text = _text_config(source)
     width = getattr(text, "word_embed_proj_dim", None) or getattr(text, "hidden_size", None)  # OPT's head is narrower
     return width if isinstance(width, int) else None
 
 
-def _take_apart(model: nn.Module, rows: Dataset) -> SplitModel:
+def depth_of(source: Pretrained | nn.Module) -> int | None:
+    """Return how many blocks a model has, if its configuration says so."""
+    depth = getattr(_text_config(source), "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
+
+
+def _text_config(source: Pretrained | nn.Module) -> Any:
+    config: Any = source.config() if isinstance(source, Pretrained) else getattr(source, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+
+
+def _take_apart(model: nn.Module, rows: Dataset) -> BodyAndHead:
     try:
         return split(model, _batch([rows[0]], model))
     except NotSplit as error:
@@ -143,7 +153,7 @@ def _take_apart(model: nn.Module, rows: Dataset) -> SplitModel:
 def _fill(
     cache: TeacherCache,
     rows: Dataset,
-    parts: SplitModel,
+    parts: BodyAndHead,
     head: Head,
     batches: Sequence[NDArray[np.int64]],
     check: Callable[[], None],

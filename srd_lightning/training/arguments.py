@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.losses.auxiliary import AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.models.pretrained import Pretrained, dtype_named
 from srd_lightning.teacher.handle import CacheKind, CacheSettings
@@ -104,6 +105,21 @@ def check_loss_type(loss: object) -> None:
         )
     if not hasattr(loss, "_temperature"):
         raise SettingError(f"{type(loss).__name__}.__init__ must call super().__init__(), and did not")
+
+
+def check_auxiliary_types(losses: object) -> None:
+    """Check that auxiliary losses are a list of such.
+
+    Raises:
+        SettingError: They are one loss, or one is something else, such as a class.
+    """
+    if not isinstance(losses, (list, tuple)):
+        raise SettingError(f"auxiliary must be a list of losses, such as [HiddenStateMSE(64, 128)], but is {losses!r}")
+    if wrong := [loss for loss in losses if not isinstance(loss, AuxiliaryLoss)]:
+        raise SettingError(
+            f"auxiliary must hold losses such as HiddenStateMSE(64, 128), but one is {wrong[0]!r}; one of your own "
+            "derives from AuxiliaryLoss and defines token_losses(student, teacher)"
+        )
 
 
 def check_tokenizer(tokenizer: object) -> None:

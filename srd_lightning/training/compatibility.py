@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.distributed.placement import check_placement, shards_student
 from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.losses.auxiliary import LAST, check_auxiliary
 from srd_lightning.losses.base import DistillationLoss, needs_all_logits
 from srd_lightning.losses.checks import check_loss
 from srd_lightning.losses.top_k import POWERS
@@ -23,6 +25,7 @@ from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.models.soundness import check_module
 from srd_lightning.models.vocabulary import check_same_tokenizer
 from srd_lightning.preflight import callbacks_of
+from srd_lightning.teacher.precompute import depth_of, width_of
 
 
 def check_run(module: Any, trainer: Trainer) -> None:
@@ -43,6 +46,8 @@ def check_run(module: Any, trainer: Trainer) -> None:
         check_parts(trainer, step.micro_batch_tokens, module.loss, teacher.placement)
     else:
         check_parts(trainer, step.micro_batch_tokens, module.loss, "replicate")
+    if trains and len(module.auxiliary):
+        check_hidden_states(trainer, module)
     if trains:
         if type(module.loss).forward is DistillationLoss.forward:
             check_loss(module.loss)
@@ -87,6 +92,44 @@ def check_same_family(student: Pretrained, teacher: Pretrained, tokenizer: PreTr
             f"student and teacher are the same model {student.name}: the distillation loss begins at 0, and only holds "
             "the student where it is"
         )
+
+
+def check_hidden_states(trainer: Trainer, module: Any) -> None:
+    """Check that auxiliary losses get the hidden states that they ask for, as far as that is known.
+
+    Args:
+        trainer: Of a training.
+        module: With auxiliary losses.
+
+    Raises:
+        SettingError: A strategy, the cache, the loss or ``chunk`` keeps them away, or there is no such layer or width.
+    """
+    cache, needed = module.teacher_handle.cache, "auxiliary losses need hidden states"
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise SettingError(f"{needed} and parameters that FSDP1 does not shard by themselves; use FSDP2 or ddp")
+    if module.step.chunk is None:
+        raise SettingError(f"{needed}, which are not looked at where chunk is null; set it to 256")
+    if needs_all_logits(module.loss):
+        raise SettingError(
+            f"{needed}, but the loss {type(module.loss).__name__} takes all logits instead; choose one that defines "
+            "divergence only"
+        )
+    if cache is not None and cache.kind == "topk":
+        raise SettingError(f"{needed}, which teacher_cache topk does not keep; use teacher_cache hidden")
+    models = module.models_by_name()
+    for loss in module.auxiliary:
+        for name, layers in (("student", loss.student_layers), ("teacher", loss.teacher_layers)):
+            depth = depth_of(models[name])
+            if depth is not None and max(layers) > depth:
+                raise SettingError(f"{name}_layers {list(layers)} go beyond the {depth} blocks of the {name}")
+        if cache is not None and set(loss.teacher_layers) != {LAST}:
+            raise SettingError(
+                f"teacher_layers {list(loss.teacher_layers)} are not in a cache, which keeps the final states; set "
+                "them to [-1], or teacher_cache to none"
+            )
+        student, teacher = width_of(models["student"]), width_of(models["teacher"])
+        if student is not None and teacher is not None:
+            check_auxiliary(loss, student, teacher)
 
 
 def check_student(student: nn.Module, activation_checkpointing: bool) -> None:

@@ -76,7 +76,7 @@ class Failures(Callback):
         """Add the hint to the message, and end the other processes where Lightning would not."""
         message = str(exception)
         if lacks_memory(exception) and MEMORY_HINT not in message:
-            arguments: Any = (message + MEMORY_HINT,)
+            arguments: Any = (message + MEMORY_HINT,)  # Python 3.10 has no notes, and another error would hide this one
             exception.args = arguments
         if isinstance(exception, SIGTERMException) and not exception.code:  # raised by Lightning: nothing is saved
             exception.code = TERMINATED
@@ -87,7 +87,7 @@ class Failures(Callback):
                 exception.__cause__ = RankError(reason)
             for callback in trainer.checkpoint_callbacks:  # to save, this process would wait for the others
                 if isinstance(callback, ModelCheckpoint):
-                    callback.save_on_exception = False
+                    callback.save_on_exception = False  # Lightning asks nothing else, and this run is over
             if children:
                 time.sleep(SECONDS_TO_SPEAK)  # perhaps it was another process that failed, and has something to say
             for child in children:

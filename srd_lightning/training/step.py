@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from srd_lightning.data.batches import check_batch
 from srd_lightning.distributed.fsdp2 import inside, is_sharded, release
 from srd_lightning.distributed.process_group import Team
-from srd_lightning.errors import SettingError
+from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.losses.auxiliary import LAST, AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
 from srd_lightning.losses.checks import check_scalar
 from srd_lightning.losses.chunked import CHUNK, Objective, chunked_objective
 from srd_lightning.losses.top_k import Likeliest
 from srd_lightning.models.calling import logits_of
-from srd_lightning.models.split import NotSplit, SplitModel, split
+from srd_lightning.models.split import BodyAndHead, NotSplit, split
 from srd_lightning.models.vocabulary import vocabulary_size
 from srd_lightning.teacher.live import CachedTeacher, LiveTeacher, Teacher
 from srd_lightning.training.diagnosis import cause_of
@@ -65,7 +67,7 @@ class DistillationStep:
             Itself.
         """
         self.student, self.source, self.vocabulary = student, teacher, vocabulary
-        self.parts: SplitModel | None = None
+        self.parts: BodyAndHead | None = None
         self.teacher: Teacher | None = None
         self._looked = self._checked = self._warned = False
         return self
@@ -86,7 +88,12 @@ class DistillationStep:
         self._checked = True
 
     def objective(
-        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None = None
+        self,
+        batch: Batch,
+        loss: DistillationLoss,
+        kd_weight: float,
+        num_tokens: Tensor | None = None,
+        auxiliary: Sequence[AuxiliaryLoss] = (),
     ) -> Objective:
         """Return the objective of a batch, taken in parts where it is large.
 
@@ -95,9 +102,11 @@ class DistillationStep:
             loss: The distillation loss.
             kd_weight: Its share.
             num_tokens: What sums over tokens are divided by, a scalar; by default their number.
+            auxiliary: Losses of hidden states, whose weighted means are added to the loss.
 
         Raises:
             SettingError: It has a share, and there is no teacher.
+            ModelError: Auxiliary losses need hidden states, and a model cannot be used as body and head.
         """
         if kd_weight > 0 and self.source is None:
             raise SettingError(
@@ -109,7 +118,9 @@ class DistillationStep:
             self._warned = True
             rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
         whole = self.parts is None or (kd_weight > 0 and needs_all_logits(loss))
-        way = self._from_all_logits if whole else self._from_chunks
+        if auxiliary:
+            self._check_hidden_states()
+        way = self._from_all_logits if whole else functools.partial(self._from_chunks, auxiliary=auxiliary)
         if self.micro_batch_tokens is None:
             objective = way(batch, loss, kd_weight, num_tokens)
         else:
@@ -119,7 +130,8 @@ class DistillationStep:
                 functools.partial(way, part, loss, kd_weight, num_tokens)
                 for part in micro_batches(batch, self.micro_batch_tokens)
             ]
-            trained = (*cast(nn.Module, self.student).parameters(), *loss.parameters())
+            modules = (cast(nn.Module, self.student), loss, *auxiliary)
+            trained = itertools.chain(*(module.parameters() for module in modules))
             objective = shares[0]() if len(shares) == 1 else in_parts(shares, trained)
         if isinstance(self.source, nn.Module):
             release(self.source)
@@ -134,20 +146,45 @@ class DistillationStep:
         except Exception:  # what it is to explain must not be hidden by it
             return None
 
+    def _check_hidden_states(self) -> None:
+        found = {"student": self.parts}
+        if isinstance(self.teacher, LiveTeacher):
+            found["teacher"] = self.teacher.parts
+        if lacking := [name for name, parts in found.items() if parts is None]:
+            raise ModelError(
+                f"auxiliary losses need the hidden states of both models, but the {lacking[0]} cannot be used as body "
+                "and head, for the reason that was warned of; leave them out, or choose another model"
+            )
+
     def _from_chunks(
-        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
+        self,
+        batch: Batch,
+        loss: DistillationLoss,
+        kd_weight: float,
+        num_tokens: Tensor | None,
+        auxiliary: Sequence[AuxiliaryLoss],
     ) -> Objective:
         parts, chunk = self.parts, self.chunk
         assert parts is not None, "without parts all logits are made"
         assert chunk is not None
         targets = batch["labels"][:, 1:][response_mask(batch["labels"])].long()
-        logits = None if self.teacher is None or kd_weight == 0 else self.teacher.logits(batch, self.vocabulary)
+        logits, theirs = None, dict[int, Tensor]()
+        if self.teacher is not None and (kd_weight > 0 or auxiliary):
+            numbers = {layer for other in auxiliary for layer in other.teacher_layers}
+            logits, theirs = self.teacher.logits_and_layers(batch, self.vocabulary, numbers)
 
-        def work() -> Objective:
-            head, hidden = parts.head().narrow(self.vocabulary), parts.hidden(batch)
-            return chunked_objective(hidden, head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile)
+        def work() -> tuple[Objective, dict[int, Tensor]]:
+            head, own = parts.head().narrow(self.vocabulary), parts.layers(batch, layers)
+            return chunked_objective(
+                own[LAST], head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile
+            ), own if auxiliary else {}
 
-        return inside(parts.model, work) if is_sharded(parts.model) else work()
+        layers = (LAST, *(layer for other in auxiliary for layer in other.student_layers))
+        objective, own = inside(parts.model, work) if is_sharded(parts.model) else work()
+        total = max(len(targets), 1) if num_tokens is None else num_tokens
+        for other in auxiliary:
+            objective = objective._replace(loss=objective.loss + other(own, theirs) / total)
+        return objective
 
     def _probe_models(self, batch: Batch) -> None:
         """See on the first batch which models can be taken apart, and say which cannot."""
@@ -159,9 +196,9 @@ class DistillationStep:
         else:
             self.teacher = self.source
 
-    def _split(self, model: nn.Module, batch: Batch) -> SplitModel | None:
+    def _split(self, model: nn.Module, batch: Batch) -> BodyAndHead | None:
         """Take a model apart, or on no rank: sharded weights are gathered by all at once."""
-        found: list[SplitModel] = []
+        found: list[BodyAndHead] = []
 
         def reason() -> str | None:
             try:

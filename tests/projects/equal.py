@@ -16,11 +16,13 @@ from fsdp1_on_cpu import FSDP1OnCPU
 from lightning.pytorch.loops import utilities
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer
 
 from srd_lightning import (
     CacheSettings,
     Decoding,
+    HiddenStateMSE,
     HuggingFaceExport,
     HyperparameterScheduler,
     KDLightningModule,
@@ -89,9 +91,12 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     L.seed_everything(0)
     losses = Losses()
     student = distil.tiny(0, tie_word_embeddings=tied)
+    width = student.config.hidden_size
+    auxiliary = [HiddenStateMSE(width, width, weight=0.1)] if settings.pop("auxiliary", False) else []
     module = Distillation(
         get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])) if lora else student,
         distil.tiny(1, tie_word_embeddings=tied),
+        auxiliary=auxiliary,
         tokenizer=ByT5Tokenizer(),
         decoding=Decoding(max_new_tokens=4),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
@@ -124,6 +129,9 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     )
     trainer.fit(module, datamodule=data)
     record = {"losses": losses.losses, "metrics": numbers(trainer), "in_parts": module.step.parts is not None}
+    weights = [weight.detach() for weight in module.auxiliary.parameters()]
+    weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
+    record["auxiliary"] = [value for weight in weights for value in weight.flatten().tolist()]
     record["silent_batches"] = mute.silent_batches
     if strategy != "fsdp1":  # Lightning cannot use a module again that FSDP1 has wrapped
         trainer.test(module, datamodule=data, verbose=False)
