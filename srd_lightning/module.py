@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.checkpoints.compatibility import check_optimizer
-from srd_lightning.checkpoints.resume import RunSeed
 from srd_lightning.distributed.clipping import clip
 from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh, shard_along
 from srd_lightning.errors import SettingError
@@ -150,7 +149,6 @@ class KDLightningModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.restart_lr_each_stage = restart_lr_each_stage
         self.decoding = decoding
-        self.run_seed = RunSeed()
         self.token_mean = TokenMean()
         self.is_set_up = False
         """Whether `setup` was called for the run that begins."""

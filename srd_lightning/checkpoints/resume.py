@@ -61,7 +61,8 @@ def repair_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     Lightning (tested with 2.6.6) takes a checkpoint after the last batch for one within an epoch, and holds its
     counters against the next loader: where the rows grow, batches are left out in silence; where they do not, a
     validation is. An epoch that was saved at its very end it repeats if there are ``max_steps``, and what follows on
-    the last one, such as an export, never comes. To repair twice changes nothing.
+    the last one, such as an export, never comes. Asked for by whoever of ours is in a run, and none is in every one:
+    hooks of the module, `CurriculumCallback`, `ResumeCheckpoint`. To repair twice changes nothing.
 
     Args:
         checkpoint: As Lightning has read it; changed in place.

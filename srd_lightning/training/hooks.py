@@ -7,13 +7,16 @@ from typing import Any
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
-from srd_lightning.checkpoints.resume import repair_progress
+from srd_lightning.checkpoints.resume import RunSeed, repair_progress
 from srd_lightning.curriculum.curriculum import find_curriculum
 from srd_lightning.errors import SettingError
 
 
 class Upkeep(Callback):
-    """Weighs tokens, seeds batches, lets a run go on; comes with the module, and has no state of its own."""
+    """Weighs tokens, seeds batches, lets a run go on; comes with the module. In a checkpoint it owns the run's seed."""
+
+    def __init__(self) -> None:
+        self.run_seed = RunSeed()
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
@@ -62,11 +65,11 @@ class Upkeep(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the seed of the run: that of the run that is resumed, else of the first process."""
-        pl_module.run_seed.begin()
+        self.run_seed.begin()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed what is random in a batch by its number, so that a resumed run draws the same."""
-        pl_module.run_seed.seed_batch(trainer)
+        self.run_seed.seed_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """See that something was learnt."""
@@ -74,9 +77,9 @@ class Upkeep(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the run."""
-        pl_module.run_seed.save(checkpoint)
+        self.run_seed.save(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Take the seed of the run that is resumed, and repair what Lightning counted."""
-        pl_module.run_seed.load(checkpoint)
+        self.run_seed.load(checkpoint)
         repair_progress(checkpoint, trainer)
