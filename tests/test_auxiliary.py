@@ -139,6 +139,9 @@ def test_a_model_that_shows_no_hidden_states_is_refused():
     step = DistillationStep().attach(lively_model(0), Whole())
     with pytest.warns(UserWarning, match="all logits"), pytest.raises(ModelError, match="both models, but the teacher"):
         step.objective(batch_of(), ForwardKL(), 0.5, auxiliary=[Between()])
+    step = DistillationStep().attach(lively_model(0), lively_model(1))
+    with pytest.raises(ModelError, match="both models, but the student is not used as body and head"):
+        step.objective(batch_of(), ForwardKL(ignore_index=-1), 0.5, auxiliary=[Between()])
 
 
 class Mean(AuxiliaryLoss):

@@ -48,8 +48,8 @@ CACHED = {"teacher_cache": {"kind": "hidden", "dtype": "float32"}}
 
 MUTED = {"tied": True, "muted": True}
 """Some batches of a process have no token to learn from, and the student's head is its embedding."""
-AUXILIARY = {"auxiliary": True}
-"""A loss of hidden states with weights of its own, which are compared too."""
+AUXILIARY = {"auxiliary": True, "muted": True}
+"""A loss of hidden states with weights of its own, which are compared too; some batches have no token for it."""
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_two_processes_train_as_one_does(strategy, settings, model, precision, a
     found = run(tmp_path / "two", 2, strategy, **settings, **alike)
     tolerance = SAME if precision == "32-true" else NEAR
     check(alone(**alike), found, tolerance, same_rows=strategy == "fsdp2_and_tensors")
-    if model == MUTED:
+    if "muted" in model:
         assert sum(record["silent_batches"] for record in found[0]) > 5
 
 

@@ -119,7 +119,7 @@ class DistillationStep:
             rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
         whole = self.parts is None or (kd_weight > 0 and needs_all_logits(loss))
         if auxiliary:
-            self._check_hidden_states()
+            self._check_hidden_states(None if whole else self.parts)
         way = self._from_all_logits if whole else functools.partial(self._from_chunks, auxiliary=auxiliary)
         if self.micro_batch_tokens is None:
             objective = way(batch, loss, kd_weight, num_tokens)
@@ -146,14 +146,14 @@ class DistillationStep:
         except Exception:  # what it is to explain must not be hidden by it
             return None
 
-    def _check_hidden_states(self) -> None:
-        found = {"student": self.parts}
+    def _check_hidden_states(self, parts: BodyAndHead | None) -> None:
+        found = {"student": parts}
         if isinstance(self.teacher, LiveTeacher):
             found["teacher"] = self.teacher.parts
         if lacking := [name for name, parts in found.items() if parts is None]:
             raise ModelError(
-                f"auxiliary losses need the hidden states of both models, but the {lacking[0]} cannot be used as body "
-                "and head, for the reason that was warned of; leave them out, or choose another model"
+                f"auxiliary losses need the hidden states of both models, but the {lacking[0]} is not used as body and "
+                "head, for the reason that was told; leave them out, or choose another model or loss"
             )
 
     def _from_chunks(
