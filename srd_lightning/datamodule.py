@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.checkpoints.compatibility import (
@@ -19,17 +25,24 @@ from srd_lightning.checkpoints.compatibility import (
     saved_rows,
 )
 from srd_lightning.criteria.base import Criterion
-from srd_lightning.curation.curator import CuratedRows
+from srd_lightning.curation.curator import Curator
+from srd_lightning.curation.refresh import Refresher
+from srd_lightning.curation.result import Curated
+from srd_lightning.curation.student_source import ReflectingStudent, find_tokenizer
 from srd_lightning.curriculum.arrangement import Arrangement
-from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE
-from srd_lightning.data.loaders import Loaders, RebuiltEveryEpoch
+from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached
+from srd_lightning.data.loaders import Collate, Loaders, RebuiltEveryEpoch
+from srd_lightning.data.row_reader import RowReader, check_splits
 from srd_lightning.data.rows import ids_of, lengths_of
+from srd_lightning.data.samplers import LengthGrouped, check_sampler, plain_shuffle
 from srd_lightning.data.templates import ALPACA, ChatTemplate, PromptTemplate
+from srd_lightning.data.tokenization import Report
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
+from srd_lightning.models.positions import check_positions
 from srd_lightning.models.pretrained import Pretrained, load_tokenizer
 from srd_lightning.preflight import run_preflight
-from srd_lightning.protocols import BatchColumns
+from srd_lightning.protocols import BatchColumns, HasStudent
 from srd_lightning.training.arguments import check_sizes
 from srd_lightning.training.lr_plan import accumulation_of
 
@@ -37,7 +50,7 @@ OF_TUNERS = (".scale_batch_size_", ".lr_find_")
 """How Lightning (tested with 2.6.6) names the checkpoints that its tuners go back to after trying other batches."""
 
 
-class SRDDataModule(CuratedRows):
+class SRDDataModule(LightningDataModule):
     """Data that the student has reflected on: the hardest rows dropped, the rest entering easy to hard.
 
     ``setup("fit")`` reads, tokenises unless an earlier run has done so, lets the student answer every prompt unless
@@ -73,6 +86,8 @@ class SRDDataModule(CuratedRows):
         ties: How equal scores are ranked; see `reciprocal_rank_fusion`.
         group_by_length: Whether the rows of a training step are of like length, which pads less; the steps come in
             random order, and other rows meet in every epoch. Without, a plain shuffle.
+        sampler: Another grouping of the rows into batches: a `MakeSampler`, such as a subclass of `LengthGrouped`; by
+            default that of ``group_by_length``. docs/training.md has an example.
         pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this, which
             may be more than ``max_length``; 8 or 64 suits tensor cores.
         num_workers: Processes that load batches.
@@ -113,72 +128,168 @@ class SRDDataModule(CuratedRows):
         pad_to_multiple_of: int = 1,
         num_workers: int = 0,
         seed: int = 0,
+        sampler: Callable[..., DistributedSampler[Any]] | None = None,
     ) -> None:
-        if max_prompt_length >= max_length:
-            raise SettingError(
-                f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
-                f"{max_prompt_length} and {max_length}"
-            )
+        super().__init__()
         sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}
         sizes |= {"reflection_threads": reflection_threads, "pad_to_multiple_of": pad_to_multiple_of}
         sizes |= {"max_prompt_length": max_prompt_length, "eval_batch_size": eval_batch_size or batch_size}
         check_sizes(**sizes)
         if num_workers < 0:
             raise SettingError(f"num_workers must be 0 or more, but is {num_workers}")
-        super().__init__(
-            data=data,
-            tokenizer=tokenizer,
-            student=student,
-            template=template,
-            schedule=schedule,
-            criteria=criteria,
-            arrangement=arrangement,
-            refresh=refresh,
-            scores=scores,
-            decontaminate=decontaminate,
-            near_duplicates=near_duplicates,
-            max_length=max_length,
-            max_prompt_length=max_prompt_length,
-            decoding=decoding,
-            reflection_tokens=reflection_tokens,
-            reflection_threads=reflection_threads,
-            ties=ties,
+        if sampler is not None:
+            check_sampler(sampler)
+        self.reader = RowReader(data, template, max_length, max_prompt_length, decontaminate, near_duplicates)
+        self.curator = Curator(
+            schedule, criteria, arrangement, scores, ties, decoding, reflection_tokens, reflection_threads
         )
+        self.refresher = Refresher(refresh or [], self.curator.schedule)
+        self.loaders = Loaders(num_workers, seed, sampler or (LengthGrouped if group_by_length else plain_shuffle))
+        self.student = student
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.group_by_length = group_by_length
+        self.sampler = sampler
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.num_workers = num_workers
-        self.seed = seed
-        self._every_epoch = RebuiltEveryEpoch()
+        self.tokenizer: Any = tokenizer
+        self.rows: dict[str, Dataset] = {}
+        self.reports: dict[str, Report] = {}
+        self.curriculum: Curriculum | None = None
+        self.curation: Curated | None = None
+        self.refresh_seconds = 0.0
+        self._given_tokenizer = tokenizer
+        self._read_for: Any = None
+        self._curated_for: tuple[Any, Path] | None = None
+        self._reflecting: ReflectingStudent | None = None
         self._as_read: Dataset | None = None
         self._digests: dict[str, Any] | None = None
         self._batch_columns: BatchColumns | None = None
+        self._every_epoch = RebuiltEveryEpoch()
+
+    @property
+    def schedule(self) -> dict[int, float]:
+        """Share of the rows by first epoch."""
+        return self.curator.schedule
+
+    @property
+    def scores(self) -> Path | None:
+        """Where scores are kept or read, if it was given."""
+        return self.curator.scores
+
+    @property
+    def decoding(self) -> Decoding:
+        """How the student answers when it reflects."""
+        return self.curator.decoding
+
+    @property
+    def data(self) -> Any:
+        """What the rows are read from."""
+        return self.reader.data
 
     def setup(self, stage: str) -> None:
         """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
-        if self.trainer is not None:
-            run_preflight(self.trainer)
-        self._check_settings(stage)
-        saved = saved_rows(self.trainer, self)
+        self.set_up_for(self.trainer and self.trainer.lightning_module, self.trainer, stage)
+        if stage == "fit" and self.trainer is not None:
+            self._every_epoch.begin(self.trainer)
+
+    def set_up_for(self, module: Any, trainer: Trainer | None, stage: str = "fit") -> None:
+        """Do what `setup` does, for a module that need not be the one that the trainer runs.
+
+        Args:
+            module: Whose student reflects, if this data module was given none.
+            trainer: Of the run; without, the rank is the only one and the folder the current one.
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """
+        root, device = Path.cwd(), None
+        if trainer is not None:
+            root, device = Path(trainer.default_root_dir), trainer.strategy.root_device
+            run_preflight(trainer, module)
+        self._check_settings(stage, module, trainer, root)
+        saved = saved_rows(trainer, self)
         check_same_rows(saved, self._settings())
-        if not self.rows:
-            self.read_rows(stage)
-        if stage == "fit":
-            self._as_read = self.rows["train"] if self._as_read is None else self._as_read
-            if saved:
-                check_same_rows(saved, self._read())
-            if self.trainer is not None:
-                self._every_epoch.begin(self.trainer)
-            if self.curation is None or self._curated_for is not self._module():  # another module, another student
-                self.curate()
-            check_same_rows(saved, self._ranked())
-            assert self.curation is not None
-            self.curriculum = self.curation.curriculum
-            self.refresher.begin()
+        if not self.rows or (self._tokenizer_of_module and self._read_for is not module):
+            self.read_rows(stage, module)
+        if stage != "fit":
+            return
+        check_splits(self.rows, stage)
+        if saved:
+            check_same_rows(saved, self._read())
+        self._reflecting = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device)
+        if self.curation is None or self._curated_for != (module, root):  # another student, or another run
+            self.curate(root)
+            self._curated_for = (module, root)
+        check_same_rows(saved, self._ranked())
+        assert self.curation is not None
+        self.curriculum = self.curation.curriculum
+        self.refresher.begin()
+
+    @property
+    def _tokenizer_of_module(self) -> bool:
+        return self._given_tokenizer is None and not isinstance(self.student, Pretrained)
+
+    def _check_settings(self, stage: str, module: Any, trainer: Trainer | None, root: Path) -> None:
+        """Check what can be known before rows are read."""
+        if not self.rows:  # later runs may bring loaders of their own
+            self.reader.check(stage)
+        models = dict(module.models_by_name()) if isinstance(module, HasStudent) else {}
+        if self.student is not None:
+            models["student"] = self.student
+        check_positions(models, {"max_length": self.reader.max_length})
+        if stage != "fit":
+            return
+        if trainer is not None and (late := never_reached(self.schedule, trainer.max_epochs)):
+            rank_zero_warn(
+                f"schedule has a stage from epoch {late[0]} on, but the run ends with trainer.max_epochs "
+                f"{trainer.max_epochs}, so its rows are never trained on; raise max_epochs, or leave the stage out"
+            )
+        if self.curator.reflects:
+            tokens = self.reader.max_prompt_length + self.decoding.max_new_tokens
+            asked = {"max_prompt_length with decoding.max_new_tokens": tokens}
+            check_positions({"student": models.get("student")}, asked)
+        self.curator.check(root)
+
+    def read_rows(self, stage: str, module: Any = None) -> None:
+        """Read and tokenise all splits, once it is seen that a stage can do with them.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+            module: Whose tokenizer it is, if this data module was given none.
+        """
+        self.tokenizer = find_tokenizer(self._given_tokenizer, self.student, module)
+        self.rows, self.reports = self.reader.read(self.tokenizer, stage)
+        self.curriculum = self.curation = self._digests = None
+        self._as_read, self._read_for = self.rows.get("train"), module
+
+    def curate(self, root: Path) -> Curated:
+        """Look for leaks, let the student reflect where scores are missing, rank the rows and stage them.
+
+        Args:
+            root: Folder of the run.
+
+        Returns:
+            What came of it, also kept as ``self.curation``.
+        """
+        assert self._reflecting is not None, 'setup("fit") comes first'
+        self.rows["train"] = self.reader.without_leaks(self.rows, self.reports["train"])
+        dropped = self.reports["train"].dropped
+        self.curation = self.curator.curate(self.rows["train"], self._reflecting, root, dropped)
+        return self.curation
+
+    def report(self, console: Console) -> None:
+        """Show what came of the curation, and write it, with plots, into the folder of the scores."""
+        from srd_lightning.curation.report import extremes, present  # matplotlib, which training does not need
+
+        assert self.curation is not None, 'setup("fit") comes first'
+        if self.curation.scores is None:
+            console.print(f"all {self.curation.rows:,} rows are trained on from the start; nothing was ranked")
+            return
+        scores, rows = self.curation.scores, self.rows["train"]
+        answers = scores.answers(ids_of(rows.select(np.concatenate(extremes(self.curation)))))
+        present(self.curation, rows, answers, scores.folder, console)
 
     def teardown(self, stage: str) -> None:
-        """Let the trainer build its loaders as it did before."""
+        """Let the trainer build its loaders as it did before, and batches be without a teacher's columns."""
+        self._batch_columns = None
         if self.trainer is not None:
             self._every_epoch.end(self.trainer)
 
@@ -219,15 +330,17 @@ class SRDDataModule(CuratedRows):
 
     def _settings(self) -> dict[str, Any]:
         """Return what decides which rows come when, as far as it is known before rows are read."""
+        sampler: Any = self.sampler
         accumulation = {0: 1} if self.trainer is None else accumulation_of(self.trainer)
         return {
             "schedule": self.schedule,
-            "arrangement": description_of(self.arrangement),
+            "arrangement": description_of(self.curator.arrangement),
             "refresh": self.refresher.first_epochs,
-            "seed": self.seed,
-            "decontaminate": self.decontaminate and (self.near_duplicates or True),
+            "seed": self.loaders.seed,
+            "decontaminate": self.reader.decontaminate and (self.reader.near_duplicates or True),
             "group_by_length": self.group_by_length,
-            "global_batch": self.batch_size * self._place()["num_replicas"],
+            "sampler": sampler and getattr(sampler, "__qualname__", description_of(sampler)),
+            "global_batch": self.batch_size * self._ranks["num_replicas"],
             "accumulate_grad_batches": accumulation,
         }
 
@@ -249,10 +362,21 @@ class SRDDataModule(CuratedRows):
         """Return the rows of the current epoch, shuffled by seed and epoch."""
         assert self.curriculum is not None, 'setup("fit") comes first'
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        self.refresh_rows(epoch)
+        self._refresh(epoch)
         rows = self.rows["train"]
-        lengths = lengths_of(rows)[self.curriculum.rows(epoch).numpy()] if self.group_by_length else None
-        return self._loaders().train(self.curriculum.subset(rows, epoch), epoch, self.batch_size, lengths)
+        pool, lengths = self.curriculum.subset(rows, epoch), lengths_of(rows)[self.curriculum.rows(epoch).numpy()]
+        return self.loaders.train(pool, lengths, epoch, self.batch_size, self._ranks, self._collate)
+
+    def _refresh(self, epoch: int) -> None:
+        """Let the student, as trained so far, put the rows still to come in a new order, where that is due."""
+        scores = None if self.curation is None else self.curation.scores
+        if scores is None or self.curriculum is None or self._reflecting is None:
+            return  # nothing is ranked
+        start, rows = time.perf_counter(), self.rows["train"]
+        self.curriculum = self.refresher.refresh(
+            self.curriculum, epoch, self.curator, rows, self._reflecting, scores.folder
+        )
+        self.refresh_seconds += time.perf_counter() - start
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the ``validation`` rows, or nothing if there are none."""
@@ -268,22 +392,17 @@ class SRDDataModule(CuratedRows):
 
     def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         if split in self.rows:
-            return self._loaders().evaluation(self.rows[split], self.eval_batch_size)
+            return self.loaders.evaluation(self.rows[split], self.eval_batch_size, self._ranks, self._collate)
         if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
-            self._check_splits(self.rows, self.trainer.state.fn.value)
+            check_splits(self.rows, self.trainer.state.fn.value)
         return []
 
-    def _loaders(self) -> Loaders:
-        place = self._place()
-        return Loaders(
-            self.tokenizer,
-            self.num_workers,
-            self.seed,
-            place["rank"],
-            place["num_replicas"],
-            self._batch_columns,
-            self.pad_to_multiple_of,
-        )
+    @property
+    def _collate(self) -> Collate:
+        pad = self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        return Collate(pad, self.pad_to_multiple_of, self._batch_columns)
 
-    def _place(self) -> dict[str, int]:
+    @property
+    def _ranks(self) -> dict[str, int]:
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}

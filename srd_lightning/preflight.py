@@ -25,17 +25,17 @@ class Preflight(Protocol):
         """
 
 
-def run_preflight(trainer: Trainer) -> None:
-    """Let the module and all callbacks of a trainer check, in this order.
+def run_preflight(trainer: Trainer, module: object) -> None:
+    """Let a module and all callbacks of a trainer check, in this order.
 
     Args:
         trainer: Of the run that begins.
+        module: That is trained, or is to be.
 
     Raises:
         SRDError: Of the first check that fails.
     """
-    holders: tuple[Any, ...] = (trainer.lightning_module, *callbacks_of(trainer))
-    for holder in holders:
+    for holder in (module, *callbacks_of(trainer)):
         if isinstance(holder, Preflight):
             holder.preflight(trainer)
 

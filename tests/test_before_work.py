@@ -2,7 +2,6 @@
 
 import shutil
 from collections import namedtuple
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +10,11 @@ import pytest
 import torch
 from conftest import PLAIN, QUIET, make_rows, tiny_model
 from lightning import Trainer
+from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, KDLightningModule, Pretrained, SRDDataModule
 from srd_lightning.criteria import Column, NegativeLogLikelihood
+from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.errors import DataError, MissingDataError, ModelError, SettingError, StorageError
 
 ROWS = [{"id": str(number), **row} for number, row in enumerate(make_rows(8))]
@@ -27,7 +28,7 @@ def _apart(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_rows_are_read(monkeypatch):
-    monkeypatch.setattr("srd_lightning.curation.curator.load_splits", None)
+    monkeypatch.setattr("srd_lightning.data.row_reader.load_splits", None)
 
 
 @pytest.fixture
@@ -65,13 +66,11 @@ class TestBeforeRowsAreRead:
         tiny_model(max_position_embeddings=500).save_pretrained(tmp_path / "teacher")
         (tmp_path / "teacher/model.safetensors").unlink()
         data = make(student=None)
-        data.trainer = SimpleNamespace(
-            lightning_module=KDLightningModule(tiny_model(), Pretrained(str(tmp_path / "teacher"))), callbacks=[]
-        )
+        module = KDLightningModule(tiny_model(), Pretrained(str(tmp_path / "teacher")))
         with pytest.raises(
             SettingError, match=r"^max_length lets a row have 512 tokens, but the teacher has 500 positions"
         ):
-            data._check_settings("test")
+            data.set_up_for(module, None, "test")
 
     def test_splits(self, make):
         with pytest.raises(DataError, match=r"^training needs the split 'train', but `data` has test$"):
@@ -111,7 +110,7 @@ class TestBeforeRowsAreRead:
 def test_a_full_disk_is_said_before_the_student_is_loaded(make, monkeypatch):
     usage = namedtuple("Usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr("srd_lightning.curation.curator.fresh_student", None)
+    monkeypatch.setattr(ReflectingStudent, "untrained", None)
     with pytest.raises(StorageError, match=r"^scores will write .* GB to scores, but only 1e-06 GB are free there"):
         make(scores="scores").setup("fit")
 
@@ -131,13 +130,12 @@ def test_settings_are_checked_when_they_are_given(make, options, message):
         make(**options)
 
 
-def test_a_stage_that_never_begins_is_said(make):
+def test_a_stage_that_never_begins_is_said(make, tmp_path):
     data = make(schedule={0: 0.5, 1: 0.75, 3: 1.0})
-    data.trainer = Trainer(max_epochs=3, **QUIET)
     with pytest.warns(
         UserWarning, match="schedule has a stage from epoch 3 on, but the run ends with trainer.max_epochs 3"
     ):
-        data._check_settings("fit")
+        data.set_up_for(None, Trainer(max_epochs=3, default_root_dir=tmp_path, **QUIET))
 
 
 def test_decontamination_that_leaves_nothing_is_said(make):
@@ -168,6 +166,30 @@ def test_another_module_is_another_student(make, tmp_path):
     assert not np.array_equal(orders[0], orders[1])
     np.testing.assert_array_equal(orders[1], alone.curation.columns["nll"])
     np.testing.assert_array_equal(orders[1], orders[2])
+
+
+def test_another_root_is_another_run(make, tmp_path):
+    data, module = make(student=None, criteria=[NegativeLogLikelihood()]), KDLightningModule(tiny_model(), kd_weight=0)
+    for name in ("first", "second"):
+        Trainer(default_root_dir=tmp_path / name, max_epochs=1, **QUIET).fit(module, data)
+        assert data.curation.scores.folder.parent == tmp_path / name / "scores"
+        assert data.curation.scored == 8
+
+
+def test_another_module_has_its_own_tokenizer(make, tmp_path):
+    data = SRDDataModule(ROWS, template=PLAIN, schedule={0: 1.0})
+    for tokenizer in (ByT5Tokenizer(), ByT5Tokenizer(extra_ids=10)):
+        module = KDLightningModule(tiny_model(), kd_weight=0, tokenizer=tokenizer)
+        Trainer(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(module, data)
+        assert data.tokenizer is tokenizer
+
+
+def test_a_cache_of_the_teacher_is_that_of_its_run(make, tmp_path):
+    """A module of the user's own takes batches as they are."""
+    data = make(schedule={0: 1.0})
+    module = KDLightningModule(tiny_model(), tiny_model(1), teacher_cache="hidden")
+    Trainer(default_root_dir=tmp_path, max_epochs=1, **QUIET).fit(module, data)
+    assert set(next(iter(data.train_dataloader()))) == {"input_ids", "attention_mask", "labels"}
 
 
 def test_the_same_module_keeps_its_order(make, tmp_path):

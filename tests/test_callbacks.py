@@ -61,7 +61,7 @@ class Untouched(L.LightningDataModule):
     """Its rows must not be read: what is refused is refused before."""
 
     def setup(self, stage):
-        run_preflight(self.trainer)
+        run_preflight(self.trainer, self.trainer.lightning_module)
         pytest.fail("rows were read")
 
 

@@ -642,7 +642,7 @@ class TestCommandLine:
     def parse(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         config = ["--config", str(ROOT / "configs" / "debug.yaml")]
-        return lambda text: cli.parse([*config, f"--data.criteria={text}"]).datamodule.criteria
+        return lambda text: cli.parse([*config, f"--data.criteria={text}"]).datamodule.curator.criteria
 
     def test_short_and_full_names(self, parse):
         first, second, third, fourth = parse(

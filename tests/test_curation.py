@@ -18,7 +18,7 @@ from srd_lightning.criteria import (
 from srd_lightning.criteria import batch as reflected_module
 from srd_lightning.curation.external_scores import read_scores
 from srd_lightning.curation.order import rank
-from srd_lightning.curation.reflector import Reflector, pinned_threads
+from srd_lightning.curation.reflection import Reflector, pinned_threads
 from srd_lightning.curation.score_store import stored_scores
 from srd_lightning.data.rows import ids_of
 from srd_lightning.errors import DataError, ModelError, StorageError
@@ -38,7 +38,7 @@ def score(model, tokenizer, data, tmp_path):
 
     def run(folder="scores", rows=data, decoding=GREEDY, criteria=PAPER, tokens=1):
         reflector = Reflector(tokenizer, PLAIN, criteria, decoding, tokens, threads=1)
-        scores = reflector.scores(rows, model, lambda made_of: tmp_path / folder, CPU)
+        scores = reflector.scores(rows, model, tmp_path / folder, reflector.fingerprint(rows, model))
         ids = ids_of(rows).to_pylist()
         return {
             row_id: {name: values[row] for name, values in scores.columns.items()} for row, row_id in enumerate(ids)

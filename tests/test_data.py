@@ -133,7 +133,7 @@ class TestTrainLoader:
         widths = {
             batch["input_ids"].shape[1]
             for module in [make(self.ROWS, schedule={0: 1.0}, batch_size=2, pad_to_multiple_of=16)]
-            for batch in [*module.train_dataloader(), *module._loaders().evaluation(module.rows["train"], 4)]
+            for batch in [*module.train_dataloader(), *module._eval_loader("train")]
         }
         assert widths == {16, 32, 48}
 
@@ -154,11 +154,11 @@ class TestReport:
         module.report(console)
         shown = console.export_text()
         assert "15 of 20 ranked rows kept" in shown
-        folder = module.found.folder
+        folder = module.curation.scores.folder
         assert json.loads((folder / "curation.json").read_text())["kept"] == 15
         text = (folder / "curation.md").read_text()
         hardest = str(module.curation.order[-1].item())
-        (answer,) = module.found.answers(pa.array([hardest])).values()
+        (answer,) = module.curation.scores.answers(pa.array([hardest])).values()
         assert text.count("Student's answer:") == 6
         assert answer.splitlines()[0].strip() in text
         assert pq.read_table(folder / "ranking.parquet").num_rows == 20

@@ -308,10 +308,8 @@ class TestLora:
     def test_adapters_are_merged(self, student, tokenizer, rows, tmp_path):
         model = KDLightningModule(student, tiny_model(1), optimizer=lambda params: SGD(params, lr=1.0))
         trainer = L.Trainer(max_epochs=1, callbacks=[HuggingFaceExport(str(tmp_path / "out"))], **QUIET)
-        half = SRDDataModule(
-            {"train": rows}, tokenizer, schedule={0: 0.5}, scores=str(tmp_path / "scores"), batch_size=4
-        )
-        half.decoding = Decoding(max_new_tokens=1)
+        options = {"scores": str(tmp_path / "scores"), "batch_size": 4, "decoding": Decoding(max_new_tokens=1)}
+        half = SRDDataModule({"train": rows}, tokenizer, schedule={0: 0.5}, **options)
         trainer.fit(model, datamodule=half)  # it has also answered
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert loaded.generation_config.eos_token_id == tiny_model(0).generation_config.eos_token_id == 1

@@ -22,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from srd_lightning import CacheSettings, ForwardKL, KDLightningModule, SRDDataModule
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.order import rank
-from srd_lightning.curation.reflector import Reflector
+from srd_lightning.curation.reflection import Reflector
 from srd_lightning.data.rows import ids_of
 from srd_lightning.models.generation import Decoding
 
@@ -251,11 +251,11 @@ def test_packed_rows_do_not_see_each_other(attention, tmp_path):
 
 def test_curation_ranks_rows_as_on_a_cpu(model, tokenizer, data, tmp_path):
     criteria = [RougeL(), NegativeLogLikelihood()]
-    reflector = Reflector(tokenizer, PLAIN, criteria, Decoding(max_new_tokens=6), tokens_per_batch=500, threads=1)
     orders, columns = [], []
     for number, device in enumerate((torch.device("cpu"), DEVICE)):
-        folder = tmp_path / str(number)
-        columns.append(reflector.scores(data, model, lambda made_of, folder=folder: folder, device).columns)
+        reflector = Reflector(tokenizer, PLAIN, criteria, Decoding(max_new_tokens=6), 500, threads=1, device=device)
+        fingerprint = reflector.fingerprint(data, model)
+        columns.append(reflector.scores(data, model, tmp_path / str(number), fingerprint).columns)
         orders.append(rank(columns[-1], criteria, ids_of(data), "average").argsort().tolist())
     assert columns[1]["nll"] == pytest.approx(columns[0]["nll"], abs=1e-4)
     assert (columns[1]["rouge_l"] == columns[0]["rouge_l"]).mean() >= 0.9

@@ -1,15 +1,19 @@
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import references
 import torch
-from conftest import PROJECTS, make_rows, records_of, run_project
+from conftest import PROJECTS, records_of, run_project
 from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from srd_lightning import ALPACA, Curriculum
-from srd_lightning.curation.refresh import Refresher, rearrange
+from srd_lightning.criteria import NegativeLogLikelihood
+from srd_lightning.curation.curator import Curator
+from srd_lightning.curation.refresh import Refresher, rearranged
+from srd_lightning.curation.score_store import Scores
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate
 
@@ -105,6 +109,9 @@ def test_two_processes_sharded_or_not_and_resumed(tmp_path):
     assert again["orders"] == {epoch: expected["orders"][epoch] for epoch in ("2", "3", "4")}
 
 
+CURRICULUM = Curriculum(torch.tensor([4, 2, 0, 1, 3]), {0: 0.4, 8: 0.8})
+
+
 class TestRefresher:
     @pytest.mark.parametrize("epochs", [[0], [8, 9], [-1]])
     def test_epochs_that_begin_no_later_stage(self, epochs):
@@ -123,20 +130,17 @@ class TestRefresher:
         assert Refresher([16, 8], {0: 0.25, 8: 0.5, 16: 0.75}).due(20) == [8, 16]
 
     def test_a_checkpoint_that_knows_nothing_of_it(self, tmp_path):
-        refresher = Refresher([8], {0: 0.25, 8: 0.5})
+        refresher = Refresher([8], CURRICULUM.schedule)
         with pytest.raises(ValueError, match=r"does not say in which order.*from the end of epoch 7"):
-            refresher.scores(8, 9, tmp_path, Dataset.from_list(make_rows(2)), [], None)
+            refresher.refresh(
+                CURRICULUM, 9, Curator({0: 0.4, 8: 0.8}), Dataset.from_dict({"id": list("abcde")}), None, tmp_path
+            )
 
 
-def test_rearrange_by_hand():
-    curriculum = Curriculum(torch.tensor([4, 2, 0, 1, 3]), {0: 0.4, 1: 0.8})
-    asked = []
-
-    def order_of(rows, kept):
-        asked.append((rows["id"][:], kept))
-        return torch.tensor([2, 0, 1])
-
-    found = rearrange(curriculum, 1, Dataset.from_dict({"id": list("abcde")}), order_of)
-    assert asked == [(["a", "b", "d"], 2)]
+def test_rearranged_by_hand():
+    rows = Dataset.from_dict({"id": list("abd")})  # those still to come: rows 0, 1 and 3
+    curator = Curator({0: 0.4, 8: 0.8}, [NegativeLogLikelihood()])
+    scores = Scores({"nll": np.array([0.2, 0.3, 0.1])}, None, 3, None)
+    found = rearranged(CURRICULUM, 8, curator, rows, scores)
     assert found.order.tolist() == [4, 2, 3, 0, 1]
-    assert dict(found.schedule) == {0: 0.4, 1: 0.8}
+    assert dict(found.schedule) == {0: 0.4, 8: 0.8}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
-from srd_lightning.curation.student_source import fresh_student, trained_student
+from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.data.batches import collate
 from srd_lightning.distributed.fsdp2 import blocks, inside, release, shard, with_weights, without_weights
 from srd_lightning.distributed.placement import shard_student
@@ -160,9 +160,9 @@ def test_a_sharded_student_does_not_reflect(mesh):
     module = KDLightningModule(tiny_model(), kd_weight=0.0)
     shard(module.student, mesh)
     with pytest.raises(ValueError, match=r"reflects needs all of its weights, but .*: make a new module"):
-        fresh_student(None, module)
+        ReflectingStudent(None, module, None, None).untrained()
     with pytest.raises(ValueError, match=r"give SimpleNamespace a method whole_student\(\)"):
-        trained_student(None, SimpleNamespace(student=module.student))
+        ReflectingStudent(None, SimpleNamespace(student=module.student), None, None).as_trained()
 
 
 def test_a_sharded_teacher_is_not_cached(mesh):

@@ -45,6 +45,7 @@ ADVICE = {
     "decontaminate": "set `decontaminate` and `near_duplicates` as they were",
     "seed": "set `seed` as it was",
     "group_by_length": "set `group_by_length` as it was",
+    "sampler": "set `sampler` as it was",
     "global_batch": "rows of a batch, of all ranks: set `batch_size` so that it is as it was",
     "accumulate_grad_batches": "set `trainer.accumulate_grad_batches` as it was",
     "rows": "or in another order of the file: use the same `data`",

@@ -7,6 +7,7 @@ from typing import Any
 
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.criteria.batch import Reflected
+from srd_lightning.data.rows import response_lengths
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.text_metrics import rouge_l, same_number, same_words
 
@@ -38,7 +39,7 @@ class ResponseLength(Criterion):
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
         """See `Criterion.scores`."""
-        return [len(row["input_ids"]) - row["prompt_length"] for row in reflected.rows]
+        return response_lengths(reflected.rows)
 
 
 class ExactMatch(Criterion):

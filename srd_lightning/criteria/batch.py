@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.batches import collate
+from srd_lightning.data.rows import response_lengths
 from srd_lightning.data.samplers import of_like_length
 from srd_lightning.evaluation.response_logits import response_logits
 from srd_lightning.losses.base import IGNORE_INDEX, upcast
@@ -54,7 +55,7 @@ class Reflected:
     def answers(self) -> list[str]:
         """The student's answers, ``[B]``."""
         prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
-        limits = self.decoding.limits([len(row["input_ids"]) - row["prompt_length"] for row in self.rows])
+        limits = self.decoding.limits(response_lengths(self.rows))
         return generate(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
 
     def pairs(self) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -103,7 +104,7 @@ class Reflected:
             batch = {name: values.to(self.device) for name, values in collate(some, pad_token_id=0).items()}
             tokens = batch["labels"][batch["labels"] != IGNORE_INDEX]
             values = measure(tokens, *(_logits(model, batch) for model in models))
-            lengths = [len(row["input_ids"]) - row["prompt_length"] for row in some]
+            lengths = response_lengths(some)
             parts |= zip(chosen, torch.split(values, lengths), strict=True)
         return torch.cat([parts[row] for row in range(len(rows))])
 
@@ -114,7 +115,7 @@ class Reflected:
 
     def row_means(self, values: Tensor) -> list[float]:
         """Return the mean of each row's tokens, ``[B]``, from ``[N]`` values."""
-        lengths = [len(row["input_ids"]) - row["prompt_length"] for row in self.rows]
+        lengths = response_lengths(self.rows)
         return [float(part.mean()) for part in torch.split(values.cpu(), lengths)]
 
 

@@ -1,13 +1,17 @@
 """Reflection: the student answers every prompt, and its answer and its loss say how hard the row is for it.
 
-Fixed batches are dealt to the processes, so a score does not depend on how many there are.
+Fixed batches are dealt to the ranks, so a score does not depend on how many there are; all ranks get all scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from torch import nn
@@ -15,8 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.criteria.base import Criterion, score_batch
 from srd_lightning.criteria.batch import Reflected
-from srd_lightning.curation.score_store import ScoreStore
+from srd_lightning.curation.fingerprint import fingerprint
+from srd_lightning.curation.score_store import Floats, Scores, ScoreStore
 from srd_lightning.data.rows import ids_of
+from srd_lightning.distributed.process_group import Team
+from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.progress import progress_bar
 
@@ -92,3 +99,125 @@ def reflect(
         progress.close()
         for criterion in criteria:
             criterion.finish()
+
+
+@dataclass(frozen=True)
+class Reflector:
+    """Lets a student reflect, on all ranks, and keeps the scores.
+
+    Args:
+        tokenizer: The student's.
+        template: How rows became prompts.
+        criteria: What to score.
+        decoding: How the student answers.
+        tokens_per_batch: See `fixed_batches`.
+        threads: Of a CPU while it reflects: their number changes the last digits of scores.
+        device: Where the student reflects; by default where it is.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: object
+    criteria: Sequence[Criterion]
+    decoding: Decoding
+    tokens_per_batch: int
+    threads: int
+    device: torch.device | None = None
+
+    def fingerprint(self, rows: Dataset, model: nn.Module) -> Mapping[str, str]:
+        """Return digests, by part, of what scores of these rows are made of.
+
+        Args:
+            rows: Tokenised rows.
+            model: The student.
+
+        Raises:
+            SettingError: The ranks have different students.
+        """
+        settings = (self.tokenizer, self.template, self.decoding, SCORING_VERSION)
+        return _same_in_all(Team().from_all(lambda: fingerprint(rows, model, *settings)))
+
+    def scores(self, rows: Dataset, model: nn.Module, folder: Path, made_of: Mapping[str, str]) -> Scores:
+        """Score every row that has no scores yet.
+
+        Args:
+            rows: Tokenised rows.
+            model: The student; moved to the device while it reflects.
+            folder: Where the scores are kept.
+            made_of: Their fingerprint.
+
+        Returns:
+            The scores, the same on all ranks.
+
+        Raises:
+            StorageError: The folder holds scores made of something else, cannot be written, or another run has it.
+            RankError: Another rank has failed.
+        """
+        team, ids = Team(), ids_of(rows)
+        names, device = (
+            [criterion.column for criterion in self.criteria],
+            self.device or next(model.parameters()).device,
+        )
+
+        def begin() -> tuple[ScoreStore, dict[str, Floats], list[tuple[int, Batch]]]:
+            settings = {criterion.column: criterion.settings() for criterion in self.criteria}
+            store = stack.enter_context(ScoreStore.locked(folder, made_of, settings))
+            columns = store.columns(ids, names)
+            todo = self._unscored(rows, columns)
+            if not todo and not store.is_tidy(len(ids)):  # a run was killed at its very end
+                store.tidy()
+            return store, columns, todo
+
+        def finish() -> dict[str, Floats]:
+            store.tidy()
+            return store.columns(ids, names)
+
+        with ExitStack() as stack:
+            store, columns, todo = team.from_first(begin)
+            if todo:
+                with (
+                    team.sharing(store.folder) as check,
+                    _placed(model, device),
+                    pinned_threads(self.threads, device),
+                ):
+                    share, first = todo[team.rank :: team.size], team.rank == 0
+                    reflect(model, self.tokenizer, rows, store, self.criteria, self.decoding, share, check, first)
+                columns = team.from_first(finish)
+        return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
+
+    def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, Batch]]:
+        missing = np.any([np.isnan(values) for values in columns.values()], axis=0)
+        batches = enumerate(fixed_batches(rows, self.tokens_per_batch, self.decoding))
+        return [(number, batch) for number, batch in batches if missing[batch].any()]
+
+
+def _same_in_all(made_of: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    first = made_of[0]
+    for rank, other in enumerate(made_of):
+        if different := [part for part in first if other[part] != first[part]]:
+            raise SettingError(
+                f"process {rank} has another {', '.join(different)} than process 0; load the same files in all, and "
+                "call seed_everything before a model is made from a configuration"
+            )
+    return first
+
+
+@contextmanager
+def _placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextmanager
+def pinned_threads(number: int, device: torch.device) -> Iterator[None]:
+    """Compute with a fixed number of threads on a CPU."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from srd_lightning.criteria.base import Criterion
+from srd_lightning.curation.curator import Curator
 from srd_lightning.curation.score_store import Scores, stored_scores
+from srd_lightning.curation.student_source import ReflectingStudent
+from srd_lightning.curriculum.arrangement import arranged
 from srd_lightning.curriculum.curriculum import Curriculum
 from srd_lightning.digests import digest
 from srd_lightning.errors import ResumeError, SettingError
@@ -51,52 +54,61 @@ class Refresher:
         self._done += due
         return due
 
-    def scores(
+    def refresh(
         self,
-        first: int,
+        curriculum: Curriculum,
         epoch: int,
-        folder: Path,
+        curator: Curator,
         rows: Dataset,
-        criteria: Sequence[Criterion],
-        reflect: Callable[[Dataset, Callable[[Mapping[str, str]], Path]], Scores],
-    ) -> Scores:
-        """Return the scores of a refreshment: those that were made then, else new ones.
+        student: ReflectingStudent,
+        root: Path,
+    ) -> Curriculum:
+        """Put the rows still to come in a new order, where that is due.
 
         Args:
-            first: First epoch of the refreshment.
+            curriculum: As it was.
             epoch: The current one.
-            folder: Of the first reflection; that of the refreshment is in it.
-            rows: Rows still to come.
-            criteria: What they are scored by.
-            reflect: Scores rows; takes a function from what they are made of to a folder.
+            curator: That made it.
+            rows: All rows.
+            student: Reflects as trained so far.
+            root: Folder of the first reflection; those of the refreshments are in it.
+
+        Returns:
+            The curriculum from now on.
 
         Raises:
-            ResumeError: They were made in a run that this one does not know.
+            ResumeError: A refreshment was made in a run that this one does not know.
         """
-        if first in self.generations:
-            return stored_scores(folder / self.generations[first], rows, criteria)
-        if epoch > first:
-            raise ResumeError(
-                f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume from "
-                f"one that was trained with the same refresh, or from the end of epoch {first - 1}"
-            )
-        scores = reflect(rows, lambda made_of: folder / f"epoch-{first}-{digest(made_of)}")
-        self.generations[first] = scores.folder.name
-        return scores
+        for first in self.due(epoch):
+            to_come = rows.select(curriculum.order[curriculum.size(first - 1) :].numpy())
+            if first in self.generations:
+                scores = stored_scores(root / self.generations[first], to_come, curator.criteria)
+            elif epoch > first:
+                raise ResumeError(
+                    f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume "
+                    f"from one that was trained with the same refresh, or from the end of epoch {first - 1}"
+                )
+            else:
+                model, reflector = student.as_trained(), curator.reflector(student)
+                fingerprint = reflector.fingerprint(to_come, model)
+                folder = root / f"epoch-{first}-{digest(fingerprint)}"
+                scores = reflector.scores(to_come, model, folder, fingerprint)
+                self.generations[first] = folder.name
+            curriculum = rearranged(curriculum, first, curator, to_come, scores)
+            rank_zero_info(f"rows still to come are in the order of {self.generations[first]}")
+        return curriculum
 
 
-def rearrange(
-    curriculum: Curriculum, first_epoch: int, rows: Dataset, order_of: Callable[[Dataset, int], Tensor]
-) -> Curriculum:
-    """Return the curriculum with the rows that have not entered before an epoch in a new order.
+def rearranged(curriculum: Curriculum, first: int, curator: Curator, to_come: Dataset, scores: Scores) -> Curriculum:
+    """Return the curriculum with the rows that have not entered before an epoch in the order of new scores.
 
     Args:
         curriculum: As it was.
-        first_epoch: Of a stage.
-        rows: All rows.
-        order_of: Takes the rows still to come and how many of them will enter; returns their order, easiest first.
+        first: Epoch with which a stage begins.
+        curator: Ranks and arranges.
+        to_come: The rows that enter in this stage or later, in their order so far.
+        scores: Of these rows.
     """
-    seen, kept = curriculum.size(first_epoch - 1), curriculum.kept
-    to_come = curriculum.order[seen:]
-    order = order_of(rows.select(to_come.numpy()), kept - seen)
-    return Curriculum(torch.cat([curriculum.order[:seen], to_come[order]]), curriculum.schedule)
+    seen = curriculum.size(first - 1)
+    order: Tensor = arranged(curator.arrangement, curator.order(to_come, scores), curriculum.kept - seen)
+    return Curriculum(torch.cat([curriculum.order[:seen], curriculum.order[seen:][order]]), curriculum.schedule)

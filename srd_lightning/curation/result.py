@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from torch import Tensor
 
+from srd_lightning.curation.score_store import Scores
 from srd_lightning.curriculum.curriculum import Curriculum
 from srd_lightning.curriculum.ranking import Floats, average_ranks
 
@@ -28,6 +29,7 @@ class Curated:
         dropped: Rows that were left out before the ranking, by reason.
         seconds: Time of the curation.
         scored: Rows that this run scored; 0 if all scores came from disk.
+        scores: Where the columns and the answers are kept; nothing where rows were not ranked.
     """
 
     ids: pa.ChunkedArray | pa.Array | Sequence[str]
@@ -38,6 +40,7 @@ class Curated:
     dropped: Mapping[str, int]
     seconds: float
     scored: int
+    scores: Scores | None = None
 
     @property
     def rows(self) -> int:

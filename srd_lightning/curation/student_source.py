@@ -1,73 +1,89 @@
-"""Which model reflects, the student before training or as trained so far, and by which tokenizer."""
+"""Which model reflects, the student before training or as trained so far, by which tokenizer, and where."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from srd_lightning.data.templates import ChatTemplate, PromptTemplate
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.protocols import GathersStudent, HasStudent
 
 
+@dataclass(frozen=True)
+class ReflectingStudent:
+    """The student of a run, which is only loaded when it reflects.
+
+    Args:
+        given: The student of the data module, if it was given one.
+        module: The LightningModule, if there is one: a `HasStudent`, or with a model as ``student``.
+        tokenizer: Of the rows.
+        template: How rows became prompts.
+        device: Where it reflects; by default where it is.
+    """
+
+    given: Pretrained | nn.Module | None
+    module: Any
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate | ChatTemplate
+    device: torch.device | None = None
+
+    def untrained(self) -> nn.Module:
+        """Return the student that a data module was given, else the one of the module that is to be trained.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if isinstance(self.given, Pretrained):
+            return self.given.model()
+        if self.given is not None:
+            return self.given
+        if isinstance(self.module, HasStudent):
+            return _whole(self.module.build_student(), "an earlier run has done so: make a new module")
+        if isinstance(getattr(self.module, "student", None), nn.Module):
+            return cast(nn.Module, self.module.student)
+        raise ValueError(
+            "SRDDataModule needs a student that reflects: pass student=, or train a module whose `student` is a model; "
+            "schedule={0: 1.0} trains on all rows without reflection"
+        )
+
+    def as_trained(self) -> nn.Module:
+        """Return the student as trained so far, with all of its weights.
+
+        Raises:
+            ValueError: There is none that is trained, or its weights are sharded and the module cannot gather them.
+        """
+        if isinstance(self.module, GathersStudent):
+            return cast(nn.Module, self.module.whole_student())
+        student = getattr(self.module, "student", self.given)
+        if not isinstance(student, nn.Module):
+            raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
+        return _whole(student, f"give {type(self.module).__name__} a method whole_student(), as KDLightningModule has")
+
+
 def find_tokenizer(
-    source: str | PreTrainedTokenizerBase | None, student: Pretrained | nn.Module | None, module: Any
+    given: str | PreTrainedTokenizerBase | None, student: Pretrained | nn.Module | None, module: Any
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer that a data module was given, else its student's, else the module's.
 
     Raises:
         ValueError: There is none.
     """
-    if isinstance(source, str):
-        return AutoTokenizer.from_pretrained(source)
-    if source is not None:
-        return source
+    if isinstance(given, str):
+        return AutoTokenizer.from_pretrained(given)
+    if given is not None:
+        return given
     if isinstance(student, Pretrained):
         return student.tokenizer()
     found = module.student_tokenizer() if isinstance(module, HasStudent) else getattr(module, "tokenizer", None)
     if found is None:
         raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
-    return found
-
-
-def fresh_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Module:
-    """Return the student that a data module was given, else the one of the module that is to be trained.
-
-    Args:
-        source: The student of the data module, if it was given one.
-        module: The LightningModule, if there is one: a `HasStudent`, or with a model as ``student``.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if isinstance(source, Pretrained):
-        return source.model()
-    if source is not None:
-        return source
-    if isinstance(module, HasStudent):
-        return _whole(module.build_student(), "an earlier run has done so: make a new module")
-    if isinstance(getattr(module, "student", None), nn.Module):
-        return cast(nn.Module, module.student)
-    raise ValueError(
-        "SRDDataModule needs a student that reflects: pass student=, or train a module whose `student` is a model; "
-        "schedule={0: 1.0} trains on all rows without reflection"
-    )
-
-
-def trained_student(source: Pretrained | nn.Module | None, module: Any) -> nn.Module:
-    """Return the student as trained so far, with all of its weights; arguments as for `fresh_student`.
-
-    Raises:
-        ValueError: There is none that is trained, or its weights are sharded and the module cannot gather them.
-    """
-    if isinstance(module, GathersStudent):
-        return cast(nn.Module, module.whole_student())
-    student = getattr(module, "student", source)
-    if not isinstance(student, nn.Module):
-        raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
-    return _whole(student, f"give {type(module).__name__} a method whole_student(), as KDLightningModule has")
+    return cast(PreTrainedTokenizerBase, found)
 
 
 def _whole(student: nn.Module, remedy: str) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
-from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.batches import collate
-from srd_lightning.data.samplers import LengthGrouped, Lengths, Shuffled
+from srd_lightning.data.samplers import Lengths, MakeSampler, Shuffled, sampler_of
 from srd_lightning.protocols import BatchColumns
 
 
@@ -25,59 +23,49 @@ class Loaders:
     """Makes loaders.
 
     Args:
-        tokenizer: Says what pads.
         num_workers: Processes that load batches.
         seed: Of the order within an epoch.
-        rank: This process.
-        world_size: Processes that see different rows.
-        batch_columns: Takes rows; returns what their batch brings along besides, such as what a teacher said to them.
-        pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this.
+        sampler: Says which rows make a training batch.
     """
 
-    tokenizer: PreTrainedTokenizerBase
     num_workers: int
     seed: int
-    rank: int
-    world_size: int
-    batch_columns: BatchColumns | None = None
-    pad_to_multiple_of: int = 1
+    sampler: MakeSampler
 
-    def train(self, pool: Any, epoch: int, batch_size: int, lengths: Lengths | None = None) -> ResumableLoader:
-        """Return rows shuffled by seed and epoch; the last processes may see a row again to even out.
+    def train(
+        self, pool: Any, lengths: Lengths, epoch: int, batch_size: int, ranks: Mapping[str, int], collate: Collate
+    ) -> ResumableLoader:
+        """Return the rows of an epoch in a random order; the last ranks may see a row again to even out.
 
         Args:
-            pool: The rows of the epoch.
+            pool: The rows.
+            lengths: Theirs, in tokens, ``[N]``.
             epoch: Its number.
-            batch_size: Rows per process and batch.
-            lengths: Of the rows, in tokens, ``[N]``: those of like length stand together. Without, a plain shuffle.
+            batch_size: Rows per rank and batch.
+            ranks: ``rank``, and ``num_replicas`` that see different rows.
+            collate: Makes batches.
 
         Returns:
-            The loader of this process.
+            The loader of this rank.
         """
-        place = (self.world_size, self.rank, self.seed)
-        sampler = Shuffled(pool, *place) if lengths is None else LengthGrouped(pool, lengths, batch_size, *place)
+        sampler = sampler_of(self.sampler, pool, lengths, batch_size, ranks, self.seed)
         sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
-        return ResumableLoader(pool, **self._settings(sampler, batch_size))
+        return ResumableLoader(pool, **self._settings(sampler, batch_size, collate))
 
-    def evaluation(self, rows: Any, batch_size: int) -> DataLoader[Any]:
-        """Return rows in their order. Every process gets as many; those that fill up have no response to count."""
-        blanks: Any = [{**rows[0], "prompt_length": len(rows[0]["input_ids"])}] * (-len(rows) % self.world_size)
+    def evaluation(self, rows: Any, batch_size: int, ranks: Mapping[str, int], collate: Collate) -> DataLoader[Any]:
+        """Return rows in their order. Every rank gets as many; those that fill up have no response to count."""
+        fill = -len(rows) % ranks["num_replicas"]
+        blanks: Any = [{**rows[0], "prompt_length": len(rows[0]["input_ids"])}] * fill
         full: ConcatDataset[Any] = ConcatDataset([rows, blanks])
-        sampler: DistributedSampler[Any] = DistributedSampler(full, self.world_size, self.rank, shuffle=False)
-        return DataLoader(full, **self._settings(sampler, batch_size))
+        sampler: DistributedSampler[Any] = DistributedSampler(full, ranks["num_replicas"], ranks["rank"], shuffle=False)
+        return DataLoader(full, **self._settings(sampler, batch_size, collate))
 
-    def _settings(self, sampler: DistributedSampler[Any], batch_size: int) -> dict[str, Any]:
-        pad = self.tokenizer.pad_token_id
+    def _settings(self, sampler: DistributedSampler[Any], batch_size: int, collate: Collate) -> dict[str, Any]:
         return {
             "batch_size": batch_size,
             "sampler": sampler,
             "num_workers": self.num_workers,
-            "collate_fn": functools.partial(
-                _collate,
-                pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-                batch_columns=self.batch_columns,
-                pad_to_multiple_of=self.pad_to_multiple_of,
-            ),
+            "collate_fn": collate,
             "pin_memory": torch.cuda.is_available(),
         }
 
@@ -104,11 +92,24 @@ class RebuiltEveryEpoch:
             self._former = None
 
 
-def _collate(
-    rows: Sequence[Mapping[str, Any]], pad_token_id: int, batch_columns: BatchColumns | None, pad_to_multiple_of: int
-) -> dict[str, Tensor]:
-    batch = collate(rows, pad_token_id, pad_to_multiple_of)
-    return batch if batch_columns is None else {**batch, **batch_columns(rows)}
+@dataclass(frozen=True)
+class Collate:
+    """Makes batches of rows.
+
+    Args:
+        pad_token_id: What pads.
+        pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this.
+        columns: What batches carry besides, such as what a teacher said to their rows.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+    columns: BatchColumns | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the batch, see `collate`."""
+        batch = collate(rows, self.pad_token_id, self.pad_to_multiple_of)
+        return batch if self.columns is None else {**batch, **self.columns(rows)}
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -58,3 +60,13 @@ def lengths_of(rows: Dataset) -> NDArray[np.int32]:
     lengths: NDArray[np.int32] = rows.data.column("length").to_numpy()
     places = rows._indices  # which `datasets` itself makes Python numbers of: minutes for 100 million rows
     return lengths if places is None else lengths[places.column(0).to_numpy()]
+
+
+def response_lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return how many tokens the responses of some tokenised rows have, ``[B]``, the end token included.
+
+    Example:
+        >>> response_lengths([{"input_ids": [5, 6, 7], "prompt_length": 1}])
+        [2]
+    """
+    return [len(row["input_ids"]) - row["prompt_length"] for row in rows]

@@ -1,18 +1,25 @@
 """Which rows each process sees in an epoch, and in which order: plain, or with rows of like length together.
 
+Another grouping is one class: a `LengthGrouped` with an ``order`` of its own, or any `MakeSampler`, given to
+``SRDDataModule(sampler=...)``.
+
 Rows are dealt like cards: of a global order, process ``r`` of ``R`` takes places ``r``, ``r + R``, … So what stands
 together in the order, one *global* batch of ``batch_size * R`` rows, is one training step of all processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
+
+from srd_lightning.errors import SettingError
 
 Ints = NDArray[np.int64]
 Lengths = NDArray[np.integer[Any]]
@@ -141,3 +148,107 @@ class LengthGrouped(Shuffled):
     def order(self) -> Ints:
         """Return the row numbers of all processes, ``[N]``, those of like length together."""
         return length_grouped_order(self.lengths, self.group, self.seed, self.epoch)
+
+
+class MakeSampler(Protocol):
+    """Says which rows make a batch: a class such as `LengthGrouped`, or a function."""
+
+    def __call__(
+        self, dataset: Any, lengths: Lengths, batch_size: int, num_replicas: int, rank: int, seed: int
+    ) -> DistributedSampler[Any]:
+        """Return the sampler of a rank. All are given by name.
+
+        Args:
+            dataset: The rows of the epoch; has a length N.
+            lengths: Theirs, in tokens, ``[N]``.
+            batch_size: Rows per rank and step: these, from each rank, are one step.
+            num_replicas: Ranks that see different rows.
+            rank: This one.
+            seed: Of the order.
+
+        Returns:
+            Gives ``ceil(N / num_replicas)`` row numbers, so that all ranks together see each row. They depend on what
+            was given and on ``set_epoch(epoch)`` alone, so that a run that is resumed sees the rest of the same epoch.
+        """
+
+
+def plain_shuffle(
+    dataset: Any, lengths: Lengths, batch_size: int, num_replicas: int, rank: int, seed: int
+) -> DistributedSampler[Any]:
+    """Return a sampler that does not group rows; see `MakeSampler`."""
+    return Shuffled(dataset, num_replicas, rank, seed)
+
+
+def sampler_of(
+    make: MakeSampler, dataset: Any, lengths: Lengths, batch_size: int, ranks: Mapping[str, int], seed: int
+) -> Shuffled:
+    """Return a sampler that can leave out what was seen of an epoch.
+
+    Args:
+        make: Makes it.
+        dataset: The rows of the epoch.
+        lengths: Theirs, in tokens, ``[N]``.
+        batch_size: Rows per rank and step.
+        ranks: ``rank`` and ``num_replicas``.
+        seed: Of the order.
+
+    Raises:
+        SettingError: It gives another number of rows than were planned.
+    """
+    sampler = make(dataset=dataset, lengths=lengths, batch_size=batch_size, seed=seed, **ranks)
+    if not isinstance(sampler, DistributedSampler):
+        raise SettingError(f"sampler must return a DistributedSampler, but returned a {type(sampler).__name__}")
+    planned = math.ceil(len(dataset) / ranks["num_replicas"])
+    if len(sampler) != planned:
+        raise SettingError(
+            f"sampler must give each of {ranks['num_replicas']} ranks {planned} of {len(dataset)} rows, but gives "
+            f"{len(sampler)}"
+        )
+    return sampler if isinstance(sampler, Shuffled) else _Given(sampler, **ranks)
+
+
+class _Given(Shuffled):
+    """A sampler of the user's; what was seen of the epoch is left out."""
+
+    def __init__(self, sampler: DistributedSampler[Any], num_replicas: int, rank: int) -> None:
+        super().__init__(sampler.dataset, num_replicas, rank)
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(iter(self.sampler), self.start, None)
+
+
+def check_sampler(make: MakeSampler) -> None:
+    """Try a user's sampler on ten rows for two ranks, so that one that cannot work is known before there are rows.
+
+    Raises:
+        SettingError: It takes other arguments, or its ranks do not see each row in every epoch, the same when asked
+            again.
+
+    Example:
+        >>> check_sampler(LengthGrouped)
+    """
+    lengths = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+    for epoch in (0, 1):
+        orders: list[list[int]] = []
+        for rank in (0, 1, 0, 1):
+            try:
+                sampler = sampler_of(make, range(10), lengths, 2, {"num_replicas": 2, "rank": rank}, seed=0)
+            except TypeError as error:
+                raise SettingError(f"sampler must take the arguments of `MakeSampler`, by name: {error}") from error
+            sampler.set_epoch(epoch)
+            orders.append([int(row) for row in sampler])
+        if sorted(orders[0] + orders[1]) != list(range(10)):
+            raise SettingError(
+                f"sampler must let the ranks see each row of an epoch once, but gives rows {orders[0]} to one and "
+                f"{orders[1]} to the other of two ranks that share rows 0 to 9"
+            )
+        if orders[2:] != orders[:2]:
+            raise SettingError(
+                f"sampler must give the same rows for the same seed and epoch, or no run can be resumed, but gives "
+                f"{orders[0]} and then {orders[2]}"
+            )

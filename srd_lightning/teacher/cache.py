@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from srd_lightning.data.rows import response_lengths
 from srd_lightning.digests import digest, file_digest
 from srd_lightning.errors import StorageError
 from srd_lightning.losses.head import Head
@@ -139,7 +140,7 @@ class TeacherCache:
 
     def append(self, rows: Sequence[Row], kept: Mapping[str, Tensor]) -> None:
         """Add rows, whose response tokens stand one after the other in ``kept``, ``[N, width]`` each."""
-        lengths = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+        lengths = response_lengths(rows)
         parts = {name: torch.split(values.cpu(), lengths) for name, values in kept.items()}
         for place, row in enumerate(rows):
             self._buffer.append((row_key(row), {name: _to_bytes(values[place]) for name, values in parts.items()}))
@@ -192,7 +193,7 @@ class TeacherCache:
 
     @staticmethod
     def _padded(rows: Sequence[Row], buffers: Sequence[pa.Buffer], dtype: torch.dtype) -> Tensor:
-        lengths = [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+        lengths = response_lengths(rows)
         left = iter(buffers)
         values = [
             torch.frombuffer(bytearray(next(left)), dtype=dtype).view(length, -1) if length else None

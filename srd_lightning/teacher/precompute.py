@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from srd_lightning.data.batches import collate
-from srd_lightning.data.rows import lengths_of
+from srd_lightning.data.rows import lengths_of, response_lengths
 from srd_lightning.data.samplers import of_like_length
 from srd_lightning.digests import file_digest, weights_digest
 from srd_lightning.distributed.process_group import Team
@@ -184,7 +184,7 @@ def _check_finite(
     places = torch.nonzero(~(finite & torch.isfinite(known).all(1))).flatten().tolist()
     if not places:
         return
-    ends = np.cumsum([len(row["input_ids"]) - row["prompt_length"] for row in rows])
+    ends = np.cumsum(response_lengths(rows))
     row = rows[int(np.searchsorted(ends, places[0], side="right"))]["id"]
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     if finite[places[0]] and "teacher_hidden" in kept:
