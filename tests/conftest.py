@@ -95,7 +95,7 @@ def forks():
                 )
             )
         python = path.with_name("python")
-        fork = f"{sys.executable} -I -S {TESTS / 'forked.py'} {path} 1"
+        fork = f"{sys.executable} -I -S {TESTS / 'ask.py'} {path} 1"
         python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {fork} "$@"\n')
         python.chmod(0o700)
         os.environ |= {FORKS: str(path), "SRD_TEST_PYTHON": str(python)}
@@ -125,7 +125,7 @@ def of_program(program, *arguments, ranks=1, **environment):
     them, each a process with its rank in the environment, as launchers start them; it ends when all have, with the
     first exit code that is not 0. Variables that libraries read when they are imported come too late.
     """
-    command = [sys.executable, "-I", "-S", TESTS / "forked.py", forks(), ranks, program, *arguments]
+    command = [sys.executable, "-I", "-S", TESTS / "ask.py", forks(), ranks, program, *arguments]
     return {"args": list(map(str, command)), "env": surroundings(**environment), "text": True}
 
 

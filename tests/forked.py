@@ -1,13 +1,13 @@
-"""Python programs in forks of one process that has imported what they need: an interpreter takes nine seconds for that.
+"""The process that runs Python programs in forks of itself, having imported what they need: that takes nine seconds.
 
 ``python forked.py NUMBER`` is that process, with the number of an open socket that listens; it ends when its standard
-input does. ``python -I -S forked.py SOCKET RANKS PROGRAM [ARGUMENT …]`` runs a program there as if here, with these
-streams, this folder and this environment, and ends as the program does. Of several ranks, each a process that is told
-its rank as launchers do it, it ends when all have, as the first does that has failed. What libraries read from the
-environment when they are imported, they have read before.
+input does. `ask.py` is its client. A program runs as if the client were it: with its streams, folder and environment,
+signals passed on. Of several ranks, each a process that is told its rank as launchers do it, it ends when all have, as
+the first does that has failed. What libraries read from the environment when they are imported, they have read before.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -34,19 +34,84 @@ EVERYTHING = [
 
 
 def serve(number):
-    """Import everything, then fork for every client that connects to a socket."""
+    """Import everything, then fork for every client that connects to a socket, and tell it how its program ended."""
+    running = {}
     with socket.socket(fileno=int(number)) as listener:
         import_everything()
         while True:
-            ready, _, _ = select.select([listener, sys.stdin], [], [])
+            ready, _, _ = select.select([listener, sys.stdin, *running], [], [], 0.01 if running else None)
             if sys.stdin in ready:
-                return reap()
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                run_for(connection)
+                return kill(process for processes in running.values() for process in processes)
+            for client in [client for client in ready if client in running]:
+                hear(client, running)
+            if listener in ready:
+                client, _ = listener.accept()
+                if processes := start_for(client, [listener, *running]):
+                    running[client] = processes
+            for client, processes in list(running.items()):
+                look_after(processes)
+                if None not in processes.values():
+                    with contextlib.suppress(OSError):
+                        client.sendall(f"{next(filter(None, processes.values()), 0)}\n".encode())
+                    client.close()
+                    del running[client]
+
+
+def start_for(client, others):
+    """Start what a client asks for; return how its processes ended, each ``None`` so far."""
+    _, streams, *_ = socket.recv_fds(client, 1, 3)
+    if not (line := client.makefile().readline()):
+        return client.close()
+    request = json.loads(line)
+
+    def become():
+        os.setpgid(0, 0)
+        for connection in [client, *others]:
             connection.close()
-            reap()
+        for stream, given in enumerate(streams):
+            os.dup2(given, stream)
+            os.close(given)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+
+    processes = start(lambda: run_program(*request["command"]), request["ranks"], become)
+    for stream in streams:
+        os.close(stream)
+    return dict.fromkeys(processes)
+
+
+def hear(client, running):
+    """Pass on a signal to the first process that still runs; kill them all if the client is gone."""
+    left = [process for process, code in running[client].items() if code is None]
+    try:
+        number = client.recv(1)
+    except OSError:
+        number = b""
+    if number:
+        os.kill(left[0], number[0])
+    else:
+        kill(left)
+        for process in left:
+            os.waitpid(process, 0)
+        del running[client]
+        client.close()
+
+
+def look_after(processes):
+    """Note how those processes ended that have."""
+    for process in [process for process, code in processes.items() if code is None]:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            processes[process] = os.waitstatus_to_exitcode(status)
+
+
+def kill(processes):
+    """Kill processes, and what they have started."""
+    for process in processes:
+        for all_of_them in (os.killpg, os.kill):  # it may not have come to its group yet
+            with contextlib.suppress(ProcessLookupError):
+                all_of_them(process, signal.SIGKILL)
 
 
 def import_everything():
@@ -58,50 +123,22 @@ def import_everything():
     gc.freeze()  # what is never looked at stays shared
 
 
-def reap():
-    """Wait for those who have ended."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+def start(program, ranks=1, become=lambda: None):
+    """Fork processes that run a function and end as an interpreter does after it.
 
+    Args:
+        program: The function.
+        ranks: Number of processes.
+        become: Is called first in each of them.
 
-def run_for(connection):
-    """Be the process that starts a client's program, tells how it ended, and ends with it if the client goes."""
-    os.setsid()
-    _, streams, *_ = socket.recv_fds(connection, 1, 3)
-    for stream, given in enumerate(streams):
-        os.dup2(given, stream)
-        os.close(given)
-    request = json.loads(connection.makefile().readline())
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["folder"])
-    running = start(lambda: (connection.close(), run_program(*request["command"])), request["ranks"])
-    codes = dict.fromkeys(running)
-    while None in codes.values():
-        if select.select([connection], [], [], 0.01)[0]:
-            if not (number := connection.recv(1)):
-                os.killpg(0, signal.SIGKILL)
-            os.kill(next(process for process, code in codes.items() if code is None), number[0])
-        for process in [process for process, code in codes.items() if code is None]:
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                codes[process] = os.waitstatus_to_exitcode(status)
-    connection.sendall(f"{next(filter(None, codes.values()), 0)}\n".encode())
-    os._exit(0)
-
-
-def start(program, ranks=1):
-    """Fork processes that run a function and end as an interpreter does after it; return their numbers."""
+    Returns:
+        Their numbers.
+    """
     port, running = free_port(), []
     for rank in range(ranks):
         process = os.fork()
         if process == 0:
-            if ranks > 1:
-                be_rank(rank, ranks, port)
-            run_and_end(program)
+            run_and_end(lambda rank=rank: (become(), be_rank(rank, ranks, port), program()))
         running.append(process)
     return running
 
@@ -119,6 +156,8 @@ def free_port():
 
 
 def be_rank(rank, ranks, port):
+    if ranks == 1:
+        return
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     know_rank(rank)
@@ -188,27 +227,5 @@ def run_program(program, *arguments):
         runpy.run_path(program, run_name="__main__")
 
 
-def ask(path, ranks, *command):
-    """Be the client: let a program run, and end as it does."""
-    request = {"command": command, "ranks": int(ranks), "folder": os.getcwd(), "environment": dict(os.environ)}
-    with socket.socket(socket.AF_UNIX) as connection:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: connection.send(bytes([number])))
-        try:
-            connection.connect(path)
-            socket.send_fds(connection, [b"3"], [0, 1, 2])
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            answer = connection.makefile().readline()
-        except OSError as error:
-            sys.exit(f"{error}: {Path(path).with_suffix('.txt').read_text()}")
-    if not answer:
-        sys.exit("the process that started this program is gone")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    if (code := int(answer)) < 0:
-        os.kill(os.getpid(), -code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    ask(*sys.argv[1:]) if sys.argv[2:] else serve(sys.argv[1])
+    serve(sys.argv[1])
