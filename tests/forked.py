@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing.context
 import os
 import random
 import runpy
@@ -211,6 +212,8 @@ def run_program(program, *arguments):
 
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
     sys.executable = os.environ["SRD_TEST_PYTHON"]  # what launchers start are forks as well
+    contexts = multiprocessing.context._concrete_contexts
+    contexts["forkserver"] = contexts["fork"]  # of a process that has imported what such a server would
     if program == "-u":
         program, *arguments = arguments
     if "LOCAL_RANK" in os.environ:

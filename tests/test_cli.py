@@ -76,7 +76,11 @@ def test_debug_recipe_runs_as_it_stands(tmp_path, monkeypatch):
 def base(*more):
     """Return the debug recipe with models that are loaded from folders."""
     recipe = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
-    recipe["model"] |= {"student": {"name": "student"}, "teacher": {"name": "teacher"}}
+    recipe["model"] |= {
+        "student": {"name": "student"},
+        "teacher": {"name": "teacher"},
+        "decoding": {"max_new_tokens": 3},
+    }
     Path("base.yaml").write_text(yaml.safe_dump(recipe))
     return ["--config", "base.yaml", *more]
 
@@ -193,6 +197,7 @@ def test_sections_of_several_subcommands_in_one_file(tiny):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
+        (LightningCLI, "_dump_config"),
         (LightningCLI, "_parse_ckpt_path"),
         (LightningCLI, "_set_seed"),
         (ArgumentParser, "_apply_actions"),

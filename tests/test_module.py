@@ -138,7 +138,8 @@ def test_the_student_trains_after_it_has_answered(student, teacher, tokenizer, r
 
 
 def test_distillation_brings_the_student_to_the_teacher(student, teacher, tokenizer):
-    module = KDLightningModule(student, teacher, optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3))
+    options = {"optimizer": lambda params: torch.optim.AdamW(params, lr=3e-3), "decoding": Decoding(max_new_tokens=1)}
+    module = KDLightningModule(student, teacher, **options)
     trainer = L.Trainer(max_epochs=60, **QUIET)
     data = everything(tokenizer, make_rows(8))
     before = trainer.test(module, datamodule=data, verbose=False)[0]["test_kl"]

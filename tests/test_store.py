@@ -2,7 +2,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import textwrap
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import HANGS, of_program
 
 from srd_lightning.curation import score_store as store_module
 from srd_lightning.curation.score_store import ScoreStore, by_id
@@ -229,19 +229,18 @@ class TestFingerprint:
 
 
 class TestLock:
-    def test_a_second_run_is_told(self, store, monkeypatch):
+    def test_a_second_run_is_told(self, store, monkeypatch, tmp_path):
         monkeypatch.setattr(store_module, "PATIENCE", 0.1)
         code = f"""
             import sys
             from pathlib import Path
-            from srd_lightning.store import ScoreStore
+            from srd_lightning.curation.score_store import ScoreStore
             with ScoreStore.locked(Path({str(store.folder)!r}), {MADE_OF!r}, {{}}):
                 print("locked", flush=True)
                 sys.stdin.read()
         """
-        other = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        (tmp_path / "other.py").write_text(textwrap.dedent(code))
+        other = subprocess.Popen(**of_program(tmp_path / "other.py"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
             assert other.stdout.readline() == "locked\n"
             with pytest.raises(StorageError, match="another run is writing scores to"):
@@ -250,7 +249,8 @@ class TestLock:
         finally:
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
-        with ScoreStore.locked(store.folder, MADE_OF, {}):  # the lock ended with the process
+        monkeypatch.setattr(store_module, "PATIENCE", HANGS)
+        with ScoreStore.locked(store.folder, MADE_OF, {}):  # the lock ends with the process
             pass
 
     def test_is_free_again_afterwards(self, tmp_path):

@@ -73,6 +73,10 @@ class SRDCLI(LightningCLI):
         """Split the help: what is needed first, and everything."""
         parser.add_argument(AllHelp.OPTION, action=AllHelp, help="Show all settings, and exit.")
 
+    def _dump_config(self) -> None:
+        """Make none of what `save_hyperparameters` would keep: neither class calls it, and it takes its time."""
+        self.config_dump: dict[str, Any] = {}
+
     def before_instantiate_classes(self) -> None:
         """Say that the line was understood, so that a traceback is kept from now on."""
         if self._ending is not None:
