@@ -128,7 +128,7 @@ class SRDDataModule(LightningDataModule):
         pad_to_multiple_of: int = 1,
         num_workers: int = 0,
         seed: int = 0,
-        sampler: Callable[..., DistributedSampler[Any]] | None = None,
+        sampler: Callable[[Any, Any, int, int, int, int], DistributedSampler[Any]] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}

@@ -18,7 +18,7 @@ from datasets import Dataset
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 from transformers import ByT5Tokenizer
 
-from srd_lightning import KDLightningModule, ResumeCheckpoint, SRDDataModule
+from srd_lightning import KDLightningModule, LengthGrouped, ResumeCheckpoint, SRDDataModule
 from srd_lightning.checkpoints.compatibility import check_same_optimizer, digest_of_rows, digest_of_tokens
 from srd_lightning.checkpoints.files import CHECKSUMS, check_intact, checksums_of_rank, finish, read_outline
 from srd_lightning.checkpoints.run_folder import RunLock
@@ -67,7 +67,11 @@ def forbidden(what):
 class TestARefusal:
     @pytest.mark.parametrize(
         ("changed", "said"),
-        [({"seed": 1}, "seed was 0 and is 1"), ({"batch_size": 4}, "global_batch was 6 and is 4")],
+        [
+            ({"seed": 1}, "seed was 0 and is 1"),
+            ({"batch_size": 4}, "global_batch was 6 and is 4"),
+            ({"sampler": LengthGrouped}, "sampler was None and is 'LengthGrouped'"),
+        ],
     )
     def test_of_settings_comes_before_rows_are_read(self, run, changed, said, monkeypatch):
         monkeypatch.setattr(SRDDataModule, "read_rows", forbidden("rows were read"))

@@ -1,15 +1,20 @@
 import math
 from collections import Counter
 from itertools import chain, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import references
+import torch
+from conftest import PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
+from srd_lightning import SRDDataModule, cli
 from srd_lightning.data.samplers import LengthGrouped, Shuffled, length_grouped_order, of_like_length
+from srd_lightning.errors import SettingError
 
 sizes = {"number": st.integers(1, 300), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 5)}
 
@@ -164,3 +169,79 @@ def test_batches_are_of_like_length():
 )
 def test_a_batch_holds_as_many_rows_as_fit(lengths, tokens, expected):
     assert [batch.tolist() for batch in of_like_length(np.array(lengths), tokens)] == expected
+
+
+class ShortFirst(LengthGrouped):
+    def order(self):
+        return np.argsort(self.lengths, kind="stable")
+
+
+class Rotated(DistributedSampler):
+    """One of another library, which knows nothing of ours."""
+
+    def __init__(self, dataset, lengths, batch_size, num_replicas, rank, seed):
+        super().__init__(dataset, num_replicas, rank, seed=seed)
+
+    def __iter__(self):
+        size = self.num_replicas * self.num_samples
+        return iter([(self.epoch + place) % len(self.dataset) for place in range(self.rank, size, self.num_replicas)])
+
+
+def unseeded(dataset, lengths, batch_size, num_replicas, rank, seed):
+    return Shuffled(dataset, num_replicas, rank, int(torch.randint(10**9, ())))
+
+
+def to_one_rank(dataset, *_):
+    return DistributedSampler(dataset, 1, 0)
+
+
+def the_same_half(dataset, lengths, batch_size, num_replicas, *_):
+    return DistributedSampler(dataset, num_replicas, 0)
+
+
+class TestASamplerOfOnesOwn:
+    @pytest.fixture
+    def make(self, tokenizer, tmp_path):
+        rows = [{"instruction": "Say.", "output": "a" * (1 + 7 * row % 10)} for row in range(10)]
+
+        def make(sampler):
+            return SRDDataModule(rows, tokenizer, template=PLAIN, schedule={0: 1.0}, batch_size=2, sampler=sampler)
+
+        return make
+
+    @pytest.mark.parametrize("kind", [ShortFirst, Rotated, lambda *what: Rotated(*what)])
+    def test_decides_what_a_batch_is_and_is_resumed(self, make, kind):
+        data = make(kind)
+        data.setup("fit")
+        lengths = np.array(data.rows["train"]["length"])
+        order = np.roll(np.arange(10), -1) if kind is not ShortFirst else np.argsort(lengths, kind="stable")
+        for start in (0, 3):
+            loader = data.train_dataloader()
+            loader.sampler.set_epoch(1)
+            loader.load_state_dict({"epoch": 1, "delivered": start})
+            found = [batch["attention_mask"].sum(dim=1).tolist() for batch in loader]
+            assert found == lengths[order].reshape(5, 2)[start:].tolist()
+            assert loader.ids(2) == [data.rows["train"]["id"][row] for row in order[4:6]]
+            assert len(loader) == 5
+
+    @pytest.mark.parametrize(
+        ("sampler", "said"),
+        [
+            (lambda rows: rows, "^sampler must take what `MakeSampler` says, in its order: "),
+            (lambda *what: RandomSampler(what[0]), "must return a DistributedSampler, .* a RandomSampler$"),
+            (to_one_rank, "^sampler must give each of 2 ranks 5 of 10 rows, but gives 10$"),
+            (the_same_half, "^sampler must let the ranks see each row of an epoch once, but gives rows"),
+            (unseeded, "must give the same rows for the same seed and epoch, or no run can be resumed"),
+        ],
+    )
+    def test_that_cannot_work_is_refused_when_it_is_given(self, make, sampler, said):
+        with pytest.raises(SettingError, match=said):
+            make(sampler)
+
+    @pytest.mark.parametrize("name", ["LengthGrouped", "srd_lightning.data.samplers.plain_shuffle"])
+    def test_on_the_command_line(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = ["--config", str(Path(__file__).parents[1] / "configs" / "debug.yaml")]
+        data = cli.parse([*config, f"--data.sampler={name}"]).datamodule
+        sampler = data.sampler(range(4), np.arange(4), 2, 2, 1, 0)
+        assert len(list(sampler)) == 2

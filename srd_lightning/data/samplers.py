@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,26 +150,19 @@ class LengthGrouped(Shuffled):
         return length_grouped_order(self.lengths, self.group, self.seed, self.epoch)
 
 
-class MakeSampler(Protocol):
-    """Says which rows make a batch: a class such as `LengthGrouped`, or a function."""
+MakeSampler = Callable[[Any, Lengths, int, int, int, int], DistributedSampler[Any]]
+"""Says which rows make a batch: a class such as `LengthGrouped`, or a function, which are given, in this order:
 
-    def __call__(
-        self, dataset: Any, lengths: Lengths, batch_size: int, num_replicas: int, rank: int, seed: int
-    ) -> DistributedSampler[Any]:
-        """Return the sampler of a rank. All are given by name.
+- the rows of the epoch, which have a length N,
+- theirs in tokens, ``[N]``,
+- rows per rank and step: these, from each rank, are one step,
+- how many ranks see different rows,
+- this rank,
+- the seed of the order.
 
-        Args:
-            dataset: The rows of the epoch; has a length N.
-            lengths: Theirs, in tokens, ``[N]``.
-            batch_size: Rows per rank and step: these, from each rank, are one step.
-            num_replicas: Ranks that see different rows.
-            rank: This one.
-            seed: Of the order.
-
-        Returns:
-            Gives ``ceil(N / num_replicas)`` row numbers, so that all ranks together see each row. They depend on what
-            was given and on ``set_epoch(epoch)`` alone, so that a run that is resumed sees the rest of the same epoch.
-        """
+The sampler gives ``ceil(N / ranks)`` row numbers, so that all ranks together see each row. They depend on what was
+given and on ``set_epoch(epoch)`` alone, so that a run that is resumed sees the rest of the same epoch.
+"""
 
 
 def plain_shuffle(
@@ -195,7 +188,7 @@ def sampler_of(
     Raises:
         SettingError: It gives another number of rows than were planned.
     """
-    sampler = make(dataset=dataset, lengths=lengths, batch_size=batch_size, seed=seed, **ranks)
+    sampler = make(dataset, lengths, batch_size, ranks["num_replicas"], ranks["rank"], seed)
     if not isinstance(sampler, DistributedSampler):
         raise SettingError(f"sampler must return a DistributedSampler, but returned a {type(sampler).__name__}")
     planned = math.ceil(len(dataset) / ranks["num_replicas"])
@@ -239,16 +232,16 @@ def check_sampler(make: MakeSampler) -> None:
             try:
                 sampler = sampler_of(make, range(10), lengths, 2, {"num_replicas": 2, "rank": rank}, seed=0)
             except TypeError as error:
-                raise SettingError(f"sampler must take the arguments of `MakeSampler`, by name: {error}") from error
+                raise SettingError(f"sampler must take what `MakeSampler` says, in its order: {error}") from error
             sampler.set_epoch(epoch)
             orders.append([int(row) for row in sampler])
-        if sorted(orders[0] + orders[1]) != list(range(10)):
-            raise SettingError(
-                f"sampler must let the ranks see each row of an epoch once, but gives rows {orders[0]} to one and "
-                f"{orders[1]} to the other of two ranks that share rows 0 to 9"
-            )
         if orders[2:] != orders[:2]:
             raise SettingError(
                 f"sampler must give the same rows for the same seed and epoch, or no run can be resumed, but gives "
                 f"{orders[0]} and then {orders[2]}"
+            )
+        if sorted(orders[0] + orders[1]) != list(range(10)):
+            raise SettingError(
+                f"sampler must let the ranks see each row of an epoch once, but gives rows {orders[0]} to one and "
+                f"{orders[1]} to the other of two ranks that share rows 0 to 9"
             )
