@@ -46,7 +46,7 @@ READING: dict[str, list[list[str]]] = {
     ],
     "a criterion": [["head of Criterion", "Criterion", "Reflected"]],
     "another grouping of batches": [
-        ["check_sampler", "LengthGrouped", "length_grouped_order"],
+        ["head of MakeSampler", "MakeSampler", "Shuffled", "LengthGrouped"],
         [
             "SRDDataModule.train_dataloader",
             "SRDDataModule._loaders",

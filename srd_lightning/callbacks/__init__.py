@@ -1,6 +1,7 @@
 """Callbacks: what is staged, what is checked, what is written at the end. One class a file.
 
-Imports `curriculum`, `data`, `distributed` and `checkpoints`.
+Imports `curriculum`, `data`, `distributed` and `checkpoints`. What the module itself needs done around its steps is in
+`training.hooks`, and the callback that saves is `checkpoints.resume_checkpoint`.
 """
 
 from srd_lightning.callbacks.answer_writer import AnswerWriter

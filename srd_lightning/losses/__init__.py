@@ -1,7 +1,8 @@
 """Losses: what is minimised.
 
 A pure room: torch, and nothing of Lightning or transformers. Imports no other room. Begin with `base`, which has the
-class that a loss of one's own derives from; `chunked` makes value and gradient without ever holding all logits.
+class that a loss of one's own derives from, or with `auxiliary` for one of hidden states; `chunked` makes value and
+gradient without ever holding all logits.
 """
 
 from srd_lightning.losses.base import (
