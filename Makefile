@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check gpu clean
+OLDEST := .venv-oldest
+
+.PHONY: quickstart test check oldest gpu clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
@@ -17,11 +19,14 @@ check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 	$(BIN)/mypy
 	$(MAKE) test
 
+oldest: $(OLDEST)/.dev  ## the tests with the oldest versions that are allowed
+	$(OLDEST)/bin/python -m pytest -m "not gpu" --numprocesses 2 --dist loadgroup
+
 gpu: $(VENV)/.dev $(VENV)/.liger  ## what needs a GPU: tests, and benchmarks; writes results-gpu.json
 	$(BIN)/python benchmarks/gpu/run.py
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) $(OLDEST) runs build dist
 
 # torch comes first, alone: later installs then keep it.
 $(VENV)/.torch: constraints.txt
@@ -31,4 +36,10 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+$(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --constraint constraints-oldest.txt --editable ".[lora,translation,near-duplicates]" \
+		pytest pytest-xdist hypothesis pyyaml
 	touch $@

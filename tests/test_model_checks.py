@@ -230,6 +230,13 @@ class TestTokens:
         with pytest.raises(ModelError, match=r"knows 384 tokens, but the tokenizer goes up to 384 .'<new>'."):
             check_tokens(384, tokenizer, "the student")
 
+    def test_lists_of_special_tokens_say_of_none_that_it_is_used(self, monkeypatch):
+        tokenizer = ByT5Tokenizer()
+        tokenizer.add_tokens(["<new>"])
+        listed = {"pad_token": "<pad>", "additional_special_tokens": ["<new>"]}  # as in transformers 4
+        monkeypatch.setattr(ByT5Tokenizer, "special_tokens_map", property(lambda self: listed))
+        check_tokens(384, tokenizer, "the student")
+
     def test_before_weights_are_loaded(self, folder, no_weights):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))

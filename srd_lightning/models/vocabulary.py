@@ -54,7 +54,8 @@ def check_tokens(size: int | None, tokenizer: PreTrainedTokenizerBase, name: str
     """
     if size is None:
         return
-    template, ends = str(getattr(tokenizer, "chat_template", None) or ""), set(tokenizer.special_tokens_map.values())
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    ends = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}  # lists have no place
     added = tokenizer.get_added_vocab()
     beyond = {
         token: number
