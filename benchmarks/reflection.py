@@ -42,7 +42,6 @@ from srd_lightning.curation.reflection import fixed_batches
 from srd_lightning.curriculum.ranking import average_ranks
 from srd_lightning.data.splits import load_rows
 from srd_lightning.data.tokenization import tokenize
-from srd_lightning.evaluation.response_logits import negative_log_likelihood
 from srd_lightning.models.generation import PAPER_DECODING
 
 CRITERIA = [RougeL(), NegativeLogLikelihood()]
@@ -82,9 +81,13 @@ def as_in_the_paper(model: Any, tokenizer: Any, rows: Any, device: str) -> Score
             attention_mask=torch.cat([mask, real], dim=1),
             position_ids=positions,
         ).logits
-        nll = negative_log_likelihood(logits, labels)
+        scored = labels[:, 1:] != -100
+        token_losses = nn.functional.cross_entropy(
+            logits[:, :-1][scored].float(), labels[:, 1:][scored], reduction="none"
+        )
+        sums = torch.zeros(len(labels), device=device).index_add_(0, scored.nonzero()[:, 0], token_losses)
         answers = tokenizer.batch_decode(output[:, PROMPT:], skip_special_tokens=True)
-        for row, answer, loss in zip(batch, answers, (nll.sums / nll.tokens).tolist(), strict=True):
+        for row, answer, loss in zip(batch, answers, (sums / scored.sum(1)).tolist(), strict=True):
             found[row["id"]] = scorer.score(row["response"], answer.strip())["rougeL"].fmeasure, loss
     return found
 

@@ -5,7 +5,7 @@ from conftest import lively_model, make_rows, tokenised
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning.data.batches import collate
-from srd_lightning.evaluation.response_logits import negative_log_likelihood, response_logits
+from srd_lightning.evaluation.response_logits import response_logits
 
 
 def batch_of_rows(tokenizer, number=5):
@@ -49,35 +49,3 @@ class TestResponseLogits:
         before = logits_of(model, batch)
         response_logits(model, batch)
         assert torch.equal(logits_of(model, batch), before)
-
-
-class TestNegativeLogLikelihood:
-    def test_equals_the_loss_of_the_model_row_by_row(self, model, tokenizer):
-        batch = batch_of_rows(tokenizer)
-        found = negative_log_likelihood(logits_of(model, batch), batch["labels"])
-        for row in range(5):
-            length = batch["attention_mask"][row].sum()
-            ids, labels = batch["input_ids"][row : row + 1, :length], batch["labels"][row : row + 1, :length]
-            expected = model(input_ids=ids, labels=labels).loss.item()
-            assert (found.sums[row] / found.tokens[row]).item() == pytest.approx(expected, rel=1e-5)
-
-    def test_counts_the_response_and_the_end(self, model, tokenizer):
-        batch = batch_of_rows(tokenizer)
-        found = negative_log_likelihood(logits_of(model, batch), batch["labels"])
-        assert found.tokens.tolist() == [len(row["output"]) + 1 for row in make_rows(5)]
-
-    def test_a_row_without_response_has_no_loss(self):
-        labels = torch.tensor([[-100, -100], [-100, 2]])
-        found = negative_log_likelihood(torch.zeros(2, 2, 4), labels)
-        assert found.tokens.tolist() == [0, 1]
-        assert found.sums.tolist() == [0, pytest.approx(1.3862943611)]
-
-    def test_bf16_logits_are_summed_in_fp32(self):
-        torch.manual_seed(0)
-        logits, labels = torch.randn(2, 6, 50).bfloat16(), torch.randint(50, (2, 6))
-        found = negative_log_likelihood(logits, labels)
-        expected = [
-            -sum(references.softmax(logits[row, place])[labels[row, place + 1]].log() for place in range(5))
-            for row in range(2)
-        ]
-        assert found.sums.tolist() == pytest.approx([float(value) for value in expected], rel=1e-5)

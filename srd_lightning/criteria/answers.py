@@ -18,7 +18,6 @@ class RougeL(Criterion):
     column, higher_is_easier, from_answers = "rouge_l", True, True
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return [rouge_l(row["response"], answer) for row, answer in reflected.pairs()]
 
 
@@ -28,7 +27,6 @@ class AnswerLength(Criterion):
     column, higher_is_easier, from_answers = "answer_length", False, True
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return [len(answer.split()) for answer in reflected.answers]
 
 
@@ -38,7 +36,6 @@ class ResponseLength(Criterion):
     column, higher_is_easier, from_answers = "response_length", False, True
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return response_lengths(reflected.rows)
 
 
@@ -48,7 +45,6 @@ class ExactMatch(Criterion):
     column, higher_is_easier, from_answers = "exact_match", True, True
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return [float(same_words(row["response"], answer)) for row, answer in reflected.pairs()]
 
 
@@ -58,7 +54,6 @@ class NumericAnswer(Criterion):
     column, higher_is_easier, from_answers = "numeric_answer", True, True
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return [float(same_number(row["response"], answer)) for row, answer in reflected.pairs()]
 
 
@@ -72,7 +67,6 @@ class ChrF(Criterion):
         _sacrebleu()
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return _sentence_scores(_sacrebleu().CHRF(), reflected)
 
 
@@ -86,7 +80,6 @@ class Bleu(Criterion):
         _sacrebleu()
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return _sentence_scores(_sacrebleu().BLEU(effective_order=True), reflected)
 
 

@@ -15,7 +15,6 @@ class NegativeLogLikelihood(Criterion):
     column, higher_is_easier = "nll", False
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return reflected.row_means(reflected.token_losses)
 
 
@@ -25,7 +24,6 @@ class Perplexity(NegativeLogLikelihood):
     column = "perplexity"
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         return [math.exp(min(loss, 700.0)) for loss in super().scores(reflected)]
 
 
@@ -46,7 +44,6 @@ class RankSurprisalRatio(Criterion):
         self.max_rank = max_rank
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         ranks = reflected.row_means(reflected.token_ranks.clamp(max=self.max_rank).double())
         losses = reflected.row_means(reflected.token_losses)
         return [rank / max(loss, 1e-9) for rank, loss in zip(ranks, losses, strict=True)]
@@ -58,7 +55,6 @@ class InstructionFollowingDifficulty(Criterion):
     column, higher_is_easier = "ifd", False
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         with_prompt = reflected.row_means(reflected.token_losses)
         without = reflected.row_means(reflected.token_losses_without_prompt)
         return [loss / max(alone, 1e-9) for loss, alone in zip(with_prompt, without, strict=True)]

@@ -31,7 +31,6 @@ class TeacherKL(Criterion):
         self._loaded: nn.Module | None = None
 
     def scores(self, reflected: Reflected) -> Sequence[float]:
-        """See `Criterion.scores`."""
         if self._loaded is None:
             self._loaded = self.teacher.model() if isinstance(self.teacher, Pretrained) else self.teacher
         self._loaded.to(reflected.device)

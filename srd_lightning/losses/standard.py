@@ -13,11 +13,9 @@ class ForwardKL(DistillationLoss):
     """KL(teacher ‖ student), the classic distillation loss; see `divergences.forward_kl`."""
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
         return divergences.forward_kl(teacher_logp, student_logp)
 
     def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
         return divergences.forward_kl_gradient(teacher_logp, student_logp)
 
 
@@ -25,11 +23,9 @@ class ReverseKL(DistillationLoss):
     """KL(student ‖ teacher); see `divergences.reverse_kl`."""
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
         return divergences.reverse_kl(teacher_logp, student_logp)
 
     def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
         return divergences.reverse_kl_gradient(teacher_logp, student_logp)
 
 
@@ -37,11 +33,9 @@ class TotalVariation(DistillationLoss):
     """Half the summed absolute difference; see `divergences.total_variation`."""
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
         return divergences.total_variation(teacher_logp, student_logp)
 
     def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
         return divergences.total_variation_gradient(teacher_logp, student_logp)
 
 
@@ -69,11 +63,9 @@ class JensenShannon(DistillationLoss):
         self.beta = beta
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
         return divergences.jensen_shannon(teacher_logp, student_logp, self.beta)
 
     def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
         return divergences.jensen_shannon_gradient(teacher_logp, student_logp, self.beta)
 
 
@@ -104,11 +96,9 @@ class SkewForwardKL(_Skew):
     """KL(teacher ‖ mixture with the student); see `divergences.skew_forward_kl`."""
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
         return divergences.skew_forward_kl(teacher_logp, student_logp, self.alpha)
 
     def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
         return divergences.skew_forward_kl_gradient(teacher_logp, student_logp, self.alpha)
 
 
@@ -116,9 +106,7 @@ class SkewReverseKL(_Skew):
     """KL(student ‖ mixture with the teacher); see `divergences.skew_reverse_kl`."""
 
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        """See `DistillationLoss.divergence`."""
         return divergences.skew_reverse_kl(teacher_logp, student_logp, self.alpha)
 
     def value_and_gradient(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        """See `DistillationLoss.value_and_gradient`."""
         return divergences.skew_reverse_kl_gradient(teacher_logp, student_logp, self.alpha)
