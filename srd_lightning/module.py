@@ -37,7 +37,7 @@ from srd_lightning.teacher.live import CachedTeacher
 from srd_lightning.training import arguments, compatibility
 from srd_lightning.training.failures import Failures, check_finite
 from srd_lightning.training.hardware import Hardware
-from srd_lightning.training.hooks import Upkeep
+from srd_lightning.training.hooks import TrainingHooks
 from srd_lightning.training.lr_plan import stage_steps, staged_schedule
 from srd_lightning.training.step import DistillationStep
 from srd_lightning.training.student import StudentHandle
@@ -260,11 +260,11 @@ class KDLightningModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what is done around the steps, and what explains failures."""
         known = {type(callback) for callback in callbacks_of(self.trainer)}
-        return [kind() for kind in (Upkeep, Failures, Hardware) if kind not in known]
+        return [kind() for kind in (TrainingHooks, Failures, Hardware) if kind not in known]
 
     def configure_model(self) -> None:
         """Load what is not there yet, and shard it where the strategy leaves that to the module."""
-        if self._trainer and not any(isinstance(callback, Upkeep) for callback in callbacks_of(self._trainer)):
+        if self._trainer and not any(isinstance(callback, TrainingHooks) for callback in callbacks_of(self._trainer)):
             raise RuntimeError(
                 f"{type(self).__name__}.configure_callbacks leaves out what this class brings along, without which it "
                 "trains wrongly: return [*super().configure_callbacks(), ...]"

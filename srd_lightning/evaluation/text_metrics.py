@@ -1,4 +1,4 @@
-"""How near an answer is to the truth, and whether it is right, where one can tell.
+"""How near an answer is to the reference response, and whether it is right, where one can tell.
 
 ROUGE-L is the same number as `rouge-score` gives, at the speed of a C++ alignment.
 """

@@ -66,7 +66,9 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
         tensor([[-6.9315e-01, -6.9315e-01, -1.0000e+04]])
     """
     logits = upcast(logits)
-    return (logits if temperature == 1 else logits / temperature).log_softmax(-1).clamp(min=FLOOR)
+    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    # the backward pass of log-softmax needs its output; where there is none, no second copy is made
+    return logp.clamp(min=FLOOR) if logp.requires_grad else logp.clamp_(min=FLOOR)
 
 
 class DistillationLoss(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srd_lightning.losses.base import FLOOR, DistillationLoss, upcast
+from srd_lightning.losses.base import FLOOR, DistillationLoss, log_probabilities, upcast
 from srd_lightning.losses.checks import check_gradient
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.top_k import Likeliest
@@ -116,13 +116,11 @@ class _Work:
         if teacher is not None:
             loss = self.loss
             shared = own is not None and loss.temperature == 1
-            logp = (
-                own.clamp_(min=FLOOR) if own is not None and shared else _log_probabilities(student, loss.temperature)
-            )
+            logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, loss.temperature)
             if isinstance(teacher, Likeliest):
                 teacher_logp = teacher.at(loss.temperature, logp)
             else:
-                teacher_logp = _log_probabilities(teacher, loss.temperature)
+                teacher_logp = log_probabilities(teacher, loss.temperature)
             values, gradient = loss.value_and_gradient(teacher_logp, logp)
             check_gradient(loss, values, gradient, logp)
             kd = upcast(values).sum() * loss.scale
@@ -147,13 +145,6 @@ def _some(teacher: Tensor | Likeliest | None, tokens: slice) -> Tensor | Likelie
 @functools.cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_Work.piece_to_gradient)
-
-
-def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Do the same as `losses.log_probabilities`, with as few passes as can be."""
-    logits = upcast(logits)
-    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-    return logp.clamp_(min=FLOOR)
 
 
 class _Chunked(torch.autograd.Function):

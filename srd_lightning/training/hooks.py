@@ -12,8 +12,8 @@ from srd_lightning.curriculum.curriculum import find_curriculum
 from srd_lightning.errors import SettingError
 
 
-class Upkeep(Callback):
-    """Weighs tokens, seeds batches, lets a run go on; comes with the module. In a checkpoint it owns the run's seed."""
+class TrainingHooks(Callback):
+    """Normalises gradients by tokens, seeds each batch, saves the seed of the run; `configure_callbacks` adds it."""
 
     def __init__(self) -> None:
         self.run_seed = RunSeed()
@@ -72,7 +72,7 @@ class Upkeep(Callback):
         self.run_seed.seed_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """See that something was learnt."""
+        """Check that a token of the epoch was trained on."""
         pl_module.token_mean.check_learnt()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
