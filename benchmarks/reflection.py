@@ -35,12 +35,11 @@ from torch import nn
 
 from srd_lightning import ALPACA, Decoding, Pretrained
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
-from srd_lightning.criteria.base import score_batch
-from srd_lightning.criteria.batch import Reflected
-from srd_lightning.curation.order import rank
+from srd_lightning.criteria.base import Reflected, score_batch
+from srd_lightning.curation.curator import rank
 from srd_lightning.curation.reflection import fixed_batches
 from srd_lightning.curriculum.ranking import average_ranks
-from srd_lightning.data.splits import load_rows
+from srd_lightning.data.row_reader import load_rows
 from srd_lightning.data.tokenization import tokenize
 from srd_lightning.models.generation import PAPER_DECODING
 

@@ -39,9 +39,8 @@ KD_WEIGHT, TEMPERATURE = 0.8, 1.5
 def choose_rows(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return rows, evenly spaced, as they are read and as they are tokenised."""
     from srd_lightning import ALPACA, Pretrained
-    from srd_lightning.data.rows import row_ids
-    from srd_lightning.data.splits import load_rows
-    from srd_lightning.data.tokenization import tokenize
+    from srd_lightning.data.row_reader import load_rows
+    from srd_lightning.data.tokenization import row_ids, tokenize
 
     rows = load_rows(options.data)
     tokens, _ = tokenize(rows, Pretrained(options.model).tokenizer(), ALPACA, options.max_length, MAX_PROMPT_LENGTH)

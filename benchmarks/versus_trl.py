@@ -141,9 +141,8 @@ def our_batches(rows: list[dict[str, Any]], options: argparse.Namespace) -> list
 def rows_that_fit(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return rows, evenly spaced, of those that need not be cut."""
     from srd_lightning import ALPACA, Pretrained
-    from srd_lightning.data.rows import row_ids
-    from srd_lightning.data.splits import load_rows
-    from srd_lightning.data.tokenization import tokenize
+    from srd_lightning.data.row_reader import load_rows
+    from srd_lightning.data.tokenization import row_ids, tokenize
 
     rows = load_rows(options.data)
     whole, _ = tokenize(rows, Pretrained(options.model).tokenizer(), ALPACA, 2**31 - 1, MAX_PROMPT_LENGTH)

@@ -36,10 +36,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, PromptTemplate, SRDDataModule
-from srd_lightning.curation.fingerprint import fingerprint
-from srd_lightning.curation.reflection import SCORING_VERSION
+from srd_lightning.curation.reflection import SCORING_VERSION, fingerprint
 from srd_lightning.curation.score_store import ScoreStore
-from srd_lightning.data.rows import ids_of
+from srd_lightning.data.tokenization import ids_of
 from srd_lightning.storage import write_atomically
 
 TEMPLATES: dict[str, PromptTemplate | ChatTemplate] = {"alpaca": ALPACA, "chat": ChatTemplate()}

@@ -14,16 +14,29 @@ from typing import Any, cast
 
 PACKAGE = "srd_lightning"
 MOVED = {
-    "arrangement": "curriculum.arrangement",
+    "arrangement": "curriculum.ranking",
     "checkpoint": "checkpoints.resume_checkpoint",
     "consolidate": "checkpoints.consolidate",
     "fetch": "quickstart.fetch",
-    "fingerprint": "curation.fingerprint",
+    "criteria.answers": "criteria.standard",
+    "criteria.batch": "criteria.base",
+    "criteria.likelihood": "criteria.standard",
+    "criteria.teacher": "criteria.standard",
+    "curation.fingerprint": "curation.reflection",
+    "curation.order": "curation.curator",
+    "curation.refresh": "curation.curator",
+    "curriculum.arrangement": "curriculum.ranking",
+    "data.fields": "data.templates",
+    "data.formats": "data.readers",
+    "data.rows": "data.tokenization",
+    "data.splits": "data.row_reader",
+    "evaluation.response_logits": "criteria.base",
+    "fingerprint": "curation.reflection",
     "generation": "models.generation",
     "objective": "losses.chunked",
     "ranking": "curriculum.ranking",
     "reflection": "curation.reflection",
-    "rows": "data.rows",
+    "rows": "data.tokenization",
     "runtime": "callbacks.runtime",
     "sampling": "data.samplers",
     "store": "curation.score_store",
@@ -31,6 +44,7 @@ MOVED = {
     "templates": "data.templates",
 }
 """Where each is now."""
+NOW = {f"{PACKAGE}.{was}": f"{PACKAGE}.{now}" for was, now in MOVED.items()}
 
 
 class Moved(MetaPathFinder, InspectLoader):
@@ -38,8 +52,7 @@ class Moved(MetaPathFinder, InspectLoader):
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return where a module is now, if it has moved."""
-        package, _, name = fullname.rpartition(".")
-        if package != PACKAGE or name not in MOVED:
+        if fullname not in NOW:
             return None
         now = _now(fullname)
         return ModuleSpec(fullname, self, origin=now.origin, loader_state=now)
@@ -64,4 +77,4 @@ class Moved(MetaPathFinder, InspectLoader):
 
 
 def _now(fullname: str) -> ModuleSpec:
-    return cast(ModuleSpec, importlib.util.find_spec(f"{PACKAGE}.{MOVED[fullname.rpartition('.')[2]]}"))
+    return cast(ModuleSpec, importlib.util.find_spec(NOW[fullname]))

@@ -25,18 +25,16 @@ from srd_lightning.checkpoints.compatibility import (
     saved_rows,
 )
 from srd_lightning.criteria.base import Criterion
-from srd_lightning.curation.curator import Curator
-from srd_lightning.curation.refresh import Refresher
+from srd_lightning.curation.curator import Curator, Refresher
 from srd_lightning.curation.result import Curated
 from srd_lightning.curation.student_source import ReflectingStudent, find_tokenizer
-from srd_lightning.curriculum.arrangement import Arrangement
 from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached
+from srd_lightning.curriculum.ranking import Arrangement
 from srd_lightning.data.loaders import Collate, Loaders, RebuiltEveryEpoch
 from srd_lightning.data.row_reader import RowReader, check_splits
-from srd_lightning.data.rows import ids_of, lengths_of
 from srd_lightning.data.samplers import LengthGrouped, check_sampler, plain_shuffle
 from srd_lightning.data.templates import ALPACA, ChatTemplate, PromptTemplate
-from srd_lightning.data.tokenization import Report
+from srd_lightning.data.tokenization import Report, ids_of, lengths_of
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srd_lightning.curriculum.arrangement import (
+from srd_lightning.curriculum.ranking import (
     Arrangement,
     EasyToHard,
     HardToEasy,

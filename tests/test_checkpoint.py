@@ -24,7 +24,7 @@ from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoin
 from srd_lightning.checkpoints.consolidate import main as consolidate
 from srd_lightning.checkpoints.files import is_complete
 from srd_lightning.checkpoints.resume import batch_seed, repair_progress
-from srd_lightning.curriculum.arrangement import HardToEasy
+from srd_lightning.curriculum.ranking import HardToEasy
 from srd_lightning.data.loaders import ResumableLoader
 from srd_lightning.data.samplers import LengthGrouped, Shuffled
 from srd_lightning.storage import put_in_place

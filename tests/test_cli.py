@@ -105,7 +105,7 @@ def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):
     scores = [row for part in (tiny / "scores").glob("part-*.parquet") for row in pq.read_table(part).to_pylist()]
     assert len(scores) == 8
     assert loaded == ["student"]
-    monkeypatch.setattr("srd_lightning.criteria.batch.generate", None)
+    monkeypatch.setattr("srd_lightning.criteria.base.generate", None)
     assert cli.run(["fit", *base("--data.scores=scores")]).trainer.global_step == 12
 
 

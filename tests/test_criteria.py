@@ -34,9 +34,8 @@ from srd_lightning.criteria import (
     TeacherKL,
     check_criteria,
 )
-from srd_lightning.criteria import batch as reflected_module
-from srd_lightning.criteria.base import score_batch
-from srd_lightning.criteria.batch import Reflected
+from srd_lightning.criteria import base as criteria_base
+from srd_lightning.criteria.base import Reflected, score_batch
 from srd_lightning.curation.reflection import reflect
 from srd_lightning.curation.score_store import ScoreStore
 from srd_lightning.data.tokenization import tokenize
@@ -624,14 +623,14 @@ class TestEveryCriterion:
     @each_of_logits
     def test_few_rows_at_a_time_give_the_same(self, kind, seen, monkeypatch):
         expected = scores(make(kind), seen())
-        sizes, response_logits = [], reflected_module.response_logits
+        sizes, response_logits = [], criteria_base.response_logits
 
         def watched(model, batch):
             sizes.append(batch["input_ids"].numel())
             return response_logits(model, batch)
 
-        monkeypatch.setattr(reflected_module, "SCORED_AT_ONCE", 40)
-        monkeypatch.setattr(reflected_module, "response_logits", watched)
+        monkeypatch.setattr(criteria_base, "SCORED_AT_ONCE", 40)
+        monkeypatch.setattr(criteria_base, "response_logits", watched)
         assert scores(make(kind), seen()) == pytest.approx(expected, rel=1e-5)
         assert len(sizes) > 1
         assert max(sizes) <= 40

@@ -15,12 +15,12 @@ from srd_lightning.criteria import (
     RankSurprisalRatio,
     RougeL,
 )
-from srd_lightning.criteria import batch as reflected_module
+from srd_lightning.criteria import base as criteria_base
+from srd_lightning.curation.curator import rank
 from srd_lightning.curation.external_scores import read_scores
-from srd_lightning.curation.order import rank
 from srd_lightning.curation.reflection import Reflector, pinned_threads
 from srd_lightning.curation.score_store import stored_scores
-from srd_lightning.data.rows import ids_of
+from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import DataError, ModelError, StorageError
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import Decoding, generate
@@ -60,7 +60,7 @@ def let_only(monkeypatch, batches):
             raise KeyboardInterrupt
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(reflected_module, "generate", answer)
+    monkeypatch.setattr(criteria_base, "generate", answer)
 
 
 class TestReflector:
@@ -102,12 +102,12 @@ class TestReflector:
     def test_a_criterion_added_later_takes_the_answers_that_are_there(self, score, monkeypatch, tmp_path):
         expected = score("at once", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100)
         score("later", tokens=100)
-        monkeypatch.setattr(reflected_module, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate", None)
         assert score("later", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100) == expected
         assert files(tmp_path / "later") == files(tmp_path / "at once")
 
     def test_no_answers_where_no_criterion_asks_for_them(self, score, monkeypatch):
-        monkeypatch.setattr(reflected_module, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate", None)
         assert {tuple(scores) for scores in score(criteria=[Perplexity()]).values()} == {("perplexity",)}
 
     def test_another_student_is_refused(self, score, model):
@@ -150,7 +150,7 @@ class TestAStoppedRun:
             with pytest.raises(TypeError):
                 score(decoding=decoding)
         assert len(files(tmp_path / "scores")) > 2
-        monkeypatch.setattr(reflected_module, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate", None)
         score(decoding=decoding)
         assert files(tmp_path / "scores") == files(tmp_path / "whole")
 

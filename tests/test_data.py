@@ -10,7 +10,7 @@ from rich.console import Console
 
 from srd_lightning import Decoding, SRDDataModule
 from srd_lightning.criteria import Column, NegativeLogLikelihood, ResponseLength
-from srd_lightning.curriculum.arrangement import HardToEasy, RandomOrder, RandomSubset
+from srd_lightning.curriculum.ranking import HardToEasy, RandomOrder, RandomSubset
 
 ROWS = [{"id": number, **row} for number, row in enumerate(make_rows(20))]
 

@@ -4,8 +4,8 @@ import torch
 from conftest import lively_model, make_rows, tokenised
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from srd_lightning.criteria.base import response_logits
 from srd_lightning.data.batches import collate
-from srd_lightning.evaluation.response_logits import response_logits
 
 
 def batch_of_rows(tokenizer, number=5):

@@ -5,7 +5,7 @@ import torch
 from conftest import PLAIN, in_other_order, make_rows, tiny_model, tokenised
 from transformers import ByT5Tokenizer
 
-from srd_lightning.curation.fingerprint import fingerprint
+from srd_lightning.curation.reflection import fingerprint
 from srd_lightning.data.templates import ALPACA
 from srd_lightning.models.generation import Decoding
 

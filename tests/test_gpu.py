@@ -21,9 +21,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from srd_lightning import CacheSettings, ForwardKL, KDLightningModule, SRDDataModule
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
-from srd_lightning.curation.order import rank
+from srd_lightning.curation.curator import rank
 from srd_lightning.curation.reflection import Reflector
-from srd_lightning.data.rows import ids_of
+from srd_lightning.data.tokenization import ids_of
 from srd_lightning.models.generation import Decoding
 
 DEVICE = torch.device(os.environ.get("SRD_TEST_DEVICE", "cuda"))

@@ -85,7 +85,7 @@ def test_datasets_keep_a_selection_as_indices():
 
 
 def test_a_selection_is_applied_to_columns_in_its_order():
-    from srd_lightning.data.rows import lengths_of
+    from srd_lightning.data.tokenization import lengths_of
 
     rows = Dataset.from_dict({"length": [5, 6, 7]}).select([2, 0])
     assert lengths_of(rows).tolist() == rows["length"][:] == [7, 5]

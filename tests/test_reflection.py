@@ -8,9 +8,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
-from srd_lightning.criteria import batch as reflected_module
-from srd_lightning.criteria.base import score_batch
-from srd_lightning.criteria.batch import Reflected
+from srd_lightning.criteria import base as criteria_base
+from srd_lightning.criteria.base import Reflected, score_batch
 from srd_lightning.curation.reflection import fixed_batches
 from srd_lightning.models.generation import Decoding, generate
 
@@ -49,7 +48,7 @@ class TestScoreBatch:
 
     def test_rouge_l_is_of_the_answer_against_the_truth(self, model, tokenizer, monkeypatch):
         rows = [{"instruction": "Hi", "output": "one two three"}, {"instruction": "b", "output": "x"}]
-        monkeypatch.setattr(reflected_module, "generate", lambda *arguments, **options: ["two three four five", "X!"])
+        monkeypatch.setattr(criteria_base, "generate", lambda *arguments, **options: ["two three four five", "X!"])
         found = score(model, tokenizer, tokenised(tokenizer, rows).to_list())
         assert [score["rouge_l"] for score in found] == [pytest.approx(4 / 7), 1.0]
         scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -69,7 +68,7 @@ class TestScoreBatch:
 
     def test_rows_of_like_length_go_through_the_model_together(self, model, tokenizer, data, monkeypatch):
         expected = [row["nll"] for row in score(model, tokenizer, data.to_list())]
-        monkeypatch.setattr(reflected_module, "SCORED_AT_ONCE", 60)
+        monkeypatch.setattr(criteria_base, "SCORED_AT_ONCE", 60)
         seen = []
         reflected = Reflected(model, tokenizer, data.to_list(), GREEDY)
         model.register_forward_pre_hook(lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True)
@@ -87,12 +86,12 @@ class TestScoreBatch:
         assert [row["nll"] for row in found] == [row["nll"] for row in score(model, tokenizer, rows)]
 
     def test_no_answer_is_generated_that_no_criterion_looks_at(self, model, tokenizer, data, monkeypatch):
-        monkeypatch.setattr(reflected_module, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate", None)
         found = score_batch(Reflected(model, tokenizer, data.to_list(), GREEDY), [NegativeLogLikelihood()])
         assert {tuple(row) for row in found} == {("id", "nll")}
 
     def test_answers_that_are_known_are_not_generated_again(self, model, tokenizer, data, monkeypatch):
-        monkeypatch.setattr(reflected_module, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate", None)
         rows = data.to_list()[:2]
         reflected = Reflected(model, tokenizer, rows, GREEDY, answers=[rows[0]["response"], "x"])
         assert [row["rouge_l"] for row in score_batch(reflected, [RougeL()])] == [1.0, 0.0]

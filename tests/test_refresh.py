@@ -11,8 +11,7 @@ from transformers import ByT5Tokenizer
 
 from srd_lightning import ALPACA, Curriculum
 from srd_lightning.criteria import NegativeLogLikelihood
-from srd_lightning.curation.curator import Curator
-from srd_lightning.curation.refresh import Refresher, rearranged
+from srd_lightning.curation.curator import Curator, Refresher, rearranged
 from srd_lightning.curation.score_store import Scores
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate

@@ -9,8 +9,8 @@ from datasets import Dataset, DatasetDict
 from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq
 
 from srd_lightning.data.batches import collate
-from srd_lightning.data.rows import lengths_of, row_ids
-from srd_lightning.data.splits import load_rows, load_splits
+from srd_lightning.data.row_reader import load_rows, load_splits
+from srd_lightning.data.tokenization import lengths_of, row_ids
 
 ROWS = make_rows(6)
 
@@ -148,14 +148,14 @@ class TestSources:
         ids=["one_split", "several_splits"],
     )
     def test_hub_id(self, monkeypatch, found, expected):
-        monkeypatch.setattr("srd_lightning.data.splits.load_dataset", {"owner/name": found}.__getitem__)
+        monkeypatch.setattr("srd_lightning.data.row_reader.load_dataset", {"owner/name": found}.__getitem__)
         assert splits("owner/name") == expected
 
     def test_hub_that_does_not_answer(self, monkeypatch):
         def unreachable(name):
             raise ConnectionError("no route")
 
-        monkeypatch.setattr("srd_lightning.data.splits.load_dataset", unreachable)
+        monkeypatch.setattr("srd_lightning.data.row_reader.load_dataset", unreachable)
         with pytest.raises(FileNotFoundError, match=r"^'owner/name' is neither .* that the hub gives: no route$"):
             load_splits("owner/name")
 

@@ -97,7 +97,7 @@ def description_of(setting: object) -> str:
         setting: Such as an `Arrangement`.
 
     Example:
-        >>> from srd_lightning.curriculum.arrangement import RandomOrder
+        >>> from srd_lightning.curriculum.ranking import RandomOrder
         >>> description_of(RandomOrder(seed=3))
         'RandomOrder(seed=3)'
     """

@@ -4,15 +4,21 @@ Imports `losses`, `data`, `models` and `evaluation`. Begin with `base`, which ha
 own derives from; `batch` is what it is given.
 """
 
-from srd_lightning.criteria.answers import AnswerLength, Bleu, ChrF, ExactMatch, NumericAnswer, ResponseLength, RougeL
 from srd_lightning.criteria.base import Column, Criterion, check_criteria
-from srd_lightning.criteria.likelihood import (
+from srd_lightning.criteria.standard import (
+    AnswerLength,
+    Bleu,
+    ChrF,
+    ExactMatch,
     InstructionFollowingDifficulty,
     NegativeLogLikelihood,
+    NumericAnswer,
     Perplexity,
     RankSurprisalRatio,
+    ResponseLength,
+    RougeL,
+    TeacherKL,
 )
-from srd_lightning.criteria.teacher import TeacherKL
 
 __all__ = [
     "AnswerLength",

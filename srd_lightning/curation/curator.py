@@ -1,32 +1,32 @@
-"""`Curator`: tokenised rows are scored by the student that is to learn from them, ranked, and staged."""
+"""`Curator`: tokenised rows are scored by the student that is to learn from them, ranked and staged; later again."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from srd_lightning.criteria.answers import RougeL
 from srd_lightning.criteria.base import Column, Criterion, check_criteria
-from srd_lightning.criteria.likelihood import NegativeLogLikelihood
+from srd_lightning.criteria.standard import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
-from srd_lightning.curation.order import rank
 from srd_lightning.curation.reflection import Reflector
 from srd_lightning.curation.result import Curated
-from srd_lightning.curation.score_store import Scores
+from srd_lightning.curation.score_store import Floats, Scores, stored_scores
 from srd_lightning.curation.student_source import ReflectingStudent
-from srd_lightning.curriculum.arrangement import Arrangement, EasyToHard, arranged
 from srd_lightning.curriculum.curriculum import Curriculum, check_fractions
-from srd_lightning.data.formats import form_of
-from srd_lightning.data.rows import ids_of
+from srd_lightning.curriculum.ranking import Arrangement, EasyToHard, arranged, reciprocal_rank_fusion
+from srd_lightning.data.readers import form_of
+from srd_lightning.data.tokenization import ids_of
 from srd_lightning.digests import digest
-from srd_lightning.errors import SettingError
+from srd_lightning.errors import DataError, ModelError, ResumeError, SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.storage import check_folder, check_room
 
@@ -166,3 +166,146 @@ class Curator:
     def order(self, rows: Dataset, scores: Scores) -> Tensor:
         """Return row numbers, ``[N]``, easiest first."""
         return rank(scores.columns, self.criteria, ids_of(rows), self.ties)
+
+
+def rank(
+    columns: Mapping[str, Floats], criteria: Sequence[Criterion], ids: pa.Array, ties: Literal["average", "order"]
+) -> Tensor:
+    """Order rows by their scores, easiest first.
+
+    Args:
+        columns: Scores by column, ``[N]``.
+        criteria: Their directions and weights.
+        ids: ``[N]``; rows that no score can tell apart stand in the order of their ids, not of the file.
+        ties: See `reciprocal_rank_fusion`; with ``"order"`` the order of the file decides, as in the paper's code.
+
+    Returns:
+        Row numbers ``[N]``, int64.
+    """
+    for criterion in criteria:
+        missing = np.flatnonzero(np.isnan(columns[criterion.column]))
+        if len(missing) == len(ids):
+            raise ModelError(
+                f"{criterion.column} is NaN for all {len(ids)} rows, so it is not the rows but the student that gives "
+                f"NaN, or {type(criterion).__name__}; look at its weights"
+            )
+        if len(missing):
+            raise DataError(
+                f"{criterion.column} is NaN for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} "
+                "among them; leave the rows or the criterion out"
+            )
+    ease = [
+        columns[criterion.column] if criterion.higher_is_easier else -columns[criterion.column]
+        for criterion in criteria
+    ]
+    order = reciprocal_rank_fusion(*ease, ties=ties, weights=[criterion.weight for criterion in criteria])
+    return order if ties == "order" else _settle_by_id(order, ease, ids)
+
+
+def _settle_by_id(order: Tensor, ease: Sequence[Floats], ids: pa.Array) -> Tensor:
+    rows = order.numpy()
+    as_before = np.ones(max(len(rows) - 1, 0), dtype=bool)
+    for values in ease:
+        in_order = values[rows]
+        as_before &= in_order[1:] == in_order[:-1]
+    places = np.flatnonzero(np.append(as_before, False) | np.insert(as_before, 0, False))
+    if len(places):
+        group = np.cumsum(~np.insert(as_before, 0, False)[places])
+        names = np.array(ids.take(pa.array(rows[places])).to_pylist())
+        rows[places] = rows[places][np.lexsort((names, group))]
+    return order
+
+
+class Refresher:
+    """Knows when the student reflects again, and where the scores of each time are.
+
+    Args:
+        first_epochs: At which it does.
+        schedule: Of the curriculum.
+
+    Attributes:
+        generations: Name of the folder of the scores by first epoch; kept in checkpoints, because a run that is resumed
+            later has no student any more that could make them again.
+
+    Raises:
+        SettingError: One of the epochs is not the first of a later stage.
+    """
+
+    def __init__(self, first_epochs: Sequence[int], schedule: Mapping[int, float]) -> None:
+        later = [epoch for epoch in schedule if epoch > 0]
+        if first_epochs and set(schedule.values()) == {1.0}:
+            raise SettingError("refresh needs a schedule that ranks rows, but this one trains on all from the start")
+        if wrong := sorted(set(first_epochs) - set(later)):
+            raise SettingError(f"refresh must name first epochs of later stages, which are {later}, but names {wrong}")
+        self.first_epochs = sorted(set(first_epochs))
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.generations: dict[int, str] = {}
+        self._done: list[int] = []
+
+    def due(self, epoch: int) -> list[int]:
+        """Return the first epochs whose refreshment is to be made, or made again by a resumed run, at an epoch."""
+        due = [first for first in self.first_epochs if first <= epoch and first not in self._done]
+        self._done += due
+        return due
+
+    def refresh(
+        self,
+        curriculum: Curriculum,
+        epoch: int,
+        curator: Curator,
+        rows: Dataset,
+        student: ReflectingStudent,
+        root: Path,
+    ) -> Curriculum:
+        """Put the rows still to come in a new order, where that is due.
+
+        Args:
+            curriculum: As it was.
+            epoch: The current one.
+            curator: That made it.
+            rows: All rows.
+            student: Reflects as trained so far.
+            root: Folder of the first reflection; those of the refreshments are in it.
+
+        Returns:
+            The curriculum from now on.
+
+        Raises:
+            ResumeError: A refreshment was made in a run that this one does not know.
+        """
+        for first in self.due(epoch):
+            to_come = rows.select(curriculum.order[curriculum.size(first - 1) :].numpy())
+            if first in self.generations:
+                scores = stored_scores(root / self.generations[first], to_come, curator.criteria)
+            elif epoch > first:
+                raise ResumeError(
+                    f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume "
+                    f"from one that was trained with the same refresh, or from the end of epoch {first - 1}"
+                )
+            else:
+                model, reflector = student.as_trained(), curator.reflector(student)
+                fingerprint = reflector.fingerprint(to_come, model)
+                folder = root / f"epoch-{first}-{digest(fingerprint)}"
+                scores = reflector.scores(to_come, model, folder, fingerprint)
+                self.generations[first] = folder.name
+            curriculum = rearranged(curriculum, first, curator, to_come, scores)
+            rank_zero_info(f"rows still to come are in the order of {self.generations[first]}")
+        return curriculum
+
+
+def rearranged(curriculum: Curriculum, first: int, curator: Curator, to_come: Dataset, scores: Scores) -> Curriculum:
+    """Return the curriculum with the rows that have not entered before an epoch in the order of new scores.
+
+    Args:
+        curriculum: As it was.
+        first: Epoch with which a stage begins.
+        curator: Ranks and arranges.
+        to_come: The rows that enter in this stage or later, in their order so far.
+        scores: Of these rows.
+    """
+    seen = curriculum.size(first - 1)
+    order: Tensor = arranged(curator.arrangement, curator.order(to_come, scores), curriculum.kept - seen)
+    return Curriculum(torch.cat([curriculum.order[:seen], curriculum.order[seen:][order]]), curriculum.schedule)

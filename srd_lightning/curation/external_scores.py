@@ -14,12 +14,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.criteria.base import Criterion, score_batch
-from srd_lightning.criteria.batch import Reflected
+from srd_lightning.criteria.base import Criterion, Reflected, score_batch
 from srd_lightning.curation.score_store import Floats, Scores, answers_by_id, by_id
-from srd_lightning.data import readers
-from srd_lightning.data.formats import FORMATS, form_of, names_in
-from srd_lightning.data.rows import ids_of
+from srd_lightning.data.readers import FORMATS, form_of, from_files, names_in
+from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import DataError, MissingDataError, in_one_line
 from srd_lightning.models.generation import Decoding
 
@@ -56,7 +54,7 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
     Where the file has ``answer``, criteria that look at nothing else are computed from it.
 
     Args:
-        path: The file, of one of the forms in `srd_lightning.data.formats`.
+        path: The file, of one of the forms in `srd_lightning.data.readers`.
         rows: Tokenised rows.
         criteria: The columns that are wanted.
         tokenizer: The student's.
@@ -88,7 +86,7 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
 
 def _table(path: Path) -> pa.Table:
     if form_of(path) != ".parquet":
-        return readers.from_files([path]).with_format("arrow")[:]
+        return from_files([path]).with_format("arrow")[:]
     table = pq.read_table(path, memory_map=True)
     try:
         return table.set_column(table.column_names.index("id"), "id", table["id"].cast(pa.string()))

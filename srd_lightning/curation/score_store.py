@@ -27,7 +27,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from srd_lightning.criteria.base import Criterion
-from srd_lightning.data.rows import ids_of
+from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import ResumeError, StorageError
 from srd_lightning.storage import take, write_atomically
 

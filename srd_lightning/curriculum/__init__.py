@@ -4,7 +4,6 @@ A pure room: torch and numpy, and nothing of Lightning or transformers. Imports 
 in `ranking`, an `arrangement` may change it, and `curriculum` says which of its rows an epoch has.
 """
 
-from srd_lightning.curriculum.arrangement import Arrangement, EasyToHard, HardToEasy, RandomOrder, RandomSubset
 from srd_lightning.curriculum.curriculum import (
     PAPER_SCHEDULE,
     Curriculum,
@@ -13,6 +12,7 @@ from srd_lightning.curriculum.curriculum import (
     never_reached,
     value_at,
 )
+from srd_lightning.curriculum.ranking import Arrangement, EasyToHard, HardToEasy, RandomOrder, RandomSubset
 
 __all__ = [
     "PAPER_SCHEDULE",

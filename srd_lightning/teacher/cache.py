@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from srd_lightning.data.rows import response_lengths
+from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.digests import digest, file_digest
 from srd_lightning.errors import StorageError
 from srd_lightning.losses.head import Head

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from srd_lightning.data.batches import collate
-from srd_lightning.data.rows import lengths_of, response_lengths
 from srd_lightning.data.samplers import of_like_length
+from srd_lightning.data.tokenization import lengths_of, response_lengths
 from srd_lightning.digests import file_digest, weights_digest
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ModelError, StorageError
