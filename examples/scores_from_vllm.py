@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def reflect(rows: Dataset, tokenizer: PreTrainedTokenizerBase, store: ScoreStore, args: argparse.Namespace) -> None:
-    """Let the student answer every prompt and read every true response; store what comes of it part by part."""
+    """Let the student answer every prompt and read every reference response; store what comes of it part by part."""
     from vllm import LLM, SamplingParams  # so late because the rows are looked at before minutes go into the engine
 
     longest = max(args.max_length + 1, args.max_prompt_length + args.max_new_tokens)  # one more, as it must generate

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,22 +18,19 @@ from transformers import PreTrainedTokenizerBase
 from srd_lightning.checkpoints.compatibility import (
     check_same_rows,
     description_of,
-    digest_of_order,
-    digest_of_rows,
-    digest_of_tokens,
     saved_rows,
 )
 from srd_lightning.criteria.base import Criterion
-from srd_lightning.curation.curator import Curator, Refresher
-from srd_lightning.curation.result import Curated
+from srd_lightning.curation.curator import Curator, StagedRows
+from srd_lightning.curation.result import CurationResult
 from srd_lightning.curation.student_source import ReflectingStudent, find_tokenizer
 from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached
-from srd_lightning.curriculum.ranking import Arrangement
+from srd_lightning.curriculum.ranking import Arrangement, digest_of_order
 from srd_lightning.data.loaders import Collate, Loaders, RebuiltEveryEpoch
-from srd_lightning.data.row_reader import RowReader, check_splits
+from srd_lightning.data.row_reader import ReadRows, RowReader, check_splits
 from srd_lightning.data.samplers import LengthGrouped, check_sampler, plain_shuffle
 from srd_lightning.data.templates import ALPACA, ChatTemplate, PromptTemplate
-from srd_lightning.data.tokenization import Report, ids_of, lengths_of
+from srd_lightning.data.tokenization import Report, ids_of
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions
@@ -69,21 +65,19 @@ class SRDDataModule(LightningDataModule):
         arrangement: How the ranked rows enter; `EasyToHard` by default, the others are controls.
         refresh: First epochs of stages at which the student, as trained so far, reflects again on the rows still to
             come; by default never, as in the paper.
-        scores: Folder of the scores, which all processes see; by default one in the trainer's ``default_root_dir``,
+        scores: Folder of the scores, which all ranks see; by default one in the trainer's ``default_root_dir``,
             named after what the scores depend on. Or a file of ``id`` and columns that something else made.
         decontaminate: Drop training rows whose prompt stands in another split; without it they are only reported.
-        near_duplicates: Similarity in (0, 1] from which prompts of other splits count as the same; by default only
-            equal ones do. Needs the ``near-duplicates`` extra.
-        batch_size: Rows per process and training step.
-        eval_batch_size: Rows per process and batch of evaluation; by default ``batch_size``.
+        batch_size: Rows per rank and training step.
+        eval_batch_size: Rows per rank and batch of evaluation; by default ``batch_size``.
         max_length: Tokens of prompt and response; longer responses are cut, counted and reported.
         max_prompt_length: Tokens of the prompt; rows with longer ones are dropped, counted and reported.
         decoding: How the student answers when it reflects; greedy by default.
         reflection_tokens: Most tokens in a batch of the reflection: prompts, answers and padding.
-        reflection_threads: Of a CPU while it reflects. With one, scores are the same on any number of processes.
+        reflection_threads: Of a CPU while it reflects. With one, scores are the same on any number of ranks.
         ties: How equal scores are ranked; see `reciprocal_rank_fusion`.
-        group_by_length: Whether the rows of a training step are of like length, which pads less; the steps come in
-            random order, and other rows meet in every epoch. Without, a plain shuffle.
+        group_by_length: Whether the rows of a training step are of similar length, which pads less; the steps come in
+            random order, and other rows meet in every epoch (length bucketing). Without, a plain shuffle.
         sampler: Another grouping of the rows into batches: a `MakeSampler`, such as a subclass of `LengthGrouped`; by
             default that of ``group_by_length``. docs/training.md has an example.
         pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this, which
@@ -113,7 +107,6 @@ class SRDDataModule(LightningDataModule):
         refresh: list[int] | None = None,
         scores: str | None = None,
         decontaminate: bool = False,
-        near_duplicates: float | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 512,
@@ -137,30 +130,30 @@ class SRDDataModule(LightningDataModule):
             raise SettingError(f"num_workers must be 0 or more, but is {num_workers}")
         if sampler is not None:
             check_sampler(sampler)
-        self.reader = RowReader(data, template, max_length, max_prompt_length, decontaminate, near_duplicates)
+        self.reader = RowReader(data, template, max_length, max_prompt_length)
         self.curator = Curator(
-            schedule, criteria, arrangement, scores, ties, decoding, reflection_tokens, reflection_threads
+            schedule,
+            criteria,
+            arrangement,
+            refresh or (),
+            scores,
+            ties,
+            decoding,
+            reflection_tokens,
+            reflection_threads,
         )
-        self.refresher = Refresher(refresh or [], self.curator.schedule)
         self.loaders = Loaders(num_workers, seed, sampler or (LengthGrouped if group_by_length else plain_shuffle))
         self.student = student
+        self.decontaminate = decontaminate
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.group_by_length = group_by_length
         self.sampler = sampler
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.tokenizer: Any = tokenizer
-        self.rows: dict[str, Dataset] = {}
-        self.reports: dict[str, Report] = {}
-        self.curriculum: Curriculum | None = None
-        self.curation: Curated | None = None
-        self.refresh_seconds = 0.0
-        self._given_tokenizer = tokenizer
-        self._read_for: Any = None
-        self._curated_for: tuple[Any, Path] | None = None
-        self._reflecting: ReflectingStudent | None = None
-        self._as_read: Dataset | None = None
-        self._digests: dict[str, Any] | None = None
+        self._tokenizer = tokenizer
+        self._read_rows: ReadRows | None = None
+        self.staged: StagedRows | None = None
+        """The training rows of the run that `setup` was last called for."""
         self._batch_columns: BatchColumns | None = None
         self._every_epoch = RebuiltEveryEpoch()
 
@@ -177,12 +170,42 @@ class SRDDataModule(LightningDataModule):
     @property
     def decoding(self) -> Decoding:
         """How the student answers when it reflects."""
-        return self.curator.decoding
+        return self.curator.reflector.decoding
 
     @property
     def data(self) -> Any:
         """What the rows are read from."""
         return self.reader.data
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the rows; before they are read, what was given, if anything."""
+        return self._tokenizer if self._read_rows is None else self._read_rows.tokenizer
+
+    @property
+    def rows(self) -> dict[str, Dataset]:
+        """Tokenised rows by split; none before they are read."""
+        return {} if self._read_rows is None else self._read_rows.splits
+
+    @property
+    def reports(self) -> dict[str, Report]:
+        """What happened to the rows, by split."""
+        return {} if self._read_rows is None else self._read_rows.reports
+
+    @property
+    def curation(self) -> CurationResult | None:
+        """What came of the curation, after ``setup("fit")``."""
+        return None if self.staged is None else self.staged.result
+
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """Which rows come when, as it is now, after ``setup("fit")``."""
+        return None if self.staged is None else self.staged.curriculum
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Time that the student has reflected again in this run."""
+        return 0.0 if self.staged is None else self.staged.seconds
 
     def setup(self, stage: str) -> None:
         """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
@@ -205,25 +228,31 @@ class SRDDataModule(LightningDataModule):
         self._check_settings(stage, module, trainer, root)
         saved = saved_rows(trainer, self)
         check_same_rows(saved, self._settings())
-        if not self.rows or (self._tokenizer_of_module and self._read_for is not module):
+        if self._read_rows is None or self._tokenizer_is_another(module):
             self.read_rows(stage, module)
-        if stage != "fit":
-            return
-        check_splits(self.rows, stage)
-        if saved:
-            check_same_rows(saved, self._read())
-        self._reflecting = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device)
-        if self.curation is None or self._curated_for != (module, root):  # another student, or another run
-            self.curate(root)
-            self._curated_for = (module, root)
-        check_same_rows(saved, self._ranked())
-        assert self.curation is not None
-        self.curriculum = self.curation.curriculum
-        self.refresher.begin()
+        if stage == "fit":
+            student = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device)
+            self._stage_rows(student, root, saved)
 
-    @property
-    def _tokenizer_of_module(self) -> bool:
-        return self._given_tokenizer is None and not isinstance(self.student, Pretrained)
+    def _stage_rows(self, student: ReflectingStudent, root: Path, saved: Mapping[str, Any]) -> None:
+        """Curate, unless that was done for the same module and root, and begin with the first stage."""
+        check_splits(self.rows, "fit")
+        if saved:
+            check_same_rows(saved, self._digests_of_rows())
+        last = self.staged
+        if last is not None and last.student.module is student.module and last.root == root:
+            result = last.result
+        else:  # another student, or another run
+            assert self._read_rows is not None
+            self._read_rows.find_leaks(drop=self.decontaminate)
+            result = self.curator.curate(self.rows["train"], student, root, self.reports["train"].dropped)
+        self.staged = StagedRows(self.curator, self.rows["train"], student, root, result)
+        check_same_rows(saved, self._digests_of_order())
+
+    def _tokenizer_is_another(self, module: Any) -> bool:
+        """Return whether the rows were tokenised for a module with another tokenizer."""
+        of_module = self._tokenizer is None and not isinstance(self.student, Pretrained)
+        return of_module and find_tokenizer(None, None, module) is not self.tokenizer
 
     def _check_settings(self, stage: str, module: Any, trainer: Trainer | None, root: Path) -> None:
         """Check what can be known before rows are read."""
@@ -253,37 +282,19 @@ class SRDDataModule(LightningDataModule):
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
             module: Whose tokenizer it is, if this data module was given none.
         """
-        self.tokenizer = find_tokenizer(self._given_tokenizer, self.student, module)
-        self.rows, self.reports = self.reader.read(self.tokenizer, stage)
-        self.curriculum = self.curation = self._digests = None
-        self._as_read, self._read_for = self.rows.get("train"), module
-
-    def curate(self, root: Path) -> Curated:
-        """Look for leaks, let the student reflect where scores are missing, rank the rows and stage them.
-
-        Args:
-            root: Folder of the run.
-
-        Returns:
-            What came of it, also kept as ``self.curation``.
-        """
-        assert self._reflecting is not None, 'setup("fit") comes first'
-        self.rows["train"] = self.reader.without_leaks(self.rows, self.reports["train"])
-        dropped = self.reports["train"].dropped
-        self.curation = self.curator.curate(self.rows["train"], self._reflecting, root, dropped)
-        return self.curation
+        self._read_rows = self.reader.read(find_tokenizer(self._tokenizer, self.student, module), stage)
+        self.staged = None
 
     def report(self, console: Console) -> None:
         """Show what came of the curation, and write it, with plots, into the folder of the scores."""
         from srd_lightning.curation.report import extremes, present  # matplotlib, which training does not need
 
-        assert self.curation is not None, 'setup("fit") comes first'
-        if self.curation.scores is None:
-            console.print(f"all {self.curation.rows:,} rows are trained on from the start; nothing was ranked")
+        result, rows = self._staged.result, self._staged.rows
+        if result.scores is None:
+            console.print(f"all {result.rows:,} rows are trained on from the start; nothing was ranked")
             return
-        scores, rows = self.curation.scores, self.rows["train"]
-        answers = scores.answers(ids_of(rows.select(np.concatenate(extremes(self.curation)))))
-        present(self.curation, rows, answers, scores.folder, console)
+        answers = result.scores.answers(ids_of(rows.select(np.concatenate(extremes(result)))))
+        present(result, rows, answers, result.scores.folder, console)
 
     def teardown(self, stage: str) -> None:
         """Let the trainer build its loaders as it did before, and batches be without a teacher's columns."""
@@ -301,30 +312,35 @@ class SRDDataModule(LightningDataModule):
 
     def rows_to_cache(self) -> Dataset:
         """Return the rows to which a teacher is asked in ``fit``: those that are kept, and the validation's."""
-        assert self.curriculum is not None, 'setup("fit") comes first'
-        train = self.rows["train"]
-        if not self.refresher.first_epochs:  # a new order may let in what was dropped
-            train = train.select(self.curriculum.order[: self.curriculum.kept].sort().values.numpy())
+        train = self._staged.ever_trained_on()
         return concatenate_datasets([train, self.rows["validation"]]) if "validation" in self.rows else train
+
+    @property
+    def _staged(self) -> StagedRows:
+        assert self.staged is not None, 'setup("fit") comes first'
+        return self.staged
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides which rows come when, for checkpoints."""
-        return {"generations": self.refresher.generations, "rows": self._rows_to_come()}
+        if self.staged is None:
+            return {"generations": {}, "rows": {}}
+        return {"generations": self.staged.generations, "rows": self._rows_to_come()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the refreshments of the run that is resumed.
+        """Go on with the refreshes of the run that is resumed.
 
         Raises:
             ResumeError: Its rows, or their order, are not those of this run.
         """
-        self.refresher.generations = state_dict["generations"]
+        if self.staged is not None:
+            self.staged.resume(state_dict["generations"])
         path = self.trainer and self.trainer.state.fn == "fit" and self.trainer.ckpt_path
         if path and not Path(path).name.startswith(OF_TUNERS):
             check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
 
     def _rows_to_come(self) -> dict[str, Any]:
-        """Return all that decides which rows come when; nothing before they are ranked."""
-        return {} if self.curation is None else {**self._settings(), **self._read(), **self._ranked()}
+        """Return all that decides which rows come when."""
+        return {**self._settings(), **self._digests_of_rows(), **self._digests_of_order()}
 
     def _settings(self) -> dict[str, Any]:
         """Return what decides which rows come when, as far as it is known before rows are read."""
@@ -333,48 +349,31 @@ class SRDDataModule(LightningDataModule):
         return {
             "schedule": self.schedule,
             "arrangement": description_of(self.curator.arrangement),
-            "refresh": self.refresher.first_epochs,
+            "refresh": self.curator.refresh,
             "seed": self.loaders.seed,
-            "decontaminate": self.reader.decontaminate and (self.reader.near_duplicates or True),
+            "decontaminate": self.decontaminate,
             "group_by_length": self.group_by_length,
             "sampler": sampler and getattr(sampler, "__qualname__", description_of(sampler)),
             "global_batch": self.batch_size * self._ranks["num_replicas"],
             "accumulate_grad_batches": accumulation,
         }
 
-    def _read(self) -> dict[str, Any]:
+    def _digests_of_rows(self) -> dict[str, Any]:
         """Return digests of the training rows as they were read and tokenised, before leaks were dropped."""
-        if self._digests is None:
-            rows = self._as_read
-            assert rows is not None, 'setup("fit") comes first'
-            self._digests = {"rows": digest_of_rows(ids_of(rows)), "tokens": digest_of_tokens(rows)}
-        return self._digests
+        assert self._read_rows is not None
+        return {"rows": self._read_rows.digest_of_rows, "tokens": self._read_rows.digest_of_tokens}
 
-    def _ranked(self) -> dict[str, Any]:
+    def _digests_of_order(self) -> dict[str, Any]:
         """Return digests of their ranking, and of the order in which they enter before the student reflects again."""
-        assert self.curation is not None
-        order = self.curation.curriculum.order
-        return {"ranking": digest_of_order(self.curation.order), "order": digest_of_order(order)}
+        result = self._staged.result
+        return {"ranking": digest_of_order(result.order), "order": digest_of_order(result.curriculum.order)}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the rows of the current epoch, shuffled by seed and epoch."""
-        assert self.curriculum is not None, 'setup("fit") comes first'
+        """Return the rows of the current epoch, shuffled by seed and epoch, after the refreshes that are due."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        self._refresh(epoch)
-        rows = self.rows["train"]
-        pool, lengths = self.curriculum.subset(rows, epoch), lengths_of(rows)[self.curriculum.rows(epoch).numpy()]
+        self._staged.refresh(epoch)
+        pool, lengths = self._staged.of_epoch(epoch)
         return self.loaders.train(pool, lengths, epoch, self.batch_size, self._ranks, self._collate)
-
-    def _refresh(self, epoch: int) -> None:
-        """Let the student, as trained so far, put the rows still to come in a new order, where that is due."""
-        scores = None if self.curation is None else self.curation.scores
-        if scores is None or self.curriculum is None or self._reflecting is None:
-            return  # nothing is ranked
-        start, rows = time.perf_counter(), self.rows["train"]
-        self.curriculum = self.refresher.refresh(
-            self.curriculum, epoch, self.curator, rows, self._reflecting, scores.folder
-        )
-        self.refresh_seconds += time.perf_counter() - start
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the ``validation`` rows, or nothing if there are none."""

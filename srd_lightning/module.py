@@ -335,7 +335,7 @@ class KDLightningModule(LightningModule):
         self._log_mean("test_rouge_l", sum(scores) / max(len(scores), 1), len(scores))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
-        """Return prompt, true response and generated answer of every row that has a response."""
+        """Return prompt, reference response and generated answer of every row that has a response."""
         gathered = self.student_handle.for_generation
         return answers(
             cast(nn.Module, self.student) if gathered is None else gathered,

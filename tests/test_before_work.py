@@ -118,7 +118,6 @@ def test_a_full_disk_is_said_before_the_student_is_loaded(make, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"near_duplicates": 0.0}, r"^near_duplicates must be a similarity in \(0, 1\]"),
         ({"ties": "random"}, "^ties must be 'average' or 'order', but is 'random'$"),
         ({"schedule": {0: 0.5, 1.5: 1.0}}, "whole numbers, but one is 1.5$"),
         ({"num_workers": -1}, "^num_workers must be 0 or more, but is -1$"),

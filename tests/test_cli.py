@@ -172,7 +172,7 @@ def test_help_of_a_subcommand_fits_a_screen(capsys):
 
 def test_help_of_all_settings(capsys):
     said = "\n".join(help_of(capsys, "curate", "--help.all"))
-    for name in ("--data.near_duplicates", "--trainer.sync_batchnorm", "--model.packing", "--data.decoding.top_p"):
+    for name in ("--data.decontaminate", "--trainer.sync_batchnorm", "--model.packing", "--data.decoding.top_p"):
         assert name in said
 
 

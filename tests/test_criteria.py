@@ -35,7 +35,7 @@ from srd_lightning.criteria import (
     check_criteria,
 )
 from srd_lightning.criteria import base as criteria_base
-from srd_lightning.criteria.base import Reflected, score_batch
+from srd_lightning.criteria.base import ReflectionBatch, score_batch
 from srd_lightning.curation.reflection import reflect
 from srd_lightning.curation.score_store import ScoreStore
 from srd_lightning.data.tokenization import tokenize
@@ -85,7 +85,7 @@ def seen(model, tokenizer, data):
     """What the model makes of all rows in one batch; takes other models, rows and answers."""
 
     def see(model=model, rows=None, answers=None):
-        return Reflected(model, tokenizer, rows or data.to_list(), GREEDY, answers=answers)
+        return ReflectionBatch(model, tokenizer, rows or data.to_list(), GREEDY, answers=answers)
 
     return see
 
@@ -105,9 +105,11 @@ def scores(criterion, reflected):
 
 
 def of_texts(criterion, *pairs):
-    """Score (true response, answer) pairs without a model."""
+    """Score (reference response, answer) pairs without a model."""
     rows = [{"id": str(number), "response": truth} for number, (truth, _) in enumerate(pairs)]
-    return scores(criterion, Reflected(nn.Identity(), None, rows, GREEDY, answers=[answer for _, answer in pairs]))
+    return scores(
+        criterion, ReflectionBatch(nn.Identity(), None, rows, GREEDY, answers=[answer for _, answer in pairs])
+    )
 
 
 def predictions(model, ids, start):

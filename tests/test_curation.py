@@ -20,6 +20,7 @@ from srd_lightning.curation.curator import rank
 from srd_lightning.curation.external_scores import read_scores
 from srd_lightning.curation.reflection import Reflector, pinned_threads
 from srd_lightning.curation.score_store import stored_scores
+from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import DataError, ModelError, StorageError
 from srd_lightning.evaluation.text_metrics import rouge_l
@@ -37,8 +38,9 @@ def score(model, tokenizer, data, tmp_path):
     """Reflect with these settings; returns the scores of each row by id."""
 
     def run(folder="scores", rows=data, decoding=GREEDY, criteria=PAPER, tokens=1):
-        reflector = Reflector(tokenizer, PLAIN, criteria, decoding, tokens, threads=1)
-        scores = reflector.scores(rows, model, tmp_path / folder, reflector.fingerprint(rows, model))
+        student, reflector = ReflectingStudent(model, None, tokenizer, PLAIN), Reflector(criteria, decoding, tokens, 1)
+        fingerprint = reflector.fingerprint(rows, model, student)
+        scores = reflector.scores(rows, model, student, tmp_path / folder, fingerprint)
         ids = ids_of(rows).to_pylist()
         return {
             row_id: {name: values[row] for name, values in scores.columns.items()} for row, row_id in enumerate(ids)
@@ -146,7 +148,7 @@ class TestAStoppedRun:
     def test_that_was_killed_while_it_tidied(self, score, monkeypatch, tmp_path, decoding):
         score("whole", decoding=decoding)
         with monkeypatch.context() as patch:
-            patch.setattr("srd_lightning.curation.score_store.ScoreStore.tidy", None)
+            patch.setattr("srd_lightning.curation.score_store.ScoreStore.compact", None)
             with pytest.raises(TypeError):
                 score(decoding=decoding)
         assert len(files(tmp_path / "scores")) > 2

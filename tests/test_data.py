@@ -96,16 +96,6 @@ class TestHygiene:
         assert dict(module.curation.dropped) == {"prompt of test": 2, "prompt of validation": 1}
         assert module.curation.rows == len(module.curriculum.order) == 18
 
-    def test_nearly_equal_prompts(self, make):
-        long = "Tell me in a few words what the capital of {} is called by those who live there"
-        data = {
-            "train": [*ROWS, {"id": 20, "instruction": long.format("France"), "output": "x"}],
-            "test": [{"instruction": "Please: " + long.format("France") + " now", "output": "x"}],
-        }
-        assert make(data, decontaminate=True).curation.rows == 21
-        module = make(data, decontaminate=True, near_duplicates=0.7)
-        assert dict(module.curation.dropped) == {"nearly a prompt of test": 1}
-
 
 class TestTrainLoader:
     """Thirty rows of thirty lengths."""

@@ -1,5 +1,4 @@
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +7,8 @@ import torch.distributed as dist
 from conftest import lively_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
-from transformers.generation import ContinuousBatchingConfig
 
-from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.errors import SettingError
 from srd_lightning.models import generation
 from srd_lightning.models.generation import PAPER_DECODING, Decoding, end_tokens, generate
 
@@ -250,22 +248,6 @@ def test_tied_weights_are_one_in_bf16_too(numbers):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_continuous_batching_answers_as_rounds_do(model, numbers, monkeypatch):
-    small = ContinuousBatchingConfig(max_batch_tokens=64, num_blocks=8)  # by default it takes most of the memory
-    monkeypatch.setattr(model, "generate_batch", partial(model.generate_batch, continuous_batching_config=small))
-    end = argmax_loop(model, PROMPTS[0], [], steps=12)[2]
-    model.generation_config.eos_token_id = end
-    expected = answers(model, numbers, limits=[2, 12, 12, 12, 12])
-    decoding = Decoding(max_new_tokens=12, continuous_batching=True)
-    assert answers(model, numbers, decoding, limits=[2, 12, 12, 12, 12]) == expected
-
-
-def test_continuous_batching_that_loses_a_row_is_an_error(model, numbers, monkeypatch):
-    monkeypatch.setattr(model, "generate_batch", lambda *given, **options: {})
-    with pytest.raises(ModelError, match="answered 0 of 5 prompts"):
-        answers(model, numbers, Decoding(continuous_batching=True))
-
-
 class TestSampling:
     def test_is_reproducible(self, model, numbers):
         assert answers(model, numbers, SAMPLING, seed=3) == answers(model, numbers, SAMPLING, seed=3)
@@ -357,7 +339,6 @@ def test_end_tokens(model, tokenizer, own, ends):
         ({"top_p": 1.5}, "top_p must lie in"),
         ({"no_repeat_ngram_size": -6}, "no_repeat_ngram_size must be a whole number of at least 0"),
         ({"max_length_ratio": 0.0}, "max_length_ratio must be positive"),
-        ({"continuous_batching": True, "no_repeat_ngram_size": 6}, ".*leave one of the two out"),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ from srd_lightning import CacheSettings, ForwardKL, KDLightningModule, SRDDataMo
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.curator import rank
 from srd_lightning.curation.reflection import Reflector
+from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.models.generation import Decoding
 
@@ -253,9 +254,10 @@ def test_curation_ranks_rows_as_on_a_cpu(model, tokenizer, data, tmp_path):
     criteria = [RougeL(), NegativeLogLikelihood()]
     orders, columns = [], []
     for number, device in enumerate((torch.device("cpu"), DEVICE)):
-        reflector = Reflector(tokenizer, PLAIN, criteria, Decoding(max_new_tokens=6), 500, threads=1, device=device)
-        fingerprint = reflector.fingerprint(data, model)
-        columns.append(reflector.scores(data, model, tmp_path / str(number), fingerprint).columns)
+        student = ReflectingStudent(model, None, tokenizer, PLAIN, device)
+        reflector = Reflector(criteria, Decoding(max_new_tokens=6), 500, threads=1)
+        fingerprint = reflector.fingerprint(data, model, student)
+        columns.append(reflector.scores(data, model, student, tmp_path / str(number), fingerprint).columns)
         orders.append(rank(columns[-1], criteria, ids_of(data), "average").argsort().tolist())
     assert columns[1]["nll"] == pytest.approx(columns[0]["nll"], abs=1e-4)
     assert (columns[1]["rouge_l"] == columns[0]["rouge_l"]).mean() >= 0.9

@@ -64,7 +64,7 @@ def test_weight_zero_is_plain_fine_tuning_bit_for_bit(student, teacher, tokenize
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_all_rows_from_the_start_is_ordinary_distillation(weight, student, teacher, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("srd_lightning.curation.curator.Reflector", None)
+    monkeypatch.setattr("srd_lightning.curation.reflection.Reflector.scores", None)
     plain, batches = copy.deepcopy(student), Batches()
     module = KDLightningModule(student, teacher, kd_weight=weight, optimizer=sgd)
     data = everything(tokenizer, rows)

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL
 from srd_lightning.criteria import base as criteria_base
-from srd_lightning.criteria.base import Reflected, score_batch
+from srd_lightning.criteria.base import ReflectionBatch, score_batch
 from srd_lightning.curation.reflection import fixed_batches
 from srd_lightning.models.generation import Decoding, generate
 
@@ -17,7 +17,7 @@ GREEDY = Decoding(max_new_tokens=6)
 
 
 def score(model, tokenizer, rows):
-    return score_batch(Reflected(model, tokenizer, rows, GREEDY), [RougeL(), NegativeLogLikelihood()])
+    return score_batch(ReflectionBatch(model, tokenizer, rows, GREEDY), [RougeL(), NegativeLogLikelihood()])
 
 
 class TestScoreBatch:
@@ -70,7 +70,7 @@ class TestScoreBatch:
         expected = [row["nll"] for row in score(model, tokenizer, data.to_list())]
         monkeypatch.setattr(criteria_base, "SCORED_AT_ONCE", 60)
         seen = []
-        reflected = Reflected(model, tokenizer, data.to_list(), GREEDY)
+        reflected = ReflectionBatch(model, tokenizer, data.to_list(), GREEDY)
         model.register_forward_pre_hook(lambda module, args, given: seen.append(given["input_ids"]), with_kwargs=True)
         assert [row["nll"] for row in score_batch(reflected, [NegativeLogLikelihood()])] == pytest.approx(
             expected, rel=1e-5
@@ -81,19 +81,19 @@ class TestScoreBatch:
 
     def test_bf16_answers_leave_losses_as_they_are(self, model, tokenizer, data):
         rows = data.to_list()
-        fast = Reflected(model, tokenizer, rows, Decoding(max_new_tokens=6, bf16=True))
+        fast = ReflectionBatch(model, tokenizer, rows, Decoding(max_new_tokens=6, bf16=True))
         found = score_batch(fast, [RougeL(), NegativeLogLikelihood()])
         assert [row["nll"] for row in found] == [row["nll"] for row in score(model, tokenizer, rows)]
 
     def test_no_answer_is_generated_that_no_criterion_looks_at(self, model, tokenizer, data, monkeypatch):
         monkeypatch.setattr(criteria_base, "generate", None)
-        found = score_batch(Reflected(model, tokenizer, data.to_list(), GREEDY), [NegativeLogLikelihood()])
+        found = score_batch(ReflectionBatch(model, tokenizer, data.to_list(), GREEDY), [NegativeLogLikelihood()])
         assert {tuple(row) for row in found} == {("id", "nll")}
 
     def test_answers_that_are_known_are_not_generated_again(self, model, tokenizer, data, monkeypatch):
         monkeypatch.setattr(criteria_base, "generate", None)
         rows = data.to_list()[:2]
-        reflected = Reflected(model, tokenizer, rows, GREEDY, answers=[rows[0]["response"], "x"])
+        reflected = ReflectionBatch(model, tokenizer, rows, GREEDY, answers=[rows[0]["response"], "x"])
         assert [row["rouge_l"] for row in score_batch(reflected, [RougeL()])] == [1.0, 0.0]
 
     def test_answers_stop_at_the_ratio_to_the_response(self, model, tokenizer):
@@ -101,7 +101,7 @@ class TestScoreBatch:
         rows = tokenised(tokenizer, [{"instruction": "a", "output": "b" * length} for length in (3, 11)]).to_list()
         tokenizer.decode = lambda ids, **options: " ".join(map(str, ids))
         decoding = Decoding(max_new_tokens=40, max_length_ratio=1.5)
-        lengths = [len(answer.split()) for answer in Reflected(model, tokenizer, rows, decoding).answers]
+        lengths = [len(answer.split()) for answer in ReflectionBatch(model, tokenizer, rows, decoding).answers]
         assert lengths == [8, 18]
 
 

@@ -1,5 +1,6 @@
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from transformers import ByT5Tokenizer
 
 from srd_lightning import ALPACA, Curriculum
 from srd_lightning.criteria import NegativeLogLikelihood
-from srd_lightning.curation.curator import Curator, Refresher, rearranged
+from srd_lightning.curation.curator import Curator, StagedRows
+from srd_lightning.curation.result import CurationResult
 from srd_lightning.curation.score_store import Scores
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate
@@ -108,38 +110,64 @@ def test_two_processes_sharded_or_not_and_resumed(tmp_path):
     assert again["orders"] == {epoch: expected["orders"][epoch] for epoch in ("2", "3", "4")}
 
 
-CURRICULUM = Curriculum(torch.tensor([4, 2, 0, 1, 3]), {0: 0.4, 8: 0.8})
+CURATOR = Curator({0: 0.4, 8: 0.6, 16: 0.8}, [NegativeLogLikelihood()], refresh=[16, 8])
+IDS = list("abcde")
 
 
-class TestRefresher:
-    @pytest.mark.parametrize("epochs", [[0], [8, 9], [-1]])
-    def test_epochs_that_begin_no_later_stage(self, epochs):
-        with pytest.raises(ValueError, match=r"first epochs of later stages, which are \[8, 16\], but names"):
-            Refresher(epochs, {0: 0.25, 8: 0.5, 16: 0.75})
+@pytest.fixture
+def staged(monkeypatch):
+    """Five rows in the order 4 2 0 1 3; where the student is asked again, later letters are easier."""
+    order = torch.tensor([4, 2, 0, 1, 3])
+    scores = Scores({"nll": np.zeros(5)}, Path("scores"), 5, None)
+    result = CurationResult(IDS, scores.columns, {}, order, Curriculum(order, CURATOR.schedule), {}, 1.0, 5, scores)
+    asked = []
 
-    def test_where_nothing_is_ranked(self):
-        with pytest.raises(ValueError, match="needs a schedule that ranks rows"):
-            Refresher([8], {0: 1.0, 8: 1.0})
+    def again(curator, rows, student, root, first):
+        asked.append((first, rows["id"][:]))
+        nll = np.array([-float(ord(row)) for row in rows["id"]])
+        return Scores({"nll": nll}, root / f"epoch-{first}", len(rows), None)
 
-    def test_is_due_once(self):
-        refresher = Refresher([16, 8], {0: 0.25, 8: 0.5, 16: 0.75})
-        assert [refresher.due(epoch) for epoch in (0, 7, 8, 9, 16, 17)] == [[], [], [8], [], [16], []]
+    monkeypatch.setattr(Curator, "scores_again", again)
+    return StagedRows(CURATOR, Dataset.from_dict({"id": IDS}), None, None, result), asked
 
-    def test_a_run_that_is_resumed_late_makes_up_for_all(self):
-        assert Refresher([16, 8], {0: 0.25, 8: 0.5, 16: 0.75}).due(20) == [8, 16]
 
-    def test_a_checkpoint_that_knows_nothing_of_it(self, tmp_path):
-        refresher = Refresher([8], CURRICULUM.schedule)
+class TestStagedRows:
+    def test_by_hand(self, staged):
+        rows, asked = staged
+        orders = []
+        for epoch in (0, 7, 8, 9, 16, 17):
+            rows.refresh(epoch)
+            orders.append("".join(map(str, rows.curriculum.order.tolist())))
+        assert asked == [(8, list("abd")), (16, list("ba"))]
+        assert orders == ["42013", "42013", "42310", "42310", "42310", "42310"]
+        assert rows.generations == {8: "epoch-8", 16: "epoch-16"}
+        assert dict(rows.curriculum.schedule) == CURATOR.schedule
+
+    def test_a_run_that_is_resumed_late_makes_up_for_all(self, staged, monkeypatch):
+        rows, asked = staged
+        rows.resume({8: "first", 16: "second"})
+        read, found = [], iter([np.array([0.2, 0.3, 0.1]), np.array([0.5, 0.4])])
+
+        def stored(folder, to_come, criteria):
+            read.append((folder.as_posix(), to_come["id"][:]))
+            return Scores({"nll": next(found)}, folder, len(to_come), None)
+
+        monkeypatch.setattr("srd_lightning.curation.curator.stored_scores", stored)
+        rows.refresh(20)
+        assert (asked, read) == ([], [("scores/first", list("abd")), ("scores/second", list("ab"))])
+        assert rows.curriculum.order.tolist() == [4, 2, 3, 1, 0]
+
+    def test_a_checkpoint_that_knows_nothing_of_it(self, staged):
         with pytest.raises(ValueError, match=r"does not say in which order.*from the end of epoch 7"):
-            refresher.refresh(
-                CURRICULUM, 9, Curator({0: 0.4, 8: 0.8}), Dataset.from_dict({"id": list("abcde")}), None, tmp_path
-            )
+            staged[0].refresh(9)
 
 
-def test_rearranged_by_hand():
-    rows = Dataset.from_dict({"id": list("abd")})  # those still to come: rows 0, 1 and 3
-    curator = Curator({0: 0.4, 8: 0.8}, [NegativeLogLikelihood()])
-    scores = Scores({"nll": np.array([0.2, 0.3, 0.1])}, None, 3, None)
-    found = rearranged(CURRICULUM, 8, curator, rows, scores)
-    assert found.order.tolist() == [4, 2, 3, 0, 1]
-    assert dict(found.schedule) == {0: 0.4, 8: 0.8}
+@pytest.mark.parametrize("epochs", [[0], [8, 9], [-1]])
+def test_epochs_that_begin_no_later_stage(epochs):
+    with pytest.raises(ValueError, match=r"first epochs of later stages, which are \[8, 16\], but names"):
+        Curator({0: 0.25, 8: 0.5, 16: 0.75}, refresh=epochs)
+
+
+def test_where_nothing_is_ranked():
+    with pytest.raises(ValueError, match="needs a schedule that ranks rows"):
+        Curator({0: 1.0, 8: 1.0}, refresh=[8])

@@ -23,7 +23,7 @@ from srd_lightning.curation.report import (
     tables,
     write,
 )
-from srd_lightning.curation.result import Curated
+from srd_lightning.curation.result import CurationResult
 from srd_lightning.curriculum import Curriculum
 from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
 
@@ -43,7 +43,7 @@ Prompt:
 
     Prompt 5?
 
-Truth:
+Reference response:
 
     Truth 5.
 
@@ -62,7 +62,7 @@ Prompt:
 
     Prompt 3?
 
-Truth:
+Reference response:
 
     Truth 3.
 
@@ -83,7 +83,7 @@ def small(**changes):
         "scored": 6,
     }
     parts |= changes
-    return Curated(order=parts["curriculum"].order, **parts)
+    return CurationResult(order=parts["curriculum"].order, **parts)
 
 
 def one_criterion(values, higher_is_easier=True, schedule=None):
@@ -321,7 +321,7 @@ def test_long_and_unruly_texts_stay_in_their_block():
     middle = "MIDDLE" * 100
     prompt = f"\n  # no heading\n\n```\n{middle}</s> the end\n"
     text = rows_as_text(small(), tokenised(prompt=[prompt] * 8), {}, count=1)
-    block = text.split("Prompt:\n\n")[1].split("\n\nTruth:")[0]
+    block = text.split("Prompt:\n\n")[1].split("\n\nReference response:")[0]
     assert block.startswith("      # no heading\n\n    ```\n    MIDDLE")
     assert block.endswith("</s> the end")
     assert "[…]" in block

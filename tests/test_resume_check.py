@@ -19,10 +19,12 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, LengthGrouped, ResumeCheckpoint, SRDDataModule
-from srd_lightning.checkpoints.compatibility import check_same_optimizer, digest_of_rows, digest_of_tokens
+from srd_lightning.checkpoints.compatibility import check_same_optimizer
 from srd_lightning.checkpoints.files import CHECKSUMS, check_intact, checksums_of_rank, finish, read_outline
 from srd_lightning.checkpoints.run_folder import RunLock
+from srd_lightning.curation.curator import Curator
 from srd_lightning.data.templates import PromptTemplate
+from srd_lightning.data.tokenization import digest_of_rows, digest_of_tokens
 from srd_lightning.errors import ResumeError, StorageError
 from srd_lightning.training.lr_plan import stage_steps
 
@@ -79,7 +81,7 @@ class TestARefusal:
             project.main(str(run), data=changed)
 
     def test_of_tokens_comes_before_the_student_answers(self, run, monkeypatch):
-        monkeypatch.setattr(SRDDataModule, "curate", forbidden("the student answered"))
+        monkeypatch.setattr(Curator, "curate", forbidden("the student answered"))
         with pytest.raises(ResumeError, match=r"- other tokens \(of the same rows: use the same `template`"):
             project.main(str(run), data={"template": PromptTemplate("{instruction} {input}", "{instruction}")})
 

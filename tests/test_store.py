@@ -85,12 +85,12 @@ class TestRoundTrip:
         assert nll(ScoreStore.reopen(full.folder)) == pytest.approx(nll(full), nan_ok=True)
 
 
-class TestTidy:
+class TestCompact:
     def test_keeps_every_score(self, full):
         later = ScoreStore(full.folder, MADE_OF, {"ifd": "IFD"})
         later.append([{"id": "b", "ifd": 0.5}])
         before = nll(full)
-        later.tidy()
+        later.compact()
         assert len(shards(full)) == 1
         assert nll(full) == pytest.approx(before, nan_ok=True)
         assert later.columns(pa.array(["b"]), ["ifd"])["ifd"].tolist() == [0.5]
@@ -106,36 +106,36 @@ class TestTidy:
             store = ScoreStore(tmp_path / name, MADE_OF, CRITERIA)
             for part in parts:
                 store.append(part)
-            store.tidy()
+            store.compact()
             folders.append({path.name: path.read_bytes() for path in sorted(store.folder.glob("*.*"))})
         assert folders[0] == folders[1] == folders[2]
         assert len(folders[0]) == 2
 
     def test_is_known_to_have_been_done(self, full):
-        assert not full.is_tidy(3)
-        full.tidy()
-        assert full.is_tidy(3)
-        assert not full.is_tidy(4)
+        assert not full.is_compact(3)
+        full.compact()
+        assert full.is_compact(3)
+        assert not full.is_compact(4)
         ScoreStore(full.folder, MADE_OF, {"ifd": "IFD"}).append([{"id": "b", "ifd": 0.5}])
-        assert not full.is_tidy(3)
+        assert not full.is_compact(3)
 
     def test_that_was_broken_off_is_not_done(self, full):
-        full.tidy()
+        full.compact()
         (first,) = (path.read_bytes() for path in shards(full))
         later = ScoreStore(full.folder, MADE_OF, {"ifd": "IFD"})
         later.append([{"id": "b", "ifd": 0.5}])
-        later.tidy()
+        later.compact()
         (full.folder / full._name(first)).write_bytes(first)  # what it had not come to remove
-        assert not full.is_tidy(3)
+        assert not full.is_compact(3)
 
     def test_removes_what_a_killed_process_left_half_written(self, full):
         (full.folder / ".part-x.parquet.123").write_bytes(b"half")
-        full.tidy()
+        full.compact()
         assert not list(full.folder.glob(".part*"))
 
     def test_shards_of_limited_size_sorted_by_id(self, full, monkeypatch):
         monkeypatch.setattr(store_module, "ROWS_PER_SHARD", 2)
-        full.tidy()
+        full.compact()
         assert sorted(pq.read_table(shard)["id"].to_pylist() for shard in shards(full)) == [["a", "b"], ["c"]]
 
     def test_own_shards_are_merged_from_time_to_time(self, store, monkeypatch):
@@ -186,9 +186,9 @@ class TestDamage:
             warnings.simplefilter("error")
             assert np.isnan(nll(full)[0])
 
-    def test_does_not_survive_tidying(self, full, damaged):
+    def test_does_not_survive_compaction(self, full, damaged):
         with pytest.warns(UserWarning, match="damaged"):
-            full.tidy()
+            full.compact()
         assert np.isnan(nll(full)[0])
         assert len(shards(full)) == 1
 

@@ -82,7 +82,7 @@ class TestAFailingProcess:
     def test_another_student_in_one_process_is_named(self, tmp_path):
         code, errors = run(tmp_path, 2, "ddp", "another_student")
         assert code != 0
-        assert "process 1 has another student than process 0" in errors
+        assert "rank 1 has another student than rank 0" in errors
 
     def test_an_error_before_the_work_reaches_all(self, tmp_path):
         (tmp_path / "scores").mkdir()

@@ -17,23 +17,18 @@ given to ``Trainer.fit`` is known to Lightning alone: it is checked when that re
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from srd_lightning.checkpoints.files import check_intact, read_outline
 from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
-from srd_lightning.data.samplers import PIECE
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ResumeError
 from srd_lightning.preflight import callbacks_of
@@ -42,7 +37,7 @@ ADVICE = {
     "schedule": "set `schedule` as it was",
     "arrangement": "set `arrangement` as it was",
     "refresh": "set `refresh` as it was",
-    "decontaminate": "set `decontaminate` and `near_duplicates` as they were",
+    "decontaminate": "set `decontaminate` as it was",
     "seed": "set `seed` as it was",
     "group_by_length": "set `group_by_length` as it was",
     "sampler": "set `sampler` as it was",
@@ -105,47 +100,6 @@ def description_of(setting: object) -> str:
     own = sorted(getattr(setting, "__dict__", {}).items())
     values = ", ".join(f"{name}={value!r}" for name, value in own if isinstance(value, plain))
     return f"{type(setting).__name__}({values})"
-
-
-def digest_of_rows(ids: pa.Array) -> str:
-    """Return a digest of which rows there are, in which order.
-
-    Args:
-        ids: Of the rows, ``[N]``.
-
-    Example:
-        >>> digest_of_rows(pa.array(["a", "b"]))
-        '911169ddaaf146af'
-    """
-    digest = hashlib.sha256()
-    for first in range(0, len(ids), PIECE):
-        digest.update("".join(f"{row}\n" for row in ids[first : first + PIECE].to_pylist()).encode())
-    return digest.hexdigest()[:16]
-
-
-def digest_of_tokens(rows: Dataset) -> str:
-    """Return a digest of the tokens of tokenised rows, at about a GB a second.
-
-    Args:
-        rows: With ``input_ids`` and ``prompt_length``.
-    """
-    digest = hashlib.sha256()
-    columns = rows.select_columns(["input_ids", "prompt_length"]).with_format("arrow")
-    for first in range(0, len(rows), PIECE):
-        piece: Any = columns[first : first + PIECE]
-        tokens = piece["input_ids"].combine_chunks()
-        for values in (tokens.flatten(), tokens.value_lengths(), piece["prompt_length"].combine_chunks()):
-            digest.update(values.cast(pa.int32()).to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def digest_of_order(order: Tensor) -> str:
-    """Return a digest of row numbers.
-
-    Args:
-        order: ``[N]``, int64.
-    """
-    return hashlib.sha256(np.ascontiguousarray(order.numpy()).tobytes()).hexdigest()[:16]
 
 
 def check_same_rows(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

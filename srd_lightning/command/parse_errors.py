@@ -30,6 +30,11 @@ MOVED = {
     "model.teacher_cache_dir": "model.teacher_cache.dir",
 }
 """Settings of earlier versions, and where they are now."""
+GONE = {
+    "data.near_duplicates": "leave similar prompts out of `data`; data.decontaminate drops those that are equal",
+    "data.decoding.continuous_batching": "examples/scores_from_vllm.py makes scores with vLLM, which refills batches",
+}
+"""Settings of earlier versions that nothing has replaced, and what to do instead."""
 OF_SUBCOMMAND = re.compile(rf"\b(?:{'|'.join(SUBCOMMANDS)})\.(?=(?:model|data|trainer)\.)")
 KEY = re.compile(r'Parser key "(?P<key>[^"]+)"(?: element \d+)?:\s*(?P<rest>.*)', re.DOTALL)
 NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or invalid\n- ", re.DOTALL)
@@ -133,6 +138,8 @@ def unknown(name: str, known: Collection[str]) -> str:
     """
     if name in MOVED:
         return f"there is no setting {name} any more; it is {MOVED[name]} now, beside its kind, hidden or topk"
+    if name in GONE:
+        return f"there is no setting {name} any more; {GONE[name]}"
     leaf = name.rpartition(".")[2]
     near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.75)
     near = near or [other for other in sorted(known) if other.rpartition(".")[2] == leaf][:2]

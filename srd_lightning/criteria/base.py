@@ -1,6 +1,6 @@
 """What makes a row hard: criteria, each a column of scores and the direction in which it is easy.
 
-A criterion of one's own is two attributes and one method, which is given a `Reflected`::
+A criterion of one's own is two attributes and one method, which is given a `ReflectionBatch`::
 
     class Shouting(Criterion):
         column, higher_is_easier = "shouting", False
@@ -51,7 +51,7 @@ class Criterion:
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         """Return one score per row of a batch; the one method that a new criterion must write.
 
         Args:
@@ -110,12 +110,12 @@ class Column(Criterion):
         self.column = column
         self.higher_is_easier = higher_is_easier
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         """Refuse: there is nothing to compute."""
         raise SettingError(f"scores of {self.column!r} are read from a file: SRDDataModule(scores='….parquet')")
 
 
-class Reflected:
+class ReflectionBatch:
     """A batch of rows as the student sees them; each part is computed when a criterion first asks for it.
 
     Args:
@@ -141,15 +141,17 @@ class Reflected:
         self.rows = rows
         self.decoding = decoding
         self.seed = seed
-        if answers is not None:
-            self.__dict__["answers"] = list(answers)
+        self.known_answers = None if answers is None else list(answers)
+        """The answers, ``[B]``, where they are known, or have been asked for."""
 
-    @cached_property
+    @property
     def answers(self) -> list[str]:
         """The student's answers, ``[B]``."""
-        prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
-        limits = self.decoding.limits(response_lengths(self.rows))
-        return generate(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
+        if self.known_answers is None:
+            prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
+            limits = self.decoding.limits(response_lengths(self.rows))
+            self.known_answers = generate(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
+        return self.known_answers
 
     def pairs(self) -> Iterator[tuple[Mapping[str, Any], str]]:
         """Yield each row with the answer to it."""
@@ -212,14 +214,18 @@ class Reflected:
         return [float(part.mean()) for part in torch.split(values.cpu(), lengths)]
 
 
-def score_batch(reflected: Reflected, criteria: Sequence[Criterion]) -> list[dict[str, Any]]:
+Reflected = ReflectionBatch
+"""Its former name."""
+
+
+def score_batch(reflected: ReflectionBatch, criteria: Sequence[Criterion]) -> list[dict[str, Any]]:
     """Return ``id``, a column per criterion, and the ``answer`` where a criterion looked at it, for each row."""
     columns: dict[str, Sequence[Any]] = {"id": [row["id"] for row in reflected.rows]}
     with torch.no_grad():
         for criterion in criteria:
             columns[criterion.column] = [float(score) for score in criterion.scores(reflected)]
-    if "answers" in vars(reflected):
-        columns["answer"] = reflected.answers
+    if reflected.known_answers is not None:
+        columns["answer"] = reflected.known_answers
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from srd_lightning.criteria.base import Criterion, Reflected
+from srd_lightning.criteria.base import Criterion, ReflectionBatch
 from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.evaluation.text_metrics import rouge_l, same_number, same_words
@@ -18,11 +18,11 @@ from srd_lightning.models.pretrained import Pretrained
 
 
 class RougeL(Criterion):
-    """ROUGE-L of the answer against the true response, in [0, 1]; the paper's first criterion."""
+    """ROUGE-L of the answer against the reference response, in [0, 1]; the paper's first criterion."""
 
     column, higher_is_easier, from_answers = "rouge_l", True, True
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return [rouge_l(row["response"], answer) for row, answer in reflected.pairs()]
 
 
@@ -31,34 +31,34 @@ class AnswerLength(Criterion):
 
     column, higher_is_easier, from_answers = "answer_length", False, True
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return [len(answer.split()) for answer in reflected.answers]
 
 
 class ResponseLength(Criterion):
-    """Tokens of the true response, end token included. A control; it asks nothing of the student."""
+    """Tokens of the reference response, end token included. A control; it asks nothing of the student."""
 
     column, higher_is_easier, from_answers = "response_length", False, True
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return response_lengths(reflected.rows)
 
 
 class ExactMatch(Criterion):
-    """1 where the answer is the true response, but for case, punctuation and spaces; else 0."""
+    """1 where the answer is the reference response, but for case, punctuation and spaces; else 0."""
 
     column, higher_is_easier, from_answers = "exact_match", True, True
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return [float(same_words(row["response"], answer)) for row, answer in reflected.pairs()]
 
 
 class NumericAnswer(Criterion):
-    """1 where the last number of the answer is the last number of the true response, else 0; for mathematics."""
+    """1 where the last number of the answer is the last number of the reference response, else 0; for mathematics."""
 
     column, higher_is_easier, from_answers = "numeric_answer", True, True
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return [float(same_number(row["response"], answer)) for row, answer in reflected.pairs()]
 
 
@@ -71,7 +71,7 @@ class ChrF(Criterion):
         super().__init__(weight)
         _sacrebleu()
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return _sentence_scores(_sacrebleu().CHRF(), reflected)
 
 
@@ -84,7 +84,7 @@ class Bleu(Criterion):
         super().__init__(weight)
         _sacrebleu()
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return _sentence_scores(_sacrebleu().BLEU(effective_order=True), reflected)
 
 
@@ -96,16 +96,16 @@ def _sacrebleu() -> Any:
     return metrics
 
 
-def _sentence_scores(metric: Any, reflected: Reflected) -> list[float]:
+def _sentence_scores(metric: Any, reflected: ReflectionBatch) -> list[float]:
     return [metric.sentence_score(answer, [row["response"]]).score for row, answer in reflected.pairs()]
 
 
 class NegativeLogLikelihood(Criterion):
-    """Mean loss of the true response's tokens, end token included, in nats; the paper's second criterion."""
+    """Mean loss of the reference response's tokens, end token included, in nats; the paper's second criterion."""
 
     column, higher_is_easier = "nll", False
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return reflected.row_means(reflected.token_losses)
 
 
@@ -114,12 +114,12 @@ class Perplexity(NegativeLogLikelihood):
 
     column = "perplexity"
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         return [math.exp(min(loss, 700.0)) for loss in super().scores(reflected)]
 
 
 class RankSurprisalRatio(Criterion):
-    """Summed rank over summed loss of the true response's tokens (arXiv 2601.14249).
+    """Summed rank over summed loss of the reference response's tokens (arXiv 2601.14249).
 
     It is low where the student finds the tokens unlikely, and yet has them among its first choices.
 
@@ -134,25 +134,25 @@ class RankSurprisalRatio(Criterion):
         super().__init__(weight)
         self.max_rank = max_rank
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         ranks = reflected.row_means(reflected.token_ranks.clamp(max=self.max_rank).double())
         losses = reflected.row_means(reflected.token_losses)
         return [rank / max(loss, 1e-9) for rank, loss in zip(ranks, losses, strict=True)]
 
 
 class InstructionFollowingDifficulty(Criterion):
-    """Loss of the true response after its prompt over the loss without: how little it helps (IFD, arXiv 2308.12032)."""
+    """Loss of the response after its prompt over the loss without: how little that helps (IFD, arXiv 2308.12032)."""
 
     column, higher_is_easier = "ifd", False
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         with_prompt = reflected.row_means(reflected.token_losses)
         without = reflected.row_means(reflected.token_losses_without_prompt)
         return [loss / max(alone, 1e-9) for loss, alone in zip(with_prompt, without, strict=True)]
 
 
 class TeacherKL(Criterion):
-    """Mean KL(teacher ‖ student) over the true response's tokens, in nats: how much the teacher would have to say.
+    """Mean KL(teacher ‖ student) over the reference response's tokens, in nats: how much the teacher would have to say.
 
     Args:
         teacher: The teacher; loaded when it is first needed and freed afterwards. Its scores are kept under its name
@@ -167,7 +167,7 @@ class TeacherKL(Criterion):
         self.teacher = teacher
         self._loaded: nn.Module | None = None
 
-    def scores(self, reflected: Reflected) -> Sequence[float]:
+    def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
         if self._loaded is None:
             self._loaded = self.teacher.model() if isinstance(self.teacher, Pretrained) else self.teacher
         self._loaded.to(reflected.device)

@@ -1,4 +1,7 @@
-"""`Curator`: tokenised rows are scored by the student that is to learn from them, ranked and staged; later again."""
+"""`Curator`: tokenised rows are scored by the student that is to learn from them, ranked and staged.
+
+`StagedRows` are what a run has of it: the rows of each epoch, in an order that a refresh changes.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,20 @@ import torch
 from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.data import Subset
 
 from srd_lightning.criteria.base import Column, Criterion, check_criteria
 from srd_lightning.criteria.standard import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
 from srd_lightning.curation.reflection import Reflector
-from srd_lightning.curation.result import Curated
-from srd_lightning.curation.score_store import Floats, Scores, stored_scores
+from srd_lightning.curation.result import CurationResult
+from srd_lightning.curation.score_store import Scores, stored_scores
 from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.curriculum.curriculum import Curriculum, check_fractions
-from srd_lightning.curriculum.ranking import Arrangement, EasyToHard, arranged, reciprocal_rank_fusion
+from srd_lightning.curriculum.ranking import Arrangement, EasyToHard, Floats, arranged, reciprocal_rank_fusion
 from srd_lightning.data.readers import form_of
-from srd_lightning.data.tokenization import ids_of
+from srd_lightning.data.samplers import Lengths
+from srd_lightning.data.tokenization import ids_of, lengths_of
 from srd_lightning.digests import digest
 from srd_lightning.errors import DataError, ModelError, ResumeError, SettingError
 from srd_lightning.models.generation import Decoding
@@ -41,6 +46,7 @@ class Curator:
         schedule: ``{first epoch: share of the rows}``.
         criteria: What makes a row hard; by default the paper's, `RougeL` and `NegativeLogLikelihood`.
         arrangement: How the ranked rows enter; `EasyToHard` by default.
+        refresh: First epochs of stages at which the student, as trained so far, reflects again; see `StagedRows`.
         scores: Folder of the scores, or a file of them that something else made; by default a folder below the root.
         ties: How equal scores are ranked; see `reciprocal_rank_fusion`.
         decoding: How the student answers.
@@ -48,7 +54,8 @@ class Curator:
         reflection_threads: Of a CPU while the student reflects.
 
     Raises:
-        SettingError: A schedule without epoch 0, two criteria of one column, or other ties.
+        SettingError: A schedule without epoch 0, two criteria of one column, other ties, or a refresh at an epoch that
+            is not the first of a later stage.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Curator:
         schedule: Mapping[Any, float],
         criteria: list[Criterion] | None = None,
         arrangement: Arrangement | None = None,
+        refresh: Sequence[int] = (),
         scores: str | None = None,
         ties: Literal["average", "order"] = "average",
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
@@ -69,9 +77,13 @@ class Curator:
         if ties not in ("average", "order"):
             raise SettingError(f"ties must be 'average' or 'order', but is {ties!r}")
         self.ties = ties
-        self.decoding = decoding
-        self.reflection_tokens = reflection_tokens
-        self.reflection_threads = reflection_threads
+        later = [epoch for epoch in self.schedule if epoch > 0]
+        if refresh and not self.ranks:
+            raise SettingError("refresh needs a schedule that ranks rows, but this one trains on all from the start")
+        if wrong := sorted(set(refresh) - set(later)):
+            raise SettingError(f"refresh must name first epochs of later stages, which are {later}, but names {wrong}")
+        self.refresh = sorted(set(refresh))
+        self.reflector = Reflector(self.criteria, decoding, reflection_tokens, reflection_threads)
 
     @property
     def ranks(self) -> bool:
@@ -112,7 +124,9 @@ class Curator:
                 raise SettingError(f"the column {named[0]!r} is read from a file, but `scores` names none")
             check_folder(self._folder(root, {}), self._setting)
 
-    def curate(self, rows: Dataset, student: ReflectingStudent, root: Path, dropped: Mapping[str, int]) -> Curated:
+    def curate(
+        self, rows: Dataset, student: ReflectingStudent, root: Path, dropped: Mapping[str, int]
+    ) -> CurationResult:
         """Let the student reflect where scores are missing, rank the rows and stage them, on all ranks at once.
 
         Args:
@@ -128,7 +142,7 @@ class Curator:
         scores = self._scores(rows, student, root) if self.ranks else None
         order = torch.arange(len(rows)) if scores is None else self.order(rows, scores)
         kept = Curriculum(order, self.schedule).kept
-        curated = Curated(
+        result = CurationResult(
             ids=ids_of(rows),
             columns={} if scores is None else scores.columns,
             higher_is_easier={criterion.column: criterion.higher_is_easier for criterion in self.criteria},
@@ -139,33 +153,122 @@ class Curator:
             scored=0 if scores is None else scores.scored,
             scores=scores,
         )
-        for first, size in curated.sizes.items():
+        for first, size in result.sizes.items():
             rank_zero_info(f"from epoch {first}: {size} of {len(rows)} rows")
-        return curated
+        return result
 
     def _scores(self, rows: Dataset, student: ReflectingStudent, root: Path) -> Scores:
         if self.scores_file is not None:
             return read_scores(self.scores_file, rows, self.criteria, student.tokenizer)
         check_room(BYTES_PER_ROW * len(rows), self._folder(root, {}), self._setting)
-        model, reflector = student.untrained(), self.reflector(student)
-        fingerprint = reflector.fingerprint(rows, model)
-        return reflector.scores(rows, model, self._folder(root, fingerprint), fingerprint)
+        model = student.untrained()
+        fingerprint = self.reflector.fingerprint(rows, model, student)
+        return self.reflector.scores(rows, model, student, self._folder(root, fingerprint), fingerprint)
 
-    def reflector(self, student: ReflectingStudent) -> Reflector:
-        """Return what lets a student reflect by the settings of this curator."""
-        return Reflector(
-            student.tokenizer,
-            student.template,
-            self.criteria,
-            self.decoding,
-            self.reflection_tokens,
-            self.reflection_threads,
-            student.device,
-        )
+    def scores_again(self, rows: Dataset, student: ReflectingStudent, root: Path, first: int) -> Scores:
+        """Let the student, as trained so far, reflect on rows.
+
+        Args:
+            rows: Those still to come.
+            student: Who reflects.
+            root: Folder of the first reflection; the scores are in it, in a folder named after the epoch.
+            first: The epoch that begins.
+        """
+        model = student.as_trained()
+        fingerprint = self.reflector.fingerprint(rows, model, student)
+        folder = root / f"epoch-{first}-{digest(fingerprint)}"
+        return self.reflector.scores(rows, model, student, folder, fingerprint)
 
     def order(self, rows: Dataset, scores: Scores) -> Tensor:
         """Return row numbers, ``[N]``, easiest first."""
         return rank(scores.columns, self.criteria, ids_of(rows), self.ties)
+
+    def rearranged(self, curriculum: Curriculum, first: int, to_come: Dataset, scores: Scores) -> Curriculum:
+        """Return a curriculum with the rows that have not entered before an epoch in the order of new scores.
+
+        Args:
+            curriculum: As it was.
+            first: Epoch with which a stage begins.
+            to_come: The rows that enter in this stage or later, in their order so far.
+            scores: Of these rows.
+        """
+        seen = curriculum.size(first - 1)
+        order = arranged(self.arrangement, self.order(to_come, scores), curriculum.kept - seen)
+        return Curriculum(torch.cat([curriculum.order[:seen], curriculum.order[seen:][order]]), curriculum.schedule)
+
+
+class StagedRows:
+    """The training rows of one run, in the stages of their curriculum, which a refresh changes.
+
+    A refresh lets the student, as trained so far, reflect again on the rows still to come, where a stage begins.
+
+    Args:
+        curator: That made the curriculum, and makes it again.
+        rows: Tokenised.
+        student: Who reflects.
+        root: Folder of the run.
+        result: Of the curation of these rows.
+
+    Attributes:
+        curriculum: As it is now.
+        generations: Name of the folder of the scores by first epoch of each refresh; kept in checkpoints, because a run
+            that is resumed later has no student any more that could make them again.
+        seconds: That refreshes have taken.
+    """
+
+    def __init__(
+        self, curator: Curator, rows: Dataset, student: ReflectingStudent, root: Path, result: CurationResult
+    ) -> None:
+        self.curator = curator
+        self.rows = rows
+        self.student = student
+        self.root = root
+        self.result = result
+        self.curriculum = result.curriculum
+        self.generations: dict[int, str] = {}
+        self.seconds = 0.0
+        self._done: set[int] = set()
+
+    def resume(self, generations: Mapping[int, str]) -> None:
+        """Go on with the refreshes of an earlier part of the run, instead of making them again."""
+        self.generations = dict(generations)
+
+    def refresh(self, epoch: int) -> None:
+        """Put the rows still to come in a new order, once for each refresh that is due at an epoch.
+
+        Raises:
+            ResumeError: A refresh was made in a run that this one does not know.
+        """
+        start, scores = time.perf_counter(), self.result.scores
+        for first in self.curator.refresh:
+            if first > epoch or first in self._done or scores is None:
+                continue
+            to_come = self.rows.select(self.curriculum.order[self.curriculum.size(first - 1) :].numpy())
+            if first in self.generations:
+                again = stored_scores(scores.folder / self.generations[first], to_come, self.curator.criteria)
+            elif epoch > first:
+                raise ResumeError(
+                    f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume "
+                    f"from one that was trained with the same refresh, or from the end of epoch {first - 1}"
+                )
+            else:
+                again = self.curator.scores_again(to_come, self.student, scores.folder, first)
+                self.generations[first] = again.folder.name
+            self.curriculum = self.curator.rearranged(self.curriculum, first, to_come, again)
+            self._done.add(first)
+            rank_zero_info(f"rows still to come are in the order of {self.generations[first]}")
+        self.seconds += time.perf_counter() - start
+
+    def of_epoch(self, epoch: int) -> tuple[Subset[Any], Lengths]:
+        """Return the rows of an epoch, ``N``, and their lengths in tokens, ``[N]``."""
+        lengths = lengths_of(self.rows)[self.curriculum.rows(epoch).numpy()]
+        return self.curriculum.subset(self.rows, epoch), lengths
+
+    def ever_trained_on(self) -> Dataset:
+        """Return the rows that are kept; where there is a refresh all, as a new order may let in what was dropped."""
+        if self.curator.refresh:
+            return self.rows
+        return self.rows.select(self.curriculum.order[: self.curriculum.kept].sort().values.numpy())
 
 
 def rank(
@@ -214,98 +317,3 @@ def _settle_by_id(order: Tensor, ease: Sequence[Floats], ids: pa.Array) -> Tenso
         names = np.array(ids.take(pa.array(rows[places])).to_pylist())
         rows[places] = rows[places][np.lexsort((names, group))]
     return order
-
-
-class Refresher:
-    """Knows when the student reflects again, and where the scores of each time are.
-
-    Args:
-        first_epochs: At which it does.
-        schedule: Of the curriculum.
-
-    Attributes:
-        generations: Name of the folder of the scores by first epoch; kept in checkpoints, because a run that is resumed
-            later has no student any more that could make them again.
-
-    Raises:
-        SettingError: One of the epochs is not the first of a later stage.
-    """
-
-    def __init__(self, first_epochs: Sequence[int], schedule: Mapping[int, float]) -> None:
-        later = [epoch for epoch in schedule if epoch > 0]
-        if first_epochs and set(schedule.values()) == {1.0}:
-            raise SettingError("refresh needs a schedule that ranks rows, but this one trains on all from the start")
-        if wrong := sorted(set(first_epochs) - set(later)):
-            raise SettingError(f"refresh must name first epochs of later stages, which are {later}, but names {wrong}")
-        self.first_epochs = sorted(set(first_epochs))
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget an earlier run."""
-        self.generations: dict[int, str] = {}
-        self._done: list[int] = []
-
-    def due(self, epoch: int) -> list[int]:
-        """Return the first epochs whose refreshment is to be made, or made again by a resumed run, at an epoch."""
-        due = [first for first in self.first_epochs if first <= epoch and first not in self._done]
-        self._done += due
-        return due
-
-    def refresh(
-        self,
-        curriculum: Curriculum,
-        epoch: int,
-        curator: Curator,
-        rows: Dataset,
-        student: ReflectingStudent,
-        root: Path,
-    ) -> Curriculum:
-        """Put the rows still to come in a new order, where that is due.
-
-        Args:
-            curriculum: As it was.
-            epoch: The current one.
-            curator: That made it.
-            rows: All rows.
-            student: Reflects as trained so far.
-            root: Folder of the first reflection; those of the refreshments are in it.
-
-        Returns:
-            The curriculum from now on.
-
-        Raises:
-            ResumeError: A refreshment was made in a run that this one does not know.
-        """
-        for first in self.due(epoch):
-            to_come = rows.select(curriculum.order[curriculum.size(first - 1) :].numpy())
-            if first in self.generations:
-                scores = stored_scores(root / self.generations[first], to_come, curator.criteria)
-            elif epoch > first:
-                raise ResumeError(
-                    f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume "
-                    f"from one that was trained with the same refresh, or from the end of epoch {first - 1}"
-                )
-            else:
-                model, reflector = student.as_trained(), curator.reflector(student)
-                fingerprint = reflector.fingerprint(to_come, model)
-                folder = root / f"epoch-{first}-{digest(fingerprint)}"
-                scores = reflector.scores(to_come, model, folder, fingerprint)
-                self.generations[first] = folder.name
-            curriculum = rearranged(curriculum, first, curator, to_come, scores)
-            rank_zero_info(f"rows still to come are in the order of {self.generations[first]}")
-        return curriculum
-
-
-def rearranged(curriculum: Curriculum, first: int, curator: Curator, to_come: Dataset, scores: Scores) -> Curriculum:
-    """Return the curriculum with the rows that have not entered before an epoch in the order of new scores.
-
-    Args:
-        curriculum: As it was.
-        first: Epoch with which a stage begins.
-        curator: Ranks and arranges.
-        to_come: The rows that enter in this stage or later, in their order so far.
-        scores: Of these rows.
-    """
-    seen = curriculum.size(first - 1)
-    order: Tensor = arranged(curator.arrangement, curator.order(to_come, scores), curriculum.kept - seen)
-    return Curriculum(torch.cat([curriculum.order[:seen], curriculum.order[seen:][order]]), curriculum.schedule)

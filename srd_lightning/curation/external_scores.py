@@ -14,8 +14,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.criteria.base import Criterion, Reflected, score_batch
-from srd_lightning.curation.score_store import Floats, Scores, answers_by_id, by_id
+from srd_lightning.criteria.base import Criterion, ReflectionBatch, score_batch
+from srd_lightning.curation.score_store import Scores, answers_by_id, by_id
+from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.readers import FORMATS, form_of, from_files, names_in
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import DataError, MissingDataError, in_one_line
@@ -127,5 +128,5 @@ def _from_answers(
     for part in rows.with_format("arrow").iter(batch_size=1000):
         known = [row for row in part.to_pylist() if row["id"] in answers]
         texts = [answers[row["id"]] for row in known]
-        scores += score_batch(Reflected(nn.Identity(), tokenizer, known, Decoding(), answers=texts), criteria)
+        scores += score_batch(ReflectionBatch(nn.Identity(), tokenizer, known, Decoding(), answers=texts), criteria)
     return by_id(pa.Table.from_pylist(scores), ids, [criterion.column for criterion in criteria])

@@ -1,6 +1,7 @@
 """Reflection: the student answers every prompt, and its answer and its loss say how hard the row is for it.
 
-Fixed batches are dealt to the ranks, so a score does not depend on how many there are; all ranks get all scores.
+Fixed batches are dealt to the ranks, so a score does not depend on how many there are; all ranks get all scores. What
+scores are made of is a `fingerprint`, by which they are found again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.criteria.base import Criterion, Reflected, score_batch
-from srd_lightning.curation.score_store import Floats, Scores, ScoreStore
-from srd_lightning.data.tokenization import ids_of
+from srd_lightning.criteria.base import Criterion, ReflectionBatch, score_batch
+from srd_lightning.curation.score_store import Scores, ScoreStore
+from srd_lightning.curation.student_source import ReflectingStudent
+from srd_lightning.curriculum.ranking import Floats
+from srd_lightning.data.tokenization import ids_of, vocabulary_digest
 from srd_lightning.digests import bytes_digest, weights_digest
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import SettingError
@@ -29,10 +32,10 @@ from srd_lightning.progress import progress_bar
 
 SCORING_VERSION = "2"
 """Rises when the same inputs would give other scores."""
-Batch = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 
 
-def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> list[Batch]:
+def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> list[RowNumbers]:
     """Deal rows into batches that pad little and end together, the same for the same rows in any order.
 
     Args:
@@ -65,7 +68,7 @@ def reflect(
     store: ScoreStore,
     criteria: Sequence[Criterion],
     decoding: Decoding,
-    batches: Sequence[tuple[int, Batch]],
+    batches: Sequence[tuple[int, RowNumbers]],
     check: Callable[[], None] = lambda: None,
     show_progress: bool = True,
 ) -> None:
@@ -91,9 +94,8 @@ def reflect(
             chosen = rows.select(batch).to_list()
             answers = [known[row["id"]] for row in chosen if row["id"] in known]
             given = answers if len(answers) == len(chosen) else None
-            store.append(
-                score_batch(Reflected(model, tokenizer, chosen, decoding, decoding.seed + number, given), criteria)
-            )
+            reflected = ReflectionBatch(model, tokenizer, chosen, decoding, decoding.seed + number, given)
+            store.append(score_batch(reflected, criteria))
             progress.update(len(batch))
     finally:
         progress.close()
@@ -106,42 +108,40 @@ class Reflector:
     """Lets a student reflect, on all ranks, and keeps the scores.
 
     Args:
-        tokenizer: The student's.
-        template: How rows became prompts.
         criteria: What to score.
         decoding: How the student answers.
         tokens_per_batch: See `fixed_batches`.
         threads: Of a CPU while it reflects: their number changes the last digits of scores.
-        device: Where the student reflects; by default where it is.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    template: object
     criteria: Sequence[Criterion]
     decoding: Decoding
     tokens_per_batch: int
     threads: int
-    device: torch.device | None = None
 
-    def fingerprint(self, rows: Dataset, model: nn.Module) -> Mapping[str, str]:
+    def fingerprint(self, rows: Dataset, model: nn.Module, student: ReflectingStudent) -> Mapping[str, str]:
         """Return digests, by part, of what scores of these rows are made of.
 
         Args:
             rows: Tokenised rows.
             model: The student.
+            student: By which tokenizer and template it reflects.
 
         Raises:
             SettingError: The ranks have different students.
         """
-        settings = (self.tokenizer, self.template, self.decoding, SCORING_VERSION)
+        settings = (student.tokenizer, student.template, self.decoding, SCORING_VERSION)
         return _same_in_all(Team().from_all(lambda: fingerprint(rows, model, *settings)))
 
-    def scores(self, rows: Dataset, model: nn.Module, folder: Path, made_of: Mapping[str, str]) -> Scores:
+    def scores(
+        self, rows: Dataset, model: nn.Module, student: ReflectingStudent, folder: Path, made_of: Mapping[str, str]
+    ) -> Scores:
         """Score every row that has no scores yet.
 
         Args:
             rows: Tokenised rows.
-            model: The student; moved to the device while it reflects.
+            model: The student; moved to its device while it reflects.
+            student: By which tokenizer it reflects, and where.
             folder: Where the scores are kept.
             made_of: Their fingerprint.
 
@@ -153,22 +153,20 @@ class Reflector:
             RankError: Another rank has failed.
         """
         team, ids = Team(), ids_of(rows)
-        names, device = (
-            [criterion.column for criterion in self.criteria],
-            self.device or next(model.parameters()).device,
-        )
+        names = [criterion.column for criterion in self.criteria]
+        device = student.device or next(model.parameters()).device
 
-        def begin() -> tuple[ScoreStore, dict[str, Floats], list[tuple[int, Batch]]]:
+        def begin() -> tuple[ScoreStore, dict[str, Floats], list[tuple[int, RowNumbers]]]:
             settings = {criterion.column: criterion.settings() for criterion in self.criteria}
             store = stack.enter_context(ScoreStore.locked(folder, made_of, settings))
             columns = store.columns(ids, names)
             todo = self._unscored(rows, columns)
-            if not todo and not store.is_tidy(len(ids)):  # a run was killed at its very end
-                store.tidy()
+            if not todo and not store.is_compact(len(ids)):  # a run was killed at its very end
+                store.compact()
             return store, columns, todo
 
         def finish() -> dict[str, Floats]:
-            store.tidy()
+            store.compact()
             return store.columns(ids, names)
 
         with ExitStack() as stack:
@@ -180,11 +178,11 @@ class Reflector:
                     pinned_threads(self.threads, device),
                 ):
                     share, first = todo[team.rank :: team.size], team.rank == 0
-                    reflect(model, self.tokenizer, rows, store, self.criteria, self.decoding, share, check, first)
+                    reflect(model, student.tokenizer, rows, store, self.criteria, self.decoding, share, check, first)
                 columns = team.from_first(finish)
         return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
 
-    def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, Batch]]:
+    def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, RowNumbers]]:
         missing = np.any([np.isnan(values) for values in columns.values()], axis=0)
         batches = enumerate(fixed_batches(rows, self.tokens_per_batch, self.decoding))
         return [(number, batch) for number, batch in batches if missing[batch].any()]
@@ -195,7 +193,7 @@ def _same_in_all(made_of: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
     for rank, other in enumerate(made_of):
         if different := [part for part in first if other[part] != first[part]]:
             raise SettingError(
-                f"process {rank} has another {', '.join(different)} than process 0; load the same files in all, and "
+                f"rank {rank} has another {', '.join(different)} than rank 0; load the same files in all, and "
                 "call seed_everything before a model is made from a configuration"
             )
     return first
@@ -244,12 +242,13 @@ def fingerprint(
     Returns:
         Digest by part.
     """
+    settings = {**asdict(decoding), "continuous_batching": False}  # which earlier versions had: their scores are valid
     return {
         "rows": _sum_of_digests(rows),
         "student": weights_digest(model),
-        "tokenizer": bytes_digest([repr(sorted(tokenizer.get_vocab().items())).encode()]),
+        "tokenizer": vocabulary_digest(tokenizer),
         "template": bytes_digest([repr((template, getattr(tokenizer, "chat_template", None))).encode()]),
-        "decoding": bytes_digest([repr((sorted(asdict(decoding).items()), end_tokens(model, tokenizer))).encode()]),
+        "decoding": bytes_digest([repr((sorted(settings.items()), end_tokens(model, tokenizer))).encode()]),
         "scoring version": scoring_version,
     }
 

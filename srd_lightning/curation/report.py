@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from srd_lightning.curation.result import Curated
+from srd_lightning.curation.result import CurationResult
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.storage import write_atomically
 
@@ -35,11 +35,11 @@ def _spearman(ranks: Floats, others: Floats) -> float | None:
     return float(np.corrcoef(ranks, others)[0, 1]) if np.ptp(ranks) and np.ptp(others) else None
 
 
-def summarize(curated: Curated) -> dict[str, Any]:
+def summarize(result: CurationResult) -> dict[str, Any]:
     """Put the curation into numbers.
 
     Args:
-        curated: What the curation made.
+        result: What the curation made.
 
     Returns:
         What JSON can hold: ``rows`` (that were ranked), ``kept``, ``left_out``, ``dropped`` (before the ranking, by
@@ -49,29 +49,29 @@ def summarize(curated: Curated) -> dict[str, Any]:
         ``agreement_with_order``, both as Spearman correlation, None where a criterion is constant.
     """
     return {
-        "rows": curated.rows,
-        "kept": curated.kept,
-        "left_out": curated.rows - curated.kept,
-        "dropped": dict(curated.dropped),
-        "seconds": curated.seconds,
-        "scored": curated.scored,
-        "rows_per_second": curated.scored / curated.seconds,
-        "stages": [{"first_epoch": first_epoch, "rows": size} for first_epoch, size in curated.sizes.items()],
-        "criteria": {name: _criterion(curated, name) for name in curated.columns},
+        "rows": result.rows,
+        "kept": result.kept,
+        "left_out": result.rows - result.kept,
+        "dropped": dict(result.dropped),
+        "seconds": result.seconds,
+        "scored": result.scored,
+        "rows_per_second": result.scored / result.seconds,
+        "stages": [{"first_epoch": first_epoch, "rows": size} for first_epoch, size in result.sizes.items()],
+        "criteria": {name: _criterion(result, name) for name in result.columns},
     }
 
 
-def _criterion(curated: Curated, name: str) -> dict[str, Any]:
-    values, ranks = curated.columns[name], curated.ranks[name]
+def _criterion(result: CurationResult, name: str) -> dict[str, Any]:
+    values, ranks = result.columns[name], result.ranks[name]
     distinct, counts = np.unique(values, return_counts=True)
     tied = counts.argmax()
     return {
-        "easier": "higher" if curated.higher_is_easier[name] else "lower",
+        "easier": "higher" if result.higher_is_easier[name] else "lower",
         "mean": float(values.mean()),
         "quantiles": dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist(), strict=True)),
         "largest_tie": {"value": float(distinct[tied]), "share": float(counts[tied] / len(values))},
-        "agreement": {other: _spearman(ranks, curated.ranks[other]) for other in curated.columns if other != name},
-        "agreement_with_order": _spearman(ranks, curated.places.astype(np.float64)),
+        "agreement": {other: _spearman(ranks, result.ranks[other]) for other in result.columns if other != name},
+        "agreement_with_order": _spearman(ranks, result.places.astype(np.float64)),
     }
 
 
@@ -114,15 +114,18 @@ def _correlation(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def table_of_ends(curated: Curated, rows: Dataset, answers: Mapping[str, str], count: int = 3) -> Table:
+def table_of_ends(result: CurationResult, rows: Dataset, answers: Mapping[str, str], count: int = 3) -> Table:
     """Return the easiest and the hardest rows in a few words each; see `rows_as_text` for more of them."""
-    headers = [Column("place", justify="right"), *map(Column, ("prompt", "truth", "answer", *curated.columns))]
+    headers = [
+        Column("place", justify="right"),
+        *map(Column, ("prompt", "reference", "answer", *result.columns)),
+    ]
     table = Table(*headers, title="easiest and hardest rows", show_lines=True)
-    for numbers in extremes(curated, count):
+    for numbers in extremes(result, count):
         for number, row in zip(numbers, rows.select(numbers).to_list(), strict=True):
             texts = (row["prompt"], row["response"], answers.get(row["id"], "–"))
-            scores = (f"{values[number]:.3g}" for values in curated.columns.values())
-            table.add_row(f"{curated.places[number] + 1:,}", *(Text(_shorten(text, 90)) for text in texts), *scores)
+            scores = (f"{values[number]:.3g}" for values in result.columns.values())
+            table.add_row(f"{result.places[number] + 1:,}", *(Text(_shorten(text, 90)) for text in texts), *scores)
         table.add_section()
     return table
 
@@ -133,9 +136,9 @@ def _shorten(text: str, length: int) -> str:
     return words if len(words) <= length else f"{words[: length // 3]} … {words[-2 * length // 3 :]}"
 
 
-def plot(curated: Curated, path: Path) -> None:
+def plot(result: CurationResult, path: Path) -> None:
     """Draw each criterion by stage, and how the first three criteria agree, as a PNG."""
-    names = list(curated.columns)
+    names = list(result.columns)
     pairs = list(itertools.combinations(names[:3], 2))
     across = min(len(names) + len(pairs), 4 if len(names) > 3 else 3)
     down = math.ceil((len(names) + len(pairs)) / across)
@@ -143,9 +146,9 @@ def plot(curated: Curated, path: Path) -> None:
     figure.set_layout_engine("constrained", h_pad=0.1)
     axes = [figure.add_subplot(down, across, number + 1) for number in range(len(names) + len(pairs))]
     for name, axis in zip(names, axes, strict=False):
-        _draw_histogram(axis, curated, name)
+        _draw_histogram(axis, result, name)
     for pair, axis in zip(pairs, axes[len(names) :], strict=True):
-        _draw_ranks(axis, curated, *pair)
+        _draw_ranks(axis, result, *pair)
     for axis in axes:
         axis.yaxis.set_major_formatter("{x:,.0f}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=across + 1, frameon=False)
@@ -154,28 +157,28 @@ def plot(curated: Curated, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _colours(curated: Curated) -> Floats:
+def _colours(result: CurationResult) -> Floats:
     """Return red, green and blue ``[stages + 1, 3]``: dark to light blue, and last, at -1, the dropped rows'."""
-    blues = mpl.colormaps["Blues_r"](np.linspace(0.05, 0.6, len(curated.sizes)))[:, :3]
+    blues = mpl.colormaps["Blues_r"](np.linspace(0.05, 0.6, len(result.sizes)))[:, :3]
     return np.vstack([blues, mpl.colors.to_rgb("#d55e00")])  # Okabe and Ito's: no colour blindness takes it for blue
 
 
-def _draw_histogram(axis: Axes, curated: Curated, name: str) -> None:
-    values, stages = curated.columns[name], curated.stages
+def _draw_histogram(axis: Axes, result: CurationResult, name: str) -> None:
+    values, stages = result.columns[name], result.stages
     values = np.clip(values, *np.quantile(values, [0.005, 0.995]))
-    groups = [values[stages == stage] for stage in (*range(len(curated.sizes)), -1)]
-    periods = [*(f"stage {stage} (epoch {first_epoch})" for stage, first_epoch in enumerate(curated.sizes)), "dropped"]
+    groups = [values[stages == stage] for stage in (*range(len(result.sizes)), -1)]
+    periods = [*(f"stage {stage} (epoch {first_epoch})" for stage, first_epoch in enumerate(result.sizes)), "dropped"]
     labels = [f"{period}: {len(group):,} rows" for period, group in zip(periods, groups, strict=True)]
-    axis.hist(groups, bins=25, stacked=True, color=list(_colours(curated)), label=labels)
-    direction = "easier →" if curated.higher_is_easier[name] else "← easier"
+    axis.hist(groups, bins=25, stacked=True, color=list(_colours(result)), label=labels)
+    direction = "easier →" if result.higher_is_easier[name] else "← easier"
     axis.set(title=name, ylabel="rows", xlabel=f"{direction}   (clipped to 0.5 – 99.5 % quantile)")
     axis.locator_params(axis="y", integer=True)
 
 
-def _draw_ranks(axis: Axes, curated: Curated, x: str, y: str) -> None:
-    rows, ranks = curated.rows, curated.ranks
+def _draw_ranks(axis: Axes, result: CurationResult, x: str, y: str) -> None:
+    rows, ranks = result.rows, result.ranks
     shown = np.random.default_rng(0).permutation(rows)[:20_000]
-    colours, size = _colours(curated)[curated.stages[shown]], float(np.clip(4000 / len(shown), 2, 14))
+    colours, size = _colours(result)[result.stages[shown]], float(np.clip(4000 / len(shown), 2, 14))
     axis.scatter(ranks[x][shown], ranks[y][shown], s=size, c=colours, alpha=0.8, linewidths=0)
     axis.set(xlabel=f"rank by {x}", xlim=(-0.02 * rows, 1.02 * rows), box_aspect=1)
     axis.set(ylabel=f"rank by {y}", ylim=(-0.02 * rows, 1.02 * rows))
@@ -184,17 +187,17 @@ def _draw_ranks(axis: Axes, curated: Curated, x: str, y: str) -> None:
     axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def extremes(curated: Curated, count: int = 3) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def extremes(result: CurationResult, count: int = 3) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the row numbers of the easiest rows, easiest first, and of the hardest, hardest first."""
-    order = curated.order.numpy()
+    order = result.order.numpy()
     return order[:count], order[::-1][:count]
 
 
-def rows_as_text(curated: Curated, rows: Dataset, answers: Mapping[str, str], count: int = 3) -> str:
+def rows_as_text(result: CurationResult, rows: Dataset, answers: Mapping[str, str], count: int = 3) -> str:
     """Show the easiest and the hardest rows, and what they were judged by.
 
     Args:
-        curated: What the curation made.
+        result: What the curation made.
         rows: Tokenised rows, in the order of its ``ids``.
         answers: The student's answers by row id; rows without one are shown without.
         count: Rows of each kind.
@@ -204,21 +207,21 @@ def rows_as_text(curated: Curated, rows: Dataset, answers: Mapping[str, str], co
     """
     texts = rows.select_columns(["id", "prompt", "response"])
     easiest, hardest = (
-        [_row_as_text(curated, number, texts[number], answers) for number in numbers.tolist()]
-        for numbers in extremes(curated, count)
+        [_row_as_text(result, number, texts[number], answers) for number in numbers.tolist()]
+        for numbers in extremes(result, count)
     )
     return "\n\n".join(["## Easiest rows", *easiest, "## Hardest rows", *hardest]) + "\n"
 
 
-def _row_as_text(curated: Curated, number: int, row: Mapping[str, str], answers: Mapping[str, str]) -> str:
-    place, total = curated.places[number], curated.rows
-    stage = int(curated.stages[number])
-    entry = "dropped" if stage < 0 else f"trained on from epoch {list(curated.sizes)[stage]}"
+def _row_as_text(result: CurationResult, number: int, row: Mapping[str, str], answers: Mapping[str, str]) -> str:
+    place, total = result.places[number], result.rows
+    stage = int(result.stages[number])
+    entry = "dropped" if stage < 0 else f"trained on from epoch {list(result.sizes)[stage]}"
     lines = [f"### `{row['id']}`: place {place + 1:,} of {total:,}, {entry}", ""]
-    for name, values in curated.columns.items():
+    for name, values in result.columns.items():
         ties = f", shared by {shared:,} rows" if (shared := np.count_nonzero(values == values[number])) > 1 else ""
-        lines.append(f"- {name} {values[number]:.4g} (rank {curated.ranks[name][number]:,.10g} of {total:,}{ties})")
-    texts = {"Prompt": row["prompt"], "Truth": row["response"], "Student's answer": answers.get(row["id"])}
+        lines.append(f"- {name} {values[number]:.4g} (rank {result.ranks[name][number]:,.10g} of {total:,}{ties})")
+    texts = {"Prompt": row["prompt"], "Reference response": row["response"], "Student's answer": answers.get(row["id"])}
     shown = (f"\n\n{label}:\n\n{_quote(text)}" for label, text in texts.items() if text is not None)
     return "\n".join(lines) + "".join(shown)
 
@@ -230,11 +233,11 @@ def _quote(text: str) -> str:
     return textwrap.indent("\n".join(lines), " " * 4) if text.strip() else "*(empty)*"
 
 
-def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: Path) -> dict[str, Any]:
+def write(result: CurationResult, rows: Dataset, answers: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Write ``curation.json``, ``curation.png``, ``curation.md`` and, for each row, ``ranking.parquet``.
 
     Args:
-        curated: What the curation made.
+        result: What the curation made.
         rows: Tokenised rows, in the order of its ``ids``.
         answers: The student's answers by row id.
         folder: Made if it does not exist.
@@ -242,20 +245,20 @@ def write(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: P
     Returns:
         The numbers in ``curation.json``.
     """
-    summary = summarize(curated)
+    summary = summarize(result)
     write_atomically(folder / "curation.json", json.dumps(summary, indent=2).encode())
-    plot(curated, folder / "curation.png")
-    text = f"# Curation\n\n![](curation.png)\n\n{rows_as_text(curated, rows, answers)}"
+    plot(result, folder / "curation.png")
+    text = f"# Curation\n\n![](curation.png)\n\n{rows_as_text(result, rows, answers)}"
     write_atomically(folder / "curation.md", text.encode())
-    table = pa.table({"id": curated.ids, "stage": curated.stages, "position": curated.places, **curated.columns})
+    table = pa.table({"id": result.ids, "stage": result.stages, "position": result.places, **result.columns})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(folder / "ranking.parquet", buffer.getvalue())
     return summary
 
 
-def present(curated: Curated, rows: Dataset, answers: Mapping[str, str], folder: Path, console: Console) -> None:
+def present(result: CurationResult, rows: Dataset, answers: Mapping[str, str], folder: Path, console: Console) -> None:
     """Write everything and show the tables; arguments as for `write`."""
-    summary = write(curated, rows, answers, folder)
-    console.print(table_of_ends(curated, rows, answers), *reversed(tables(summary)))
+    summary = write(result, rows, answers, folder)
+    console.print(table_of_ends(result, rows, answers), *reversed(tables(summary)))
     console.print(f"Plots, these rows in full and the place of every row: {folder}/curation.* and ranking.parquet")

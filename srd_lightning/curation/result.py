@@ -17,7 +17,7 @@ from srd_lightning.curriculum.ranking import Floats, average_ranks
 
 
 @dataclass(frozen=True, eq=False)
-class Curated:
+class CurationResult:
     """Rows that were scored and ranked, and the curriculum that came of it.
 
     Args:

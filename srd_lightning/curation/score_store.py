@@ -2,7 +2,7 @@
 
 A folder holds ``manifest.json``, which says what the scores were made from, and shards, parquet files of ids and
 columns. The name of a shard is a digest of its bytes and of the manifest, so that one that was cut, changed or brought
-from another folder is noticed, named and made again. Shards are written whole, under a name of their own: processes
+from another folder is noticed, named and made again. Shards are written whole, under a name of their own: ranks
 need no lock against each other. A run holds the folder's lock, so that a second run does not write at the same time.
 """
 
@@ -24,19 +24,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
-from numpy.typing import NDArray
 
 from srd_lightning.criteria.base import Criterion
+from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import ResumeError, StorageError
 from srd_lightning.storage import take, write_atomically
 
-Floats = NDArray[np.float64]
 PATIENCE = 10.0
 """Seconds to wait for a run that holds the lock."""
 SHARDS_PER_MERGE = 64
-TIDY = b"tidy"
-"""In the metadata of shards that `ScoreStore.tidy` wrote."""
+COMPACT = b"tidy"
+"""In the metadata of shards that `ScoreStore.compact` wrote."""
 ROWS_PER_SHARD = 65_536
 """Of a finished store, whose shards are sorted by id."""
 
@@ -108,14 +107,14 @@ class ScoreStore:
             self._merge(self._own, rows_per_shard=2**31)
             self._own = []
 
-    def is_tidy(self, rows: int) -> bool:
-        """Return whether all shards were written by `tidy`, and hold each of so many rows once."""
+    def is_compact(self, rows: int) -> bool:
+        """Return whether all shards were written by `compact`, and hold each of so many rows once."""
         found = [pq.read_metadata(shard) for shard in self._shards()]
-        return all(TIDY in file.metadata for file in found) and sum(file.num_rows for file in found) == rows
+        return all(COMPACT in file.metadata for file in found) and sum(file.num_rows for file in found) == rows
 
-    def tidy(self) -> None:
+    def compact(self) -> None:
         """Rewrite all shards as few, sorted by id: the same scores give the same files, however they came about."""
-        self._merge(self._shards(), ROWS_PER_SHARD, {TIDY: b"1"})
+        self._merge(self._shards(), ROWS_PER_SHARD, {COMPACT: b"1"})
         for left in self.folder.glob(".part-*"):  # half-written by a process that was killed
             left.unlink(missing_ok=True)
 
@@ -151,7 +150,7 @@ class ScoreStore:
         """Return a shard, or put it aside and return nothing if it is not what was written here."""
         try:
             content = shard.read_bytes()
-        except FileNotFoundError:  # another process has just merged it
+        except FileNotFoundError:  # another rank has just merged it
             return None
         if self._name(content) != shard.name:
             aside = shard.with_suffix(".damaged")

@@ -6,6 +6,7 @@ kept rows enter, or which rows are kept.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -253,3 +254,12 @@ class RandomSubset(Arrangement):
 def _shuffle(number: int, seed: int) -> Tensor:
     """Return 0 to number - 1 in an order that the seed decides, without touching the global random state."""
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+
+
+def digest_of_order(order: Tensor) -> str:
+    """Return a digest of row numbers.
+
+    Args:
+        order: ``[N]``, int64.
+    """
+    return hashlib.sha256(np.ascontiguousarray(order.numpy()).tobytes()).hexdigest()[:16]

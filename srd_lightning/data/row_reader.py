@@ -1,6 +1,6 @@
 """The rows of every split, from whatever they are given as (files, folders, the hub, Python): read and tokenised.
 
-`RowReader` does all of it; `load_splits` below finds and reads the rows.
+`RowReader` does all of it, and gives `ReadRows`; `load_splits` below finds and reads the rows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.data.contamination import check_near, inspect
+from srd_lightning.data.contamination import find_contamination
 from srd_lightning.data.readers import FORMATS, check_there, form_of, from_files, from_rows
 from srd_lightning.data.templates import ChatTemplate, PromptTemplate, kind_of
-from srd_lightning.data.tokenization import Report, check_first_rows, tokenize
+from srd_lightning.data.tokenization import Report, check_first_rows, digest_of_rows, digest_of_tokens, ids_of, tokenize
 from srd_lightning.errors import DataError, MissingDataError, SettingError, SRDError, in_one_line
 
 NEEDED = {
@@ -33,20 +34,72 @@ NEEDED = {
 """What a stage does, and the splits of which it needs one."""
 
 
+@dataclass
+class ReadRows:
+    """The rows of all splits, read and tokenised once for all that is done with them.
+
+    Args:
+        splits: Tokenised rows by split.
+        reports: What happened to them, by split.
+        tokenizer: That made the tokens.
+    """
+
+    splits: dict[str, Dataset]
+    reports: dict[str, Report]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        """Know the training rows as they were read."""
+        self._train = self.splits.get("train")
+
+    @cached_property
+    def digest_of_rows(self) -> str:
+        """Of the ids of the training rows, in their order, before any were dropped as leaks."""
+        assert self._train is not None
+        return digest_of_rows(ids_of(self._train))
+
+    @cached_property
+    def digest_of_tokens(self) -> str:
+        """Of the tokens of the same rows."""
+        assert self._train is not None
+        return digest_of_tokens(self._train)
+
+    def find_leaks(self, drop: bool) -> None:
+        """Report training rows that stand twice or in another split.
+
+        Args:
+            drop: Leave out those that stand in another split, and count them.
+
+        Raises:
+            DataError: None is left.
+        """
+        found, train = find_contamination(self.splits), self.splits["train"]
+        rank_zero_info(str(found))
+        reasons = found.reasons() if drop else {}
+        if not reasons:
+            return
+        kept = [row for row in range(len(train)) if row not in reasons]
+        if not kept:
+            raise DataError(
+                f"decontaminate leaves no row: each of the {len(reasons)} prompts of train stands in another "
+                "split; train on other rows, or set decontaminate to false"
+            )
+        self.splits["train"] = train.select(kept)
+        self.reports["train"].dropped.update(reasons.values())
+
+
 @dataclass(frozen=True)
 class RowReader:
     """Reads what a data module was given; arguments are those of `SRDDataModule`.
 
     Raises:
-        SettingError: Lengths that leave no room for a response, or no similarity in (0, 1].
+        SettingError: Lengths that leave no room for a response.
     """
 
     data: Any
     template: PromptTemplate | ChatTemplate
     max_length: int
     max_prompt_length: int
-    decontaminate: bool
-    near_duplicates: float | None
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -55,23 +108,21 @@ class RowReader:
                 f"max_prompt_length must be smaller than max_length, or no response fits, but they are "
                 f"{self.max_prompt_length} and {self.max_length}"
             )
-        if self.near_duplicates is not None:
-            check_near(self.near_duplicates)
 
     def check(self, stage: str) -> None:
         """Check that there is something to run on, where that is known before it is read."""
         if isinstance(self.data, Mapping):
             check_splits(self.data, stage)
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> tuple[dict[str, Dataset], dict[str, Report]]:
+    def read(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> ReadRows:
         """Read and tokenise all splits, once it is seen that a stage can do with them.
 
         Args:
             tokenizer: Of the student.
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
-        Returns:
-            Tokenised rows, and what happened to them, by split.
+        Raises:
+            DataError: There is nothing to run on, or a row is not what it must be.
         """
         template = self.template.bind(tokenizer)
         splits = load_splits(self.data)
@@ -84,34 +135,7 @@ class RowReader:
                 rows, tokenizer, template, self.max_length, self.max_prompt_length, split
             )
             rank_zero_info(f"{split}: {reports[split]}")
-        return tokenised, reports
-
-    def without_leaks(self, rows: Mapping[str, Dataset], report: Report) -> Dataset:
-        """Report training rows that stand twice or in another split, and drop the latter if that is wanted.
-
-        Args:
-            rows: Tokenised, by split.
-            report: Of ``train``; counts what is dropped.
-
-        Returns:
-            The rows to train on.
-
-        Raises:
-            DataError: None is left.
-        """
-        hygiene = inspect(rows, self.near_duplicates)
-        rank_zero_info(str(hygiene))
-        if not self.decontaminate:
-            return rows["train"]
-        reasons = hygiene.reasons()
-        report.dropped.update(reasons.values())
-        kept = [row for row in range(len(rows["train"])) if row not in reasons]
-        if not kept:
-            raise DataError(
-                f"decontaminate leaves no row: each of the {len(reasons)} prompts of train stands in another "
-                "split; train on other rows, or set decontaminate to false"
-            )
-        return rows["train"].select(kept)
+        return ReadRows(tokenised, reports, tokenizer)
 
 
 def check_splits(splits: Iterable[str], stage: str) -> None:

@@ -35,7 +35,7 @@ Turn = dict[str, str]
 
 
 class Example(NamedTuple):
-    """A filled prompt and the true response to it; the response of a row without one is ``""``."""
+    """A filled prompt and the reference response to it; the response of a row without one is ``""``."""
 
     prompt: str
     response: str
@@ -188,7 +188,7 @@ def context_of(row: Mapping[str, Any]) -> str:
 
 
 def response_of(row: Mapping[str, Any]) -> str:
-    """Return the true response of the row, whatever the field is called."""
+    """Return the reference response of the row, whatever the field is called."""
     return _first(row, RESPONSE_FIELDS)
 
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.readers import unwritable_cache
 from srd_lightning.data.templates import ChatTemplate, Example, PromptTemplate, fields_read, is_missing
+from srd_lightning.digests import bytes_digest
 from srd_lightning.errors import DataError
 
 VERSION = 2
@@ -35,6 +36,8 @@ PROBE = "The  QUICK fox's\n\t12345 \u00e9e\u0301 \ufb01 \u4e2d\u6587 \U0001f642 
 """Two spaces, capitals, an apostrophe, digits, composed and decomposed letters, a ligature, tokens that models have."""
 
 
+ROWS_AT_A_TIME = 65_536
+"""That are held in memory where digests are made."""
 FIRST_ROWS = 100
 """Rows that show whether the template fits, before all are tokenised."""
 
@@ -67,7 +70,7 @@ def tokenize(
 
     Prompt and response are tokenised apart and put together, so that the border between them is exact. The beginning
     token stands in front if the tokenizer puts one there, the end token behind. Rows that an earlier run, or another
-    process, has tokenised in the same way are read from disk.
+    rank, has tokenised in the same way are read from disk.
 
     Args:
         rows: As read.
@@ -100,7 +103,7 @@ def _tokenised(
     split: str,
 ) -> Dataset:
     file = _file(_rows_digest(rows), _tokenizer_digest(tokenizer), _template_key(template), str(lengths))
-    with filelock.FileLock(f"{file}.lock"):  # of several processes the first tokenises, and the others read
+    with filelock.FileLock(f"{file}.lock"):  # of several ranks the first tokenises, and the others read
         tokenised = _read(file, len(rows)) if _is_known(rows, template) else None
         if tokenised is None:
             texts = rows.remove_columns("id") if "id" in rows.column_names else rows
@@ -198,13 +201,18 @@ def _rows_digest(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of which tokens there are: what tokens mean, whichever rules made them."""
+    return bytes_digest([repr(sorted(tokenizer.get_vocab().items())).encode()])
+
+
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest vocabulary, rules and templates, and what is made of a probe: not all tokenizers can say their rules."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if fast is None else json.loads(fast.to_str())
     rules |= {"truncation": None, "padding": None}  # what it was last used with
     probes = [tokenizer(PROBE, add_special_tokens=special)["input_ids"] for special in (False, True)]
-    name, vocabulary = type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())
+    name, vocabulary = type(tokenizer).__name__, vocabulary_digest(tokenizer)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     parts = (name, vocabulary, rules, probes, ends, tokenizer.special_tokens_map, tokenizer.chat_template)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -341,3 +349,35 @@ def response_lengths(rows: Sequence[Mapping[str, Any]]) -> list[int]:
         [2]
     """
     return [len(row["input_ids"]) - row["prompt_length"] for row in rows]
+
+
+def digest_of_rows(ids: pa.Array) -> str:
+    """Return a digest of which rows there are, in which order.
+
+    Args:
+        ids: Of the rows, ``[N]``.
+
+    Example:
+        >>> digest_of_rows(pa.array(["a", "b"]))
+        '911169ddaaf146af'
+    """
+    digest = hashlib.sha256()
+    for first in range(0, len(ids), ROWS_AT_A_TIME):
+        digest.update("".join(f"{row}\n" for row in ids[first : first + ROWS_AT_A_TIME].to_pylist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_tokens(rows: Dataset) -> str:
+    """Return a digest of the tokens of tokenised rows, at about a GB a second.
+
+    Args:
+        rows: With ``input_ids`` and ``prompt_length``.
+    """
+    digest = hashlib.sha256()
+    columns = rows.select_columns(["input_ids", "prompt_length"]).with_format("arrow")
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        piece: Any = columns[first : first + ROWS_AT_A_TIME]
+        tokens = piece["input_ids"].combine_chunks()
+        for values in (tokens.flatten(), tokens.value_lengths(), piece["prompt_length"].combine_chunks()):
+            digest.update(values.cast(pa.int32()).to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()[:16]

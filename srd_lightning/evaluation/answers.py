@@ -1,4 +1,4 @@
-"""What a student answers to the prompts of a batch, beside the truth."""
+"""What a student answers to the prompts of a batch, beside the reference response."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from srd_lightning.models.generation import Decoding, generate
 def answers(
     student: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tensor], decoding: Decoding
 ) -> list[dict[str, str]]:
-    """Return prompt, true response and generated answer of every row that has a response.
+    """Return prompt, reference response and generated answer of every row that has a response.
 
     Args:
         student: Who answers.
@@ -31,7 +31,7 @@ def answers(
     rows = [(prompt, response) for prompt, response in rows if response]
     if not rows:
         return []
-    prompts, limits = [prompt for prompt, _ in rows], decoding.limits([len(truth) for _, truth in rows])
+    prompts, limits = [prompt for prompt, _ in rows], decoding.limits([len(response) for _, response in rows])
     found = generate(student, tokenizer, prompts, decoding, limits=limits)
     return [
         {

@@ -18,13 +18,13 @@ from rouge_score.tokenize import tokenize
 _STEMMER = SimpleNamespace(stem=functools.lru_cache(maxsize=1_000_000)(PorterStemmer().stem))
 
 
-def rouge_l(truth: str, answer: str) -> float:
+def rouge_l(reference: str, answer: str) -> float:
     """Return ROUGE-L F1 with stemming, in [0, 1]: how much of the two texts is one sequence of words common to both.
 
     Words and stems are `rouge-score`'s (each word is stemmed once); the longest common subsequence is `rapidfuzz`'s.
 
     Args:
-        truth: The true response.
+        reference: The reference response.
         answer: What was answered.
 
     Returns:
@@ -34,11 +34,11 @@ def rouge_l(truth: str, answer: str) -> float:
         >>> rouge_l("the cat sat on the mat", "the cats sat on a mat")
         0.8333333333333334
     """
-    true_words, words = tokenize(truth, _STEMMER), tokenize(answer, _STEMMER)
-    common = LCSseq.similarity(true_words, words)
+    reference_words, words = tokenize(reference, _STEMMER), tokenize(answer, _STEMMER)
+    common = LCSseq.similarity(reference_words, words)
     if common == 0:
         return 0.0
-    precision, recall = common / len(words), common / len(true_words)
+    precision, recall = common / len(words), common / len(reference_words)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -46,14 +46,14 @@ _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
 """A hyphen after a word or a bracket is none of the number's."""
 
 
-def same_words(truth: str, answer: str) -> bool:
+def same_words(reference: str, answer: str) -> bool:
     """Return whether two texts are the same but for case, punctuation and spaces; symbols such as + and $ count.
 
     Example:
         >>> same_words("New York, USA", "new york (USA).")
         True
     """
-    return _words(truth) == _words(answer)
+    return _words(reference) == _words(answer)
 
 
 def _words(text: str) -> list[str]:
@@ -61,14 +61,14 @@ def _words(text: str) -> list[str]:
     return "".join(" " if unicodedata.category(letter)[0] == "P" else letter for letter in text).split()
 
 
-def same_number(truth: str, answer: str) -> bool:
+def same_number(reference: str, answer: str) -> bool:
     """Return whether the last numbers of two texts are equal.
 
     Example:
         >>> same_number("... so 1,200 are left. #### 1200", "That makes 1200.0 in all.")
         True
     """
-    numbers = [_NUMBER.findall(text.replace("−", "-")) for text in (truth, answer)]
+    numbers = [_NUMBER.findall(text.replace("−", "-")) for text in (reference, answer)]
     if not all(numbers):
         return False
     first, second = (Decimal(found[-1].replace(",", "")) for found in numbers)

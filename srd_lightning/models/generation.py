@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.errors import SettingError
 
 ROUND = 16
 """Steps between two looks at which rows have ended."""
@@ -37,12 +37,10 @@ class Decoding:
         top_k: Sample from this many tokens; 0 is all.
         no_repeat_ngram_size: Forbid n-grams of this size to repeat, prompt included; 0 allows them.
         seed: Of the sampling.
-        max_length_ratio: Stop an answer that is this many times as long as the true response, in tokens (but none
-            before 8), where the truth is known; by default only ``max_new_tokens`` stops it.
+        max_length_ratio: Stop an answer that is this many times as long as the reference response, in tokens (but
+            none before 8), where there is one; by default only ``max_new_tokens`` stops it.
         bf16: Compute answers with weights rounded to bfloat16, which takes half as much memory again; losses are not
             touched by it.
-        continuous_batching: Let transformers fill up the batch as rows end (``generate_batch``): for GPUs and many
-            rows, as it takes seconds to start; it knows no ``no_repeat_ngram_size``.
 
     Raises:
         SettingError: A setting that is out of range, or two that do not go together.
@@ -60,7 +58,6 @@ class Decoding:
     seed: int = 10
     max_length_ratio: float | None = None
     bf16: bool = False
-    continuous_batching: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings that have no meaning below their bound."""
@@ -78,11 +75,9 @@ class Decoding:
             raise SettingError(
                 f"decoding: max_length_ratio must be positive, or None for no bound, but is {self.max_length_ratio}"
             )
-        if self.continuous_batching and self.no_repeat_ngram_size:
-            raise SettingError("decoding: continuous_batching knows no no_repeat_ngram_size; leave one of the two out")
 
     def limits(self, response_lengths: Sequence[int]) -> list[int]:
-        """Return how many tokens each answer may have, from the tokens of the true responses."""
+        """Return how many tokens each answer may have, from the tokens of the reference responses."""
         if self.max_length_ratio is None:
             return [self.max_new_tokens] * len(response_lengths)
         wanted = (max(MIN_LIMIT, math.ceil(self.max_length_ratio * length)) for length in response_lengths)
@@ -127,16 +122,15 @@ def generate(
     config = _generation_config(decoding, ends, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    write = _answer_continuously if decoding.continuous_batching else _answer_in_rounds
     if decoding.bf16:
         model = _in_bf16(model)
     with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
         torch.manual_seed(decoding.seed if seed is None else seed)
         if getattr(getattr(model, "config", None), "model_type", None) in ALONE:
             rows = zip(prompts, limits, strict=True)
-            answers = [write(model, [prompt], config, [limit])[0] for prompt, limit in rows]
+            answers = [_answer_in_rounds(model, [prompt], config, [limit])[0] for prompt, limit in rows]
         else:
-            answers = write(model, prompts, config, limits)
+            answers = _answer_in_rounds(model, prompts, config, limits)
     return [
         tokenizer.decode(_until_end(ids, ends)[:limit], skip_special_tokens=True).strip()
         for ids, limit in zip(answers, limits, strict=True)
@@ -201,19 +195,6 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) 
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-
-
-def _answer_continuously(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, limits: Sequence[int]
-) -> list[list[int]]:
-    config.max_new_tokens = max(limits)
-    outputs = model.generate_batch([list(prompt) for prompt in prompts], generation_config=config)
-    if len(outputs) < len(prompts) or any(output.error for output in outputs.values()):
-        raise ModelError(
-            f"transformers' generate_batch answered {len(outputs)} of {len(prompts)} prompts; its log says why; "
-            "continuous_batching=False generates without it"
-        )
-    return [output.generated_tokens for output in outputs.values()]
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:

@@ -164,6 +164,20 @@ FAULTS = [
         says="there is no setting model.top_k any more; it is model.teacher_cache.k now, beside its kind, hidden or topk",
     ),
     Fault(
+        id="setting_that_is_gone",
+        done="`--data.near_duplicates 0.8`, as in earlier versions",
+        argv=("fit", "--data.near_duplicates", "0.8"),
+        says="there is no setting data.near_duplicates any more; leave similar prompts out of `data`; data.decontaminate "
+        "drops those that are equal",
+    ),
+    Fault(
+        id="setting_that_is_gone_in_a_recipe",
+        done="`decoding: {continuous_batching: true}` in a recipe, as in earlier versions",
+        settings={"data": {"decoding": {"continuous_batching": True}}},
+        says="recipe.yaml: there is no setting data.decoding.continuous_batching any more; examples/scores_from_vllm.py makes "
+        "scores with vLLM, which refills batches",
+    ),
+    Fault(
         id="unknown_ties",
         done="`--data.ties random`",
         argv=("fit", "--data.ties", "random"),

@@ -229,12 +229,6 @@ FAULTS = [
         says="decoding: temperature must be 0 (greedy) or positive, finite too, but is -1.0",
     ),
     Fault(
-        id="decoding_two_that_exclude_each_other",
-        done="`continuous_batching` with `no_repeat_ngram_size`",
-        settings={"data": {"decoding": {"continuous_batching": True, "no_repeat_ngram_size": 6}}},
-        says="decoding: continuous_batching knows no no_repeat_ngram_size; leave one of the two out",
-    ),
-    Fault(
         id="student_of_nan",
         done="A student whose logits are NaN",
         settings={"model": {"student": NAN}, "data": {"data": NAMED_ROWS[:2], "schedule": {0: 1.0}}},

@@ -73,7 +73,7 @@ def main(folder, devices=1, strategy="auto", checkpoint=None, **options):
     )
     trainer.fit(Module(), datamodule=data, ckpt_path=checkpoint)
     Path(folder, f"rank{trainer.global_rank}.json").write_text(
-        json.dumps({"orders": recorder.orders, "generations": data.refresher.generations})
+        json.dumps({"orders": recorder.orders, "generations": data.staged.generations})
     )
     return trainer, recorder
 
