@@ -40,6 +40,6 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml
 
 $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --constraint constraints-oldest.txt --editable ".[lora,translation,near-duplicates]" \
+	$(OLDEST)/bin/python -m pip install --constraint constraints-oldest.txt --editable ".[lora,translation]" \
 		pytest pytest-xdist hypothesis pyyaml
 	touch $@

@@ -37,6 +37,8 @@ from record import record
 ROOT = Path(__file__).parents[1]
 PACKAGE = "srd_lightning"
 
+DIGESTS = ("_settings", "_digests_of_rows", "_digests_of_order")
+
 READING: dict[str, list[list[str]]] = {
     "a new loss": [["head of DistillationLoss", "DistillationLoss"]],
     "a loss of hidden states": [
@@ -44,7 +46,10 @@ READING: dict[str, list[list[str]]] = {
         # no place for one: the step, the objective, whose states, parts of a batch, and where weights are
         [f"file of {name}" for name in ("Step", "chunked_objective", "LiveTeacher", "split", "in_parts", "shard")],
     ],
-    "a criterion": [["head of Criterion", "Criterion", "Reflected"]],
+    "a criterion": [
+        ["head of Criterion", "Criterion", "ReflectionBatch"],
+        ["head of Criterion", "Criterion", "Reflected"],
+    ],
     "another grouping of batches": [
         ["head of MakeSampler", "MakeSampler", "Shuffled", "LengthGrouped"],
         [
@@ -60,10 +65,12 @@ READING: dict[str, list[list[str]]] = {
         ],
     ],
     "why a resume was refused: its rows": [
+        ["file of check_same_rows", *(f"SRDDataModule.{part}" for part in DIGESTS)],
         ["file of check_same_rows", *(f"SRDDataModule.{part}" for part in ("_settings", "_read", "_ranked"))],
         ["ADVICE", "order_digest", "check_same_rows", "SRDDataModule._rows_to_come", "SRDDataModule.load_state_dict"],
     ],
     "why a resume was refused: all that refuses": [
+        ["raise ResumeError", *(f"SRDDataModule.{part}" for part in DIGESTS)],
         ["raise ResumeError", *(f"SRDDataModule.{part}" for part in ("_settings", "_read", "_ranked"))],
         [
             "ADVICE",

@@ -24,7 +24,6 @@ MOVED = {
     "criteria.teacher": "criteria.standard",
     "curation.fingerprint": "curation.reflection",
     "curation.order": "curation.curator",
-    "curation.refresh": "curation.curator",
     "curriculum.arrangement": "curriculum.ranking",
     "data.fields": "data.templates",
     "data.formats": "data.readers",

@@ -45,8 +45,20 @@ checkpoint: ResumeCheckpoint
 consolidate: consolidate
 criteria: AnswerLength Bleu ChrF Column Criterion ExactMatch InstructionFollowingDifficulty NegativeLogLikelihood
 criteria: NumericAnswer Perplexity RankSurprisalRatio ResponseLength RougeL TeacherKL
+criteria.answers: AnswerLength Bleu ChrF ExactMatch NumericAnswer ResponseLength RougeL
+criteria.batch: Reflected
+criteria.likelihood: InstructionFollowingDifficulty NegativeLogLikelihood Perplexity RankSurprisalRatio
+criteria.teacher: TeacherKL
+curation.fingerprint: fingerprint
+curation.order: rank
 curriculum: PAPER_SCHEDULE Curriculum
+curriculum.arrangement: Arrangement EasyToHard HardToEasy RandomOrder RandomSubset
 data: SRDDataModule
+data.fields: text_of
+data.formats: form_of
+data.rows: ids_of response_lengths
+data.splits: load_rows
+evaluation.response_logits: response_logits
 fetch: smollm2
 fingerprint: fingerprint
 generation: PAPER_DECODING Decoding

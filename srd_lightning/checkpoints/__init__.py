@@ -1,4 +1,4 @@
 """Checkpoints: whole or not there, and resumed exactly or refused.
 
-Imports `data` and `distributed`. Where a resume is refused, `compatibility` is the file to open.
+Imports `distributed`. Where a resume is refused, `compatibility` is the file to open.
 """

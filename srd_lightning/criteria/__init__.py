@@ -1,7 +1,7 @@
 """Criteria: what makes a row hard.
 
 Imports `losses`, `data`, `models` and `evaluation`. Begin with `base`, which has the class that a criterion of one's
-own derives from; `batch` is what it is given.
+own derives from, and what it is given; `standard` are those that there are.
 """
 
 from srd_lightning.criteria.base import Column, Criterion, check_criteria

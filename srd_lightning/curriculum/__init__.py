@@ -1,7 +1,7 @@
 """Curriculum: which rows come when.
 
 A pure room: torch and numpy, and nothing of Lightning or transformers. Imports no other room. Scores become one order
-in `ranking`, an `arrangement` may change it, and `curriculum` says which of its rows an epoch has.
+in `ranking`, which an arrangement may change, and `curriculum` says which of its rows an epoch has.
 """
 
 from srd_lightning.curriculum.curriculum import (

@@ -199,9 +199,9 @@ class Curriculum:
         """Return how many optimizer steps a run takes, as Lightning counts them.
 
         Args:
-            batch_size: Rows per process and batch.
+            batch_size: Rows per rank and batch.
             max_epochs: Epochs of the run.
-            world_size: Processes that share the rows; the last of them may see a row again to even out.
+            world_size: Ranks that share the rows; the last of them may see a row again to even out.
             accumulate: Batches per optimizer step; the last step of an epoch may have fewer.
 
         Returns:

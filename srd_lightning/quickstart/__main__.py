@@ -103,7 +103,11 @@ def _show_numbers(console: Console, summary: dict[str, Any]) -> None:
     measures = Table(title="held-out rows")
     for column in ("", "before", "after"):
         measures.add_column(column, justify="right")
-    for name, label in (("nll", "loss of the truth (NLL)"), ("kl", "KL to the teacher"), ("rouge_l", "greedy ROUGE-L")):
+    for name, label in (
+        ("nll", "loss of the reference response (NLL)"),
+        ("kl", "KL to the teacher"),
+        ("rouge_l", "greedy ROUGE-L"),
+    ):
         measures.add_row(label, f"{summary['before'][name]:.3f}", f"{summary['after'][name]:.3f}")
     console.print(measures)
     console.print(
@@ -115,7 +119,7 @@ def _show_answers(console: Console, cli: SRDCLI, before: list[str], after: list[
     teacher = _answers(cli, cli.model.teacher)
     for row, *answers in zip(_shown_rows(cli), before, after, teacher, strict=True):
         table = Table(title=row["prompt"].split("user\n")[-1].split("<")[0], show_header=False, show_lines=True)
-        for label, text in zip(("before", "after", "teacher", "truth"), (*answers, row["response"]), strict=True):
+        for label, text in zip(("before", "after", "teacher", "reference"), (*answers, row["response"]), strict=True):
             table.add_row(label, Text(text))
         console.print(table)
 
