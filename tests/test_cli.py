@@ -165,8 +165,7 @@ def test_help_of_a_subcommand_fits_a_screen(capsys):
     assert len(said) < 60
     assert all(len(line) <= settings_help.WIDTH for line in said)
     assert any(
-        line.split() == ["--data.batch_size", "Rows", "per", "rank", "and", "training", "step", "[8]"]
-        for line in said
+        line.split() == ["--data.batch_size", "Rows", "per", "rank", "and", "training", "step", "[8]"] for line in said
     )
 
 

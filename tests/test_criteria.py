@@ -5,7 +5,6 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import references
 import torch
@@ -36,8 +35,8 @@ from srd_lightning.criteria import (
 )
 from srd_lightning.criteria import base as criteria_base
 from srd_lightning.criteria.base import ReflectionBatch, score_batch
-from srd_lightning.curation.reflection import reflect
-from srd_lightning.curation.score_store import ScoreStore
+from srd_lightning.curation.reflection import Reflector
+from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.data.tokenization import tokenize
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.text_metrics import same_number
@@ -276,9 +275,9 @@ class TestTeacherKL:
         assert len(in_folder.loaded) == 2
 
     def test_reflection_frees_the_teacher(self, model, tokenizer, data, in_folder, tmp_path):
-        store, criterion = ScoreStore(tmp_path / "scores", {}, {}), TeacherKL(in_folder.teacher)
-        batches = [(0, np.arange(4)), (1, np.arange(4, 7))]
-        reflect(model, tokenizer, data, store, [criterion], GREEDY, batches, show_progress=False)
+        student = ReflectingStudent(model, None, tokenizer, PLAIN)
+        reflector = Reflector([TeacherKL(in_folder.teacher)], GREEDY, tokens_per_batch=100, threads=1)
+        reflector.scores(data, model, student, tmp_path / "scores", {})
         gc.collect()
         assert [held() for held in in_folder.loaded] == [None]
 

@@ -61,48 +61,6 @@ def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> l
     return [*batches, order[first:]]
 
 
-def reflect(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    store: ScoreStore,
-    criteria: Sequence[Criterion],
-    decoding: Decoding,
-    batches: Sequence[tuple[int, RowNumbers]],
-    check: Callable[[], None] = lambda: None,
-    show_progress: bool = True,
-) -> None:
-    """Score batches and store each as soon as it is scored.
-
-    Args:
-        model: The student.
-        tokenizer: Its tokenizer.
-        rows: Tokenised rows, see `data.tokenization.tokenize`.
-        store: Takes the scores.
-        criteria: What to score.
-        decoding: How the student answers.
-        batches: Number and row numbers of each batch; the number is added to the seed of the sampling.
-        check: Called before each batch; may raise to end the work.
-        show_progress: Show a progress bar.
-    """
-    mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
-    known = store.answers(ids_of(rows.select(mine))) if len(mine) else {}
-    progress = progress_bar(len(mine), "reflection", show_progress and len(batches) > 0)
-    try:
-        for number, batch in batches:
-            check()
-            chosen = rows.select(batch).to_list()
-            answers = [known[row["id"]] for row in chosen if row["id"] in known]
-            given = answers if len(answers) == len(chosen) else None
-            reflected = ReflectionBatch(model, tokenizer, chosen, decoding, decoding.seed + number, given)
-            store.append(score_batch(reflected, criteria))
-            progress.update(len(batch))
-    finally:
-        progress.close()
-        for criterion in criteria:
-            criterion.finish()
-
-
 @dataclass(frozen=True)
 class Reflector:
     """Lets a student reflect, on all ranks, and keeps the scores.
@@ -177,10 +135,36 @@ class Reflector:
                     _placed(model, device),
                     pinned_threads(self.threads, device),
                 ):
-                    share, first = todo[team.rank :: team.size], team.rank == 0
-                    reflect(model, student.tokenizer, rows, store, self.criteria, self.decoding, share, check, first)
+                    self._reflect(rows, todo[team.rank :: team.size], model, student, store, check)
                 columns = team.from_first(finish)
         return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
+
+    def _reflect(
+        self,
+        rows: Dataset,
+        batches: Sequence[tuple[int, RowNumbers]],
+        model: nn.Module,
+        student: ReflectingStudent,
+        store: ScoreStore,
+        check: Callable[[], None],
+    ) -> None:
+        """Score the batches of this rank, and store each as soon as it is scored; their numbers seed the sampling."""
+        mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
+        known = store.answers(ids_of(rows.select(mine))) if len(mine) else {}
+        progress = progress_bar(len(mine), "reflection", Team().rank == 0 and len(batches) > 0)
+        try:
+            for number, batch in batches:
+                check()
+                chosen = rows.select(batch).to_list()
+                answers = [known[row["id"]] for row in chosen if row["id"] in known]
+                given, seed = answers if len(answers) == len(chosen) else None, self.decoding.seed + number
+                reflected = ReflectionBatch(model, student.tokenizer, chosen, self.decoding, seed, given)
+                store.append(score_batch(reflected, self.criteria))
+                progress.update(len(batch))
+        finally:
+            progress.close()
+            for criterion in self.criteria:
+                criterion.finish()
 
     def _unscored(self, rows: Dataset, columns: Mapping[str, Floats]) -> list[tuple[int, RowNumbers]]:
         missing = np.any([np.isnan(values) for values in columns.values()], axis=0)
