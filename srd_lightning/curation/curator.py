@@ -183,19 +183,6 @@ class Curator:
         """Return row numbers, ``[N]``, easiest first."""
         return rank(scores.columns, self.criteria, ids_of(rows), self.ties)
 
-    def rearranged(self, curriculum: Curriculum, first: int, to_come: Dataset, scores: Scores) -> Curriculum:
-        """Return a curriculum with the rows that have not entered before an epoch in the order of new scores.
-
-        Args:
-            curriculum: As it was.
-            first: Epoch with which a stage begins.
-            to_come: The rows that enter in this stage or later, in their order so far.
-            scores: Of these rows.
-        """
-        seen = curriculum.size(first - 1)
-        order = arranged(self.arrangement, self.order(to_come, scores), curriculum.kept - seen)
-        return Curriculum(torch.cat([curriculum.order[:seen], curriculum.order[seen:][order]]), curriculum.schedule)
-
 
 class StagedRows:
     """The training rows of one run, in the stages of their curriculum, which a refresh changes.
@@ -243,7 +230,8 @@ class StagedRows:
         for first in self.curator.refresh:
             if first > epoch or first in self._done or scores is None:
                 continue
-            to_come = self.rows.select(self.curriculum.order[self.curriculum.size(first - 1) :].numpy())
+            entered, later = self.curriculum.order.tensor_split([self.curriculum.size(first - 1)])
+            to_come = self.rows.select(later.numpy())
             if first in self.generations:
                 again = stored_scores(scores.folder / self.generations[first], to_come, self.curator.criteria)
             elif epoch > first:
@@ -254,7 +242,9 @@ class StagedRows:
             else:
                 again = self.curator.scores_again(to_come, self.student, scores.folder, first)
                 self.generations[first] = again.folder.name
-            self.curriculum = self.curator.rearranged(self.curriculum, first, to_come, again)
+            order = self.curator.order(to_come, again)
+            order = arranged(self.curator.arrangement, order, self.curriculum.kept - len(entered))
+            self.curriculum = Curriculum(torch.cat([entered, later[order]]), self.curriculum.schedule)
             self._done.add(first)
             rank_zero_info(f"rows still to come are in the order of {self.generations[first]}")
         self.seconds += time.perf_counter() - start
