@@ -129,31 +129,13 @@ def test_fsdp1_learns_of_blocks_and_sums_in_full_precision(given, mesh):
         assert strategy.mixed_precision_config is given
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, (8, 1)),
-        ({"tensor_parallel_size": 2}, (4, 2)),
-        ({"data_parallel_size": 4, "tensor_parallel_size": 2}, (4, 2)),
-    ],
-)
-def test_all_processes_see_different_rows_unless_told_otherwise(options, expected):
-    assert FSDP2(**options).sizes(num_processes=8) == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"data_parallel_size": 3}, "data_parallel_size 3 times tensor_parallel_size 1 must be .* which is 8"),
-        ({"tensor_parallel_size": 3}, "data_parallel_size auto times tensor_parallel_size 3 must be .* which is 8"),
-        ({"tensor_parallel_size": 0}, "at least 1, but tensor_parallel_size=0"),
-        ({"data_parallel_size": "all"}, "whole numbers of at least 1, but data_parallel_size='all'"),
-    ],
-    ids=str,
-)
-def test_sizes_that_do_not_make_up_the_processes(options, said):
+@pytest.mark.parametrize(("of_rows", "of_layers"), [(0, "auto"), (3, 1), ("all", 1), ("auto", 2), (4, 2)])
+def test_all_processes_see_different_rows(of_rows, of_layers):
+    strategy = FSDP2(of_rows, of_layers)
+    strategy.parallel_devices = [torch.device("cpu")] * 8
+    said = f"here 8, .* data_parallel_size is {of_rows} and tensor_parallel_size {of_layers}; leave them out, or use"
     with pytest.raises(SettingError, match=said):
-        FSDP2(**options).sizes(num_processes=8)
+        strategy.setup_environment()
 
 
 def test_a_sharded_student_does_not_reflect(mesh):

@@ -180,6 +180,16 @@ FAULTS = [
         "SingleDeviceStrategy; choose one, or replicate",
     ),
     Fault(
+        id="layers_split",
+        done="`tensor_parallel_size: 2` of the strategy `FSDP2`",
+        settings={
+            "trainer": {"strategy": {"class_path": "srd_lightning.FSDP2", "init_args": {"tensor_parallel_size": 2}}}
+        },
+        says="FSDP2 shards over all processes, here 1, and splits no layers, but data_parallel_size is auto and "
+        "tensor_parallel_size 2; leave them out, or use Lightning's ModelParallelStrategy with a configure_model of your "
+        "own",
+    ),
+    Fault(
         id="weights_in_fp16",
         done="`--trainer.precision 16-true`",
         argv=("fit", "--trainer.precision", "16-true"),

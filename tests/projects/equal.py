@@ -103,18 +103,16 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         lr_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
         **settings,
     )
-    processes = int(devices) if strategy != "fsdp2_and_tensors" else 1
     data = SRDDataModule(
         {"train": rows(), "validation": rows()[:6], "test": rows()[30:35]},
         schedule={0: 0.25, 1: 0.5, 2: 0.75},
         scores=str(Path(folder).parent / f"scores-{tied}-{lora}"),
         decoding=Decoding(max_new_tokens=2),
-        **{"batch_size": GLOBAL_BATCH // processes, **data_options},
+        **{"batch_size": GLOBAL_BATCH // int(devices), **data_options},
     )
     strategies = {
         "fsdp1": FSDP1OnCPU if accelerator == "cpu" else FSDPStrategy,
         "fsdp2": FSDP2,
-        "fsdp2_and_tensors": lambda: FSDP2(tensor_parallel_size=2),
     }
     trainer = L.Trainer(
         max_epochs=4,
