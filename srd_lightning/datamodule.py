@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.checkpoints.compatibility import (
-    check_same_rows,
+from srd_lightning.checkpoints.refusals import (
+    check_rows,
     description_of,
-    saved_rows,
+    outline_to_resume,
 )
+from srd_lightning.checkpoints.resume_state import ResumeState
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.curation.curator import Curator, StagedRows
 from srd_lightning.curation.result import CurationResult
@@ -39,9 +41,6 @@ from srd_lightning.preflight import run_preflight
 from srd_lightning.protocols import BatchColumns, HasStudent
 from srd_lightning.training.arguments import check_sizes
 from srd_lightning.training.lr_plan import accumulation_of
-
-OF_TUNERS = (".scale_batch_size_", ".lr_find_")
-"""How Lightning (tested with 2.6.6) names the checkpoints that its tuners go back to after trying other batches."""
 
 
 class SRDDataModule(LightningDataModule):
@@ -212,6 +211,7 @@ class SRDDataModule(LightningDataModule):
         self.set_up_for(self.trainer and self.trainer.lightning_module, self.trainer, stage)
         if stage == "fit" and self.trainer is not None:
             self._every_epoch.begin(self.trainer)
+            ResumeState.attach_to(self.trainer)
 
     def set_up_for(self, module: Any, trainer: Trainer | None, stage: str = "fit") -> None:
         """Do what `setup` does, for a module that need not be the one that the trainer runs.
@@ -226,19 +226,18 @@ class SRDDataModule(LightningDataModule):
             root, device = Path(trainer.default_root_dir), trainer.strategy.root_device
             run_preflight(trainer, module)
         self._check_settings(stage, module, trainer, root)
-        saved = saved_rows(trainer, self)
-        check_same_rows(saved, self._settings())
+        refuse_others = functools.partial(check_rows, outline_to_resume(trainer), self)
+        refuse_others(self._settings)
         if self._read_rows is None or self._tokenizer_is_another(module):
             self.read_rows(stage, module)
         if stage == "fit":
             student = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device)
-            self._stage_rows(student, root, saved)
+            self._stage_rows(student, root, refuse_others)
 
-    def _stage_rows(self, student: ReflectingStudent, root: Path, saved: Mapping[str, Any]) -> None:
+    def _stage_rows(self, student: ReflectingStudent, root: Path, refuse_others: Callable[[Any], None]) -> None:
         """Curate, unless that was done for the same module and root, and begin with the first stage."""
         check_splits(self.rows, "fit")
-        if saved:
-            check_same_rows(saved, self._digests_of_rows())
+        refuse_others(self._digests_of_rows)
         last = self.staged
         if last is not None and last.student.module is student.module and last.root == root:
             result = last.result
@@ -247,7 +246,7 @@ class SRDDataModule(LightningDataModule):
             self._read_rows.find_leaks(drop=self.decontaminate)
             result = self.curator.curate(self.rows["train"], student, root, self.reports["train"].dropped)
         self.staged = StagedRows(self.curator, self.rows["train"], student, root, result)
-        check_same_rows(saved, self._digests_of_order())
+        refuse_others(self._digests_of_order)
 
     def _tokenizer_is_another(self, module: Any) -> bool:
         """Return whether the rows were tokenised for a module with another tokenizer."""
@@ -320,27 +319,17 @@ class SRDDataModule(LightningDataModule):
         assert self.staged is not None, 'setup("fit") comes first'
         return self.staged
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what decides which rows come when, for checkpoints."""
+    def resume_state(self) -> dict[str, Any]:
+        """Return the refreshes, and all that decides which rows come when; nothing before they are staged."""
         if self.staged is None:
             return {"generations": {}, "rows": {}}
-        return {"generations": self.staged.generations, "rows": self._rows_to_come()}
+        rows = {**self._settings(), **self._digests_of_rows(), **self._digests_of_order()}
+        return {"generations": dict(self.staged.generations), "rows": rows}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the refreshes of the run that is resumed.
-
-        Raises:
-            ResumeError: Its rows, or their order, are not those of this run.
-        """
+    def go_on_with(self, refreshments: Mapping[int, str]) -> None:
+        """Go on with the refreshes of the run that is resumed."""
         if self.staged is not None:
-            self.staged.resume(state_dict["generations"])
-        path = self.trainer and self.trainer.state.fn == "fit" and self.trainer.ckpt_path
-        if path and not Path(path).name.startswith(OF_TUNERS):
-            check_same_rows(state_dict.get("rows", {}), self._rows_to_come())
-
-    def _rows_to_come(self) -> dict[str, Any]:
-        """Return all that decides which rows come when."""
-        return {**self._settings(), **self._digests_of_rows(), **self._digests_of_order()}
+            self.staged.resume(refreshments)
 
     def _settings(self) -> dict[str, Any]:
         """Return what decides which rows come when, as far as it is known before rows are read."""

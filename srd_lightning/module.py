@@ -16,7 +16,8 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.callbacks.monitors import check_monitors
-from srd_lightning.checkpoints.compatibility import check_optimizer
+from srd_lightning.checkpoints.refusals import check_optimizer
+from srd_lightning.checkpoints.resume_state import ResumeState, RunSeed
 from srd_lightning.distributed.clipping import clip
 from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh, shard_along
 from srd_lightning.errors import SettingError
@@ -171,6 +172,15 @@ class KDLightningModule(LightningModule):
         """The teacher, where it is loaded."""
         return self.teacher_handle.model
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another teacher: torch would register it beside the one that is used."""
+        if name == "teacher":
+            raise SettingError(
+                f"the teacher of a {type(self).__name__} cannot be set later, for it is no part of the module; make a "
+                "new module with it, KDLightningModule(student, teacher)"
+            )
+        super().__setattr__(name, value)
+
     @property
     def teacher_cache_dir(self) -> str | None:
         """The folder of the teacher's cache, where one was given."""
@@ -248,7 +258,7 @@ class KDLightningModule(LightningModule):
         """Begin anew; before training, let the teacher be cached, where that is asked for."""
         self.preflight(self.trainer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.teacher_handle.cached = None
+        self.teacher_handle.begin()
         if isinstance(data, HasCuratedRows):
             data.use_batch_columns(None)
         if stage == "fit" and self.teacher_handle.cache is not None:
@@ -258,9 +268,9 @@ class KDLightningModule(LightningModule):
             self._need_tokenizer()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along what is done around the steps, and what explains failures."""
+        """Bring along what is done around the steps, what resumes a run, and what explains failures."""
         known = {type(callback) for callback in callbacks_of(self.trainer)}
-        return [kind() for kind in (TrainingHooks, Failures, Hardware) if kind not in known]
+        return [kind() for kind in (TrainingHooks, RunSeed, ResumeState, Failures, Hardware) if kind not in known]
 
     def configure_model(self) -> None:
         """Load what is not there yet, and shard it where the strategy leaves that to the module."""

@@ -6,6 +6,7 @@ Only methods, so that ``isinstance`` looks and nothing is loaded by looking.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset
@@ -58,3 +59,22 @@ class HasCuratedRows(Protocol):
         Args:
             columns: Nothing takes away those that were given before.
         """
+
+
+@runtime_checkable
+class HasResumeState(Protocol):
+    """A data module that knows which rows a run has still to see, so that a resumed run sees just these."""
+
+    def resume_state(self) -> dict[str, Any]:
+        """Return what a checkpoint shall keep: ``rows``, by name what must be as it was, and ``generations``."""
+
+    def go_on_with(self, refreshments: Mapping[int, str]) -> None:
+        """Go on with the refreshments of the run that is resumed, which it kept as ``generations``."""
+
+
+@runtime_checkable
+class FindsLast(Protocol):
+    """A callback that knows which checkpoint ``ckpt_path="last"`` is before Lightning reads it."""
+
+    def found_last(self) -> Path | None:
+        """Return it, or nothing where there is none, or where no run goes on from it."""

@@ -20,12 +20,11 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import ByT5Tokenizer
 
-from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, cli
+from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, SRDDataModule, cli
 from srd_lightning.checkpoints.consolidate import main as consolidate
 from srd_lightning.checkpoints.files import is_complete
-from srd_lightning.checkpoints.resume import batch_seed, repair_progress
+from srd_lightning.checkpoints.resume_state import ResumableLoader, ResumeState, batch_seed, repair_progress
 from srd_lightning.curriculum.ranking import HardToEasy
-from srd_lightning.data.loaders import ResumableLoader
 from srd_lightning.data.samplers import LengthGrouped, Shuffled
 from srd_lightning.storage import put_in_place
 
@@ -186,8 +185,28 @@ def test_a_run_of_someone_else_goes_on_from_any_moment(options, tmp_path):
 def test_lightning_alone_still_leaves_out_batches(moment, options, steps, tmp_path, monkeypatch):
     """When this fails, Lightning has changed, and `repair_progress` may no longer be needed, or no longer be right."""
     whole, _, _ = grow(tmp_path, **options)
-    monkeypatch.setattr("srd_lightning.callbacks.curriculum_check.repair_progress", lambda *_: None)
+    monkeypatch.setattr("srd_lightning.checkpoints.resume_state.repair_progress", lambda *_: None)
     assert grow(None, whole.saved[moment], **options)[2].global_step == steps
+
+
+class Ones(BoringModel):
+    def training_step(self, batch, batch_idx):
+        return self.layer(torch.ones(1, 32)).mean()
+
+
+@pytest.mark.parametrize("ours", ["data", "curriculum", "checkpoint", "all"])
+def test_whatever_is_ours_brings_along_what_resumes_a_run_once(ours, tmp_path):
+    data = {"train_dataloaders": torch.utils.data.DataLoader(torch.zeros(2))}
+    if ours in ("data", "all"):
+        data = {"datamodule": SRDDataModule(make_rows(4), ByT5Tokenizer(), schedule={0: 1.0}, batch_size=2)}
+    callbacks = [CurriculumCallback(None if ours == "all" else Curriculum(torch.arange(2), {0: 1.0}))]
+    callbacks = callbacks if ours in ("curriculum", "all") else []
+    callbacks += [ResumeCheckpoint(tmp_path)] if ours in ("checkpoint", "all") else []
+    options = {**QUIET, "enable_checkpointing": True, "max_epochs": 1, "default_root_dir": tmp_path}
+    trainer = L.Trainer(callbacks=callbacks, limit_val_batches=0, **options)
+    for _ in range(2):
+        trainer.fit(Ones(), **data)
+    assert [type(callback) for callback in trainer.callbacks].count(ResumeState) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": 100}])
@@ -315,7 +334,7 @@ class TestResumeCheckpoint:
             from_all=lambda work: [work(), other if isinstance(work(), type(other)) else work()],
             from_first=lambda work: work(),
         )
-        monkeypatch.setattr("srd_lightning.checkpoints.resume_checkpoint.Team", lambda: together)
+        monkeypatch.setattr("srd_lightning.checkpoints.refusals.Team", lambda: together)
         with pytest.raises(ValueError, match=f"would go on {said}: they do not all see the same checkpoints"):
             project.main(folder_of(tmp_path / "run"))
 

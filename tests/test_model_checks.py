@@ -314,7 +314,7 @@ class TestBeforeRowsAreRead:
         module = KDLightningModule(tiny_model(0), Pretrained(str(whole)), **settings)
         data = SRDDataModule(str(tmp_path / "no_such.jsonl"), tokenizer=ByT5Tokenizer(), schedule={0: 1.0})
         start = getattr(SRDTrainer(**QUIET, default_root_dir=tmp_path, max_epochs=1), run)
-        with pytest.raises(StorageError, match="was made with another teacher; point"):
+        with pytest.raises(StorageError, match="were made with another teacher; point"):
             start(module, datamodule=data)
 
     def test_one_model_twice_is_said(self, whole, tmp_path):

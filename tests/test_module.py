@@ -19,6 +19,7 @@ from srd_lightning import (
     Pretrained,
     SRDDataModule,
 )
+from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.models.generation import generate
 from srd_lightning.training.step import DistillationStep
@@ -259,6 +260,14 @@ def test_what_a_module_brings_along_cannot_get_lost(student, teacher, tokenizer,
 
     with pytest.raises(RuntimeError, match=r"Own\.configure_callbacks leaves out .*super\(\)\.configure_callbacks"):
         L.Trainer(max_epochs=1, **QUIET).fit(Own(student, teacher), datamodule=everything(tokenizer, rows))
+
+
+def test_another_teacher_is_another_module(student, teacher):
+    module = KDLightningModule(student, teacher)
+    with pytest.raises(SettingError, match="the teacher of a KDLightningModule cannot be set later"):
+        module.teacher = tiny_model()
+    assert module.teacher is teacher
+    assert set(dict(module.named_children())) == {"student", "loss", "auxiliary", "metrics"}
 
 
 def test_models_are_looked_at_once_in_a_run(student, teacher, tokenizer, rows, tmp_path, monkeypatch):

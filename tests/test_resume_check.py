@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, LengthGrouped, ResumeCheckpoint, SRDDataModule
-from srd_lightning.checkpoints.compatibility import check_same_optimizer
-from srd_lightning.checkpoints.files import CHECKSUMS, check_intact, checksums_of_rank, finish, read_outline
+from srd_lightning.checkpoints.files import CHECKSUMS, checksums_of_rank, finish
+from srd_lightning.checkpoints.refusals import check_intact, check_same_optimizer
 from srd_lightning.checkpoints.run_folder import RunLock
 from srd_lightning.curation.curator import Curator
 from srd_lightning.data.templates import PromptTemplate
@@ -127,10 +127,6 @@ class TestARefusal:
             check_intact(tmp_path / "file")
         with pytest.raises(ResumeError, match=f"there is no checkpoint {tmp_path}/none"):
             check_intact(tmp_path / "none")
-        torch.save({"a": 1}, tmp_path / "other")
-        check_intact(tmp_path / "other")
-        with pytest.raises(ResumeError, match="other is not a checkpoint of Lightning"):
-            read_outline(tmp_path / "other")
 
 
 def test_each_file_of_a_sharded_checkpoint_is_checked(tmp_path):

@@ -230,7 +230,7 @@ class TestFingerprint:
 
 class TestLock:
     def test_a_second_run_is_told(self, store, monkeypatch, tmp_path):
-        monkeypatch.setattr(store_module, "PATIENCE", 0.1)
+        monkeypatch.setattr("srd_lightning.results_folder.PATIENCE", 0.1)
         code = f"""
             import sys
             from pathlib import Path
@@ -249,7 +249,7 @@ class TestLock:
         finally:
             os.kill(other.pid, signal.SIGKILL)
             other.wait()
-        monkeypatch.setattr(store_module, "PATIENCE", HANGS)
+        monkeypatch.setattr("srd_lightning.results_folder.PATIENCE", HANGS)
         with ScoreStore.locked(store.folder, MADE_OF, {}):  # the lock ends with the process
             pass
 

@@ -9,6 +9,7 @@ from conftest import LOSSES, in_other_order, lively_model, make_rows, tokenised
 from transformers import ByT5Tokenizer
 
 from srd_lightning.data.batches import collate
+from srd_lightning.digests import weights_digest
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses import response_mask
 from srd_lightning.models.pretrained import Pretrained
@@ -16,7 +17,7 @@ from srd_lightning.teacher import cache as teacher_cache
 from srd_lightning.teacher import precompute as caching
 from srd_lightning.teacher.cache import TeacherCache
 from srd_lightning.teacher.live import HiddenStates, LiveTeacher, TopK
-from srd_lightning.teacher.precompute import cache_teacher, teacher_digest
+from srd_lightning.teacher.precompute import cache_teacher
 
 MADE_OF = {"teacher": "a", "kind": "b"}
 EXACT = HiddenStates(torch.float32)
@@ -232,7 +233,7 @@ def test_a_damaged_manifest_is_named(content, data, load, tmp_path):
     fill(data, tmp_path, load)
     (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
     with pytest.raises(
-        StorageError, match=r"manifest\.json is damaged .*; delete the folder, or point `teacher_cache.dir`"
+        StorageError, match=r"manifest\.json cannot be read .*; delete the folder, or point `teacher_cache.dir`"
     ):
         fill(data, tmp_path, load)
 
@@ -248,8 +249,8 @@ def test_leftovers_of_killed_processes_go(data, load, tmp_path):
 
 
 def test_a_second_run_in_the_folder_is_told(data, load, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_cache, "PATIENCE", 0.0)
-    told = pytest.raises(StorageError, match=f"another run is writing to the teacher cache in {tmp_path}")
+    monkeypatch.setattr("srd_lightning.results_folder.PATIENCE", 0.0)
+    told = pytest.raises(StorageError, match=f"another run is writing outputs of a teacher to {tmp_path}")
     with TeacherCache.locked(tmp_path, EXACT, MADE_OF), told:
         fill(data, tmp_path, load)
     fill(data, tmp_path, load)
@@ -337,7 +338,8 @@ def test_sizes_are_said_as_they_are_read(size, said):
 
 def test_a_folder_that_cannot_be_made(data, load, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=f"cache cannot be kept in {tmp_path}/file/cache: Not a directory; point"):
+    said = f"outputs of a teacher cannot be written to {tmp_path}/file/cache: Not a directory; point"
+    with pytest.raises(StorageError, match=said):
         fill(data, tmp_path / "file" / "cache", load)
     assert load.times == 0
 
@@ -388,13 +390,13 @@ def test_digests_tell_teachers_apart_without_loading_them(tmp_path, monkeypatch)
         lively_model(seed).save_pretrained(tmp_path / name)
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     monkeypatch.setattr(Pretrained, "model", None)
-    digests = {name: teacher_digest(Pretrained(str(tmp_path / name))) for name in ("one", "two", "copy")}
+    digests = {name: Pretrained(str(tmp_path / name)).digest() for name in ("one", "two", "copy")}
     assert digests["one"] == digests["copy"] != digests["two"]
-    assert teacher_digest(Pretrained(str(tmp_path / "one"), dtype="bfloat16")) != digests["one"]
+    assert Pretrained(str(tmp_path / "one"), dtype="bfloat16").digest() != digests["one"]
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
-    assert teacher_digest(Pretrained(str(tmp_path / "copy"))) != digests["one"]
-    assert teacher_digest(lively_model(0)) == teacher_digest(lively_model(0)) != teacher_digest(lively_model(1))
+    assert Pretrained(str(tmp_path / "copy")).digest() != digests["one"]
+    assert weights_digest(lively_model(0)) == weights_digest(lively_model(0)) != weights_digest(lively_model(1))
 
 
 def test_a_teacher_of_a_hub_is_the_commit_to_which_its_branch_points(tmp_path, monkeypatch):
@@ -407,5 +409,5 @@ def test_a_teacher_of_a_hub_is_the_commit_to_which_its_branch_points(tmp_path, m
         (snapshot / "config.json").write_text("{}")
         (tmp_path / "models--someone--model" / "refs").mkdir(exist_ok=True)
         (tmp_path / "models--someone--model" / "refs" / "main").write_text(commit)
-        digests.append(teacher_digest(Pretrained("someone/model")))
+        digests.append(Pretrained("someone/model").digest())
     assert digests[0] == digests[2] != digests[1]

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from srd_lightning.checkpoints.resume import repair_progress
+from srd_lightning.checkpoints.resume_state import ResumeState
 from srd_lightning.curriculum.curriculum import Curriculum, find_curriculum
 from srd_lightning.data.loaders import RebuiltEveryEpoch
 from srd_lightning.errors import SettingError
@@ -56,14 +56,11 @@ class CurriculumCallback(Callback):
             if find_curriculum(trainer) is None:
                 raise SettingError("CurriculumCallback needs a curriculum: give it one, or use SRDDataModule")
             self._every_epoch.begin(trainer)
+            ResumeState.attach_to(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the trainer build its loaders as it did before."""
         self._every_epoch.end(trainer)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Repair what Lightning counted, for modules that do not do so themselves."""
-        repair_progress(checkpoint, trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check and log the pool of the epoch."""

@@ -1,4 +1,4 @@
 """Checkpoints: whole or not there, and resumed exactly or refused.
 
-Imports `distributed`. Where a resume is refused, `compatibility` is the file to open.
+Imports `distributed`. Begin with `resume_state`; where a resume is refused, `refusals` is the file to open.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints as files and folders: whether they are complete and undamaged, and how they get their names."""
+"""Checkpoints on disk: which are complete, what of one is damaged, what one says, and how it gets its name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
-from srd_lightning.errors import ResumeError, StorageError
+from srd_lightning.distributed.process_group import Team
+from srd_lightning.errors import StorageError
 from srd_lightning.storage import put_in_place
 
 CHECKSUMS = "checksums.json"
@@ -22,6 +26,19 @@ CHECKSUMS = "checksums.json"
 BLOCK = 2**24
 UNREADABLE = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
 """What reading a damaged zip file raises."""
+
+
+def newest(folder: Path, extension: str) -> tuple[Path | None, list[Path]]:
+    """Return the newest complete checkpoint of a folder, and the newer files that were cut off.
+
+    Args:
+        folder: That may be there.
+        extension: Of checkpoints, such as ``.ckpt``.
+    """
+    there = sorted(folder.glob(f"*{extension}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = next(filter(is_complete, there), None)
+    newer = there if found is None else there[: there.index(found)]
+    return found, [path for path in newer if is_cut_off(path)]  # others may be weights alone
 
 
 def is_complete(path: Path) -> bool:
@@ -32,7 +49,7 @@ def is_complete(path: Path) -> bool:
     """
     if path.is_dir():
         return (path / ".metadata").is_file() and zipfile.is_zipfile(path / "meta.pt")
-    if not zipfile.is_zipfile(path):  # what is cut off lacks the list of contents at its end
+    if not zipfile.is_zipfile(path):
         return False
     try:
         with zipfile.ZipFile(path) as file:
@@ -42,75 +59,107 @@ def is_complete(path: Path) -> bool:
         return False
 
 
-def check_intact(path: Path) -> None:
-    """Read a checkpoint once and compare it with its checksums: about a second for each GB, once per process.
+def is_cut_off(path: Path) -> bool:
+    """Return whether a file lacks the list of contents that a checkpoint has at its end."""
+    return path.is_file() and not zipfile.is_zipfile(path)
+
+
+def damaged_part(path: Path) -> str | None:
+    """Compare a checkpoint with its checksums: about a second for each GB, once per process.
 
     Args:
         path: A file of ``torch.save``, or a folder that `FSDP2` has written; one without checksums is only read.
 
-    Raises:
-        ResumeError: It is not there, no checkpoint, cut off, or its bytes are not those that were written.
+    Returns:
+        The name of the first part that is not what was written, if there is one.
     """
-    if not path.exists():
-        raise ResumeError(f"ckpt_path: there is no checkpoint {path}; check the path, or leave it out to begin anew")
-    if path.is_dir():
-        _check_sharded(path)
-    elif not zipfile.is_zipfile(path):
-        size = path.stat().st_size
-        raise ResumeError(
-            f"ckpt_path: {path} ({size} bytes) is no checkpoint, or was cut off while it was written or copied; give "
-            "another one"
-        )
-    else:
-        state = path.stat()
-        _check_file(path, state.st_mtime_ns, state.st_size)
+    checked = path / CHECKSUMS if path.is_dir() else path
+    if not checked.is_file():
+        return None
+    state = checked.stat()
+    return (_of_folder if path.is_dir() else _of_file)(path, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(maxsize=8)
-def _check_file(path: Path, modified: int, size: int) -> None:
+def _of_file(path: Path, modified: int, size: int) -> str | None:
     """Compare a file with its own checksums; again only where it has changed."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-    except UNREADABLE as error:
-        raise _damaged(path, "the list of contents") from error
-    if damaged is not None:
-        raise _damaged(path, damaged.partition("/")[2])
-
-
-def _check_sharded(folder: Path) -> None:
-    if not is_complete(folder):
-        raise ResumeError(f"ckpt_path: the folder {folder} is no checkpoint, or not a complete one; give another one")
-    if not (folder / CHECKSUMS).is_file():
-        return
-    _check_shards(folder, (folder / CHECKSUMS).stat().st_mtime_ns)
+    except UNREADABLE:
+        return "the list of contents"
+    return None if damaged is None else damaged.partition("/")[2]
 
 
 @functools.lru_cache(maxsize=8)
-def _check_shards(folder: Path, modified: int) -> None:
+def _of_folder(folder: Path, modified: int, size: int) -> str | None:
     """Compare the files of a folder with its checksums; again only where they were saved anew."""
-    for name, checksum in json.loads((folder / CHECKSUMS).read_text()).items():
-        if not (folder / name).is_file() or checksum_of(folder / name) != checksum:
-            raise _damaged(folder, name)
+    checksums = json.loads((folder / CHECKSUMS).read_text()).items()
+    damaged = (name for name, sum in checksums if not (folder / name).is_file() or checksum_of(folder / name) != sum)
+    return next(damaged, None)
 
 
-def _damaged(path: Path, part: str) -> ResumeError:
-    return ResumeError(
-        f"ckpt_path: {path} is damaged: {part} in it is not what was written; give another checkpoint, or a copy of it"
-    )
-
-
-def checksum_of(file: Path) -> int:
-    """Return the CRC-32 of a file.
+def read_outline(path: Path) -> Any:
+    """Return what a checkpoint says; its weights are mapped and not read.
 
     Args:
-        file: Read in blocks.
+        path: An undamaged file or folder.
     """
-    checksum = 0
-    with file.open("rb") as opened:
-        while block := opened.read(BLOCK):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+    # What it holds besides tensors may be any class; it is trusted here as Lightning trusts it right after.
+    return torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=False)
+
+
+def write(trainer: Trainer, path: Path, weights_only: bool = False) -> None:
+    """Write beside the place where a checkpoint belongs, and put it there when all ranks have written.
+
+    Args:
+        trainer: Whose state it is.
+        path: Its name, when it is complete.
+        weights_only: As `Trainer.save_checkpoint` takes it.
+
+    Raises:
+        StorageError: The disk is full, or does not let it be written.
+    """
+    temporary, team = path.with_name(f".{path.name}.partial"), Team()
+    with _straight_to_disk(trainer.strategy), _naming_the_disk(path):
+        trainer.save_checkpoint(temporary, weights_only)
+        checksums = team.from_all(lambda: checksums_of_rank(temporary, team.rank))
+        team.from_first(lambda: finish(temporary, path, checksums))
+
+
+class _StraightToDisk(TorchCheckpointIO):
+    """Writes a file as it is made; Lightning's makes all of it in memory, and then moves it through ``/tmp``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+@contextmanager
+def _straight_to_disk(strategy: Strategy) -> Iterator[None]:
+    plugin = strategy.checkpoint_io
+    if type(plugin) is TorchCheckpointIO:  # else the user has chosen how
+        strategy.checkpoint_io = _StraightToDisk()
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = plugin
+
+
+@contextmanager
+def _naming_the_disk(path: Path) -> Iterator[None]:
+    """Say of which disk there is not enough, where a checkpoint cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = "unexpected pos" in str(error) or "file write failed" in str(error)  # how PyTorch says it
+        if isinstance(error, StorageError) or (isinstance(error, RuntimeError) and not full):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise StorageError(
+            f"the checkpoint {path} could not be written ({getattr(error, 'strerror', None) or 'the disk is full'}), "
+            f"{free / 1e9:.3f} GB are free there; make room, and go on from the one before it with ckpt_path=last"
+        ) from error
 
 
 def checksums_of_rank(folder: Path, rank: int) -> dict[str, int]:
@@ -124,44 +173,17 @@ def checksums_of_rank(folder: Path, rank: int) -> dict[str, int]:
     return {file.name: checksum_of(file) for file in files if file.is_file()}
 
 
-def read_outline(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says without its weights, which are mapped and not read.
+def checksum_of(file: Path) -> int:
+    """Return the CRC-32 of a file.
 
     Args:
-        path: An undamaged file or folder.
-
-    Raises:
-        ResumeError: It is none of Lightning's.
+        file: Read in blocks.
     """
-    file = path / "meta.pt" if path.is_dir() else path
-    # What it holds besides tensors may be any class; it is trusted here as Lightning trusts it right after.
-    content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
-        raise ResumeError(f"ckpt_path: {path} is not a checkpoint of Lightning; give one that a Trainer has saved")
-    return content
-
-
-@contextmanager
-def naming_the_disk(path: Path) -> Iterator[None]:
-    """Say of which disk there is not enough, where a checkpoint cannot be written.
-
-    Args:
-        path: Of the checkpoint.
-
-    Raises:
-        StorageError: It could not be written.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = "unexpected pos" in str(error) or "file write failed" in str(error)  # how PyTorch says it
-        if isinstance(error, StorageError) or (isinstance(error, RuntimeError) and not full):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise StorageError(
-            f"the checkpoint {path} could not be written ({getattr(error, 'strerror', None) or 'the disk is full'}), "
-            f"{free / 1e9:.3f} GB are free there; make room, and go on from the one before it with ckpt_path=last"
-        ) from error
+    checksum = 0
+    with file.open("rb") as opened:
+        while block := opened.read(BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def finish(temporary: Path, path: Path, checksums: Sequence[Mapping[str, int]]) -> None:

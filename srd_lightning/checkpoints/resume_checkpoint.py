@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import threading
 import weakref
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from srd_lightning.checkpoints.files import check_intact, checksums_of_rank, finish, is_complete, naming_the_disk
-from srd_lightning.checkpoints.resume import repair_progress
+from srd_lightning.checkpoints import files
+from srd_lightning.checkpoints.refusals import check_alike, check_found, check_intact
+from srd_lightning.checkpoints.resume_state import ResumeState
 from srd_lightning.checkpoints.run_folder import RunLock, clean, put_aside
 from srd_lightning.distributed.launcher import TERMINATED, children_of
 from srd_lightning.distributed.process_group import Team
-from srd_lightning.errors import ResumeError, SettingError
+from srd_lightning.errors import SettingError
 from srd_lightning.storage import check_folder
 
 
@@ -74,8 +70,11 @@ class ResumeCheckpoint(ModelCheckpoint):
         self._former_handler: Any = None
         self._lock: RunLock | None = None
         self._taken = False
-        self.resumes_from: Path | None = None
-        """What ``ckpt_path="last"`` has found."""
+        self._found: Path | None = None
+
+    def found_last(self) -> Path | None:
+        """Return what ``ckpt_path="last"`` has found, see `FindsLast`."""
+        return self._found
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse a plug-in that writes unseen, a folder to which another run saves, and a damaged checkpoint.
@@ -93,12 +92,12 @@ class ResumeCheckpoint(ModelCheckpoint):
                 "ResumeCheckpoint must know when a checkpoint is complete, but AsyncCheckpointIO does not tell; leave "
                 "that plug-in out"
             )
-        folder, resumes_from = self._folder(trainer), self.resumes_from
-        _check_alike("from", str(resumes_from), folder)
+        folder, found = self._folder(trainer), self._found
+        check_alike("from", str(found), folder)
         Team().from_first(RunLock(folder).check)
         check_folder(folder, "ResumeCheckpoint.dirpath")
-        if resumes_from is not None:
-            Team().from_first(lambda: check_intact(resumes_from))
+        if found is not None:
+            Team().from_first(lambda: check_intact(found))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the folder for this run, and clear away what a run that was killed has left half-written."""
@@ -109,6 +108,8 @@ class ResumeCheckpoint(ModelCheckpoint):
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined] # which saves nothing
             self._taken = True
             Team().from_first(lambda: self._take(folder))
+        if stage == "fit":
+            ResumeState.attach_to(trainer)
         super().setup(trainer, pl_module, stage)
 
     def _take(self, folder: Path) -> None:
@@ -125,7 +126,7 @@ class ResumeCheckpoint(ModelCheckpoint):
     def _let_go(self) -> None:
         if self._lock is not None:
             self._lock.release()
-        self._lock = self.resumes_from = None
+        self._lock = self._found = None
         self._taken = False
 
     def _folder(self, trainer: Trainer) -> Path:
@@ -133,49 +134,23 @@ class ResumeCheckpoint(ModelCheckpoint):
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Return the newest complete checkpoint; Lightning asks for it where ``ckpt_path`` is ``last``."""
-        there = list(self._folder(trainer).glob(f"*{self.FILE_EXTENSION}"))
-        there.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        newest = next(filter(is_complete, there), None)
-        newer = there[: len(there) if newest is None else there.index(newest)]
-        cut = [str(path) for path in newer if path.is_file() and not zipfile.is_zipfile(path)]  # not weights alone
-        if cut and newest is None:
-            raise ResumeError(
-                f"no checkpoint can be read: {', '.join(cut)} was cut off while it was written or copied; put a sound "
-                "copy in its place, or remove it to begin anew"
-            )
-        if cut:
-            rank_zero_warn(f"{', '.join(cut)} was cut off while it was written or copied; going on from {newest}")
-        if newest and newest.is_dir() and not isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
-            raise ResumeError(
-                f"{newest} is sharded, which {type(trainer.strategy).__name__} cannot read; make a file of it, python "
-                f"-m srd_lightning.consolidate {newest} FILE, and give that as ckpt_path, or resume with FSDP2"
-            )
+        newest = check_found(self._folder(trainer), self.FILE_EXTENSION, trainer)
         if newest is None:
             rank_zero_info(f"no checkpoint in {self._folder(trainer)} yet: the run begins anew")
-        self.resumes_from = newest
+        self._found = newest
         return {str(newest)} if newest else set()
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Remove also what ``last`` has found, which Lightning keeps: a run often resumed would fill the disk."""
         removed = super()._should_remove_checkpoint(trainer, previous, current)
-        return removed or previous == str(self.resumes_from) != current
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Repair what Lightning counted, for modules that do not do so themselves."""
-        repair_progress(checkpoint, trainer)
+        return removed or previous == str(self._found) != current
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Write beside the place where the checkpoint belongs, and put it there when all processes have written."""
-        path = Path(filepath)
-        temporary = path.with_name(f".{path.name}.partial")
         if trainer.is_global_zero:
-            clean(path.parent, self.FILE_EXTENSION)
+            clean(Path(filepath).parent, self.FILE_EXTENSION)
         trainer.strategy.barrier("no partial checkpoints")
-        with _straight_to_disk(trainer.strategy), naming_the_disk(path):
-            trainer.save_checkpoint(temporary, self.save_weights_only)
-            team = Team()
-            checksums = team.from_all(lambda: checksums_of_rank(temporary, team.rank))
-            team.from_first(functools.partial(finish, temporary, path, checksums))
+        files.write(trainer, Path(filepath), self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -192,7 +167,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         Raises:
             ResumeError: They do not.
         """
-        _check_alike("after steps", trainer.global_step, self._folder(trainer))
+        check_alike("after steps", trainer.global_step, self._folder(trainer))
         if trainer.global_step == 0 and not trainer.ckpt_path and self._taken:
             Team().from_first(lambda: put_aside(self._folder(trainer), self.FILE_EXTENSION))
         super().on_train_start(trainer, pl_module)
@@ -253,32 +228,3 @@ class ResumeCheckpoint(ModelCheckpoint):
         if self._former_handler is not None:
             signal.signal(signal.SIGTERM, self._former_handler)
             self._former_handler = None
-
-
-def _check_alike(how: str, place: object, folder: Path) -> None:
-    """Check that all ranks go on at one place."""
-    places = Team().from_all(lambda: place)
-    if len(set(places)) > 1:
-        raise ResumeError(
-            f"the ranks would go on {how} {', '.join(map(str, places))}: they do not all see the same "
-            f"checkpoints in {folder}; use a folder that all see, and wait until its files have come"
-        )
-
-
-class _StraightToDisk(TorchCheckpointIO):
-    """Writes a file as it is made; Lightning's makes all of it in memory, and then moves it through ``/tmp``."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
-
-
-@contextmanager
-def _straight_to_disk(strategy: Strategy) -> Iterator[None]:
-    plugin = strategy.checkpoint_io
-    if type(plugin) is TorchCheckpointIO:  # else the user has chosen how
-        strategy.checkpoint_io = _StraightToDisk()
-    try:
-        yield
-    finally:
-        strategy.checkpoint_io = plugin

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -49,23 +49,14 @@ class SRDTrainer(Trainer):
         """Do something on every rank, on its device: as the set-up of a prediction that has no batches."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
-            self.predict(_NoModel(), datamodule=_Work(work))
+            self.predict(_SetUpOnly(work))
 
 
 setattr(SRDTrainer, "cache-teacher", SRDTrainer.cache_teacher)  # LightningCLI looks for the name of the subcommand
 
 
-class _NoModel(LightningModule):
-    """What `Trainer.predict` needs where nothing is predicted."""
-
-    def configure_model(self) -> None:
-        """Nothing to shard; strategies that shard ask for it."""
-
-    def predict_step(self, *_: Any) -> None: ...
-
-
-class _Work(LightningDataModule):
-    """Does something in its set-up, when ranks and devices are there."""
+class _SetUpOnly(LightningModule):
+    """Does something in its set-up, when ranks and devices are there, and predicts nothing."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__()
@@ -74,5 +65,10 @@ class _Work(LightningDataModule):
     def setup(self, stage: str) -> None:
         self.work()
 
+    def configure_model(self) -> None:
+        """Nothing to shard; strategies that shard ask for it."""
+
     def predict_dataloader(self) -> DataLoader[Any]:
         return DataLoader([])  # type: ignore[arg-type]
+
+    def predict_step(self, *_: Any) -> None: ...

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,11 +27,10 @@ from datasets import Dataset
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of
-from srd_lightning.errors import ResumeError, StorageError
-from srd_lightning.storage import take, write_atomically
+from srd_lightning.errors import ResumeError
+from srd_lightning.results_folder import ResultsFolder
+from srd_lightning.storage import write_atomically
 
-PATIENCE = 10.0
-"""Seconds to wait for a run that holds the lock."""
 SHARDS_PER_MERGE = 64
 COMPACT = b"tidy"
 """In the metadata of shards that `ScoreStore.compact` wrote."""
@@ -57,24 +55,22 @@ class ScoreStore:
         self.folder = Path(folder)
         self._salt = json.dumps(dict(made_of), sort_keys=True).encode()
         self._own: list[Path] = []
-        manifest = self.folder / "manifest.json"
-        stored: Any = _read_manifest(manifest) if manifest.exists() else {"made_of": dict(made_of), "criteria": {}}
+        kept = _results(self.folder)
+        found = kept.manifest(made_of=dict, criteria=dict)
+        stored: Any = {"made_of": dict(made_of), "criteria": {}} if found is None else found
         different = [part for part in made_of if stored["made_of"].get(part) != made_of[part]]
         known = stored["criteria"].keys() & criteria.keys()
         different += [column for column in sorted(known) if stored["criteria"][column] != criteria[column]]
-        if different:
-            raise StorageError(
-                f"the scores in {self.folder} were made with another {', '.join(different)}; "
-                "point `scores` to a new folder, or delete this one, to reflect again"
-            )
-        if not manifest.exists() or known != criteria.keys():
+        kept.refuse(different)
+        if found is None or known != criteria.keys():
             stored["criteria"] |= criteria
-            write_atomically(manifest, json.dumps(stored, indent=2).encode())
+            kept.write_manifest(stored)
 
     @classmethod
     def reopen(cls, folder: Path) -> ScoreStore:
         """Open a folder as it is, whatever its scores were made of."""
-        return cls(folder, _read_manifest(folder / "manifest.json")["made_of"], {})
+        stored = _results(folder).manifest(made_of=dict) or {"made_of": {}}
+        return cls(folder, stored["made_of"], {})
 
     @classmethod
     @contextmanager
@@ -84,21 +80,8 @@ class ScoreStore:
         Raises:
             StorageError: Another run holds the lock, for longer than one needs to read; or the folder cannot be made.
         """
-        lock = filelock.FileLock(folder / ".lock")
-        take(
-            lock,
-            folder,
-            PATIENCE,
-            busy=f"another run is writing scores to {folder}; wait until it has ended, or point `scores` to another "
-            "folder",
-            unwritable=lambda reason: (
-                f"scores cannot be written to {folder}: {reason}; point `scores` to another folder"
-            ),
-        )
-        try:
+        with _results(folder).locked():
             yield cls(folder, made_of, criteria)
-        finally:
-            lock.release()
 
     def append(self, scores: Sequence[Mapping[str, Any]]) -> None:
         """Write the scores of some rows, each with its ``id``; they are safe when this returns."""
@@ -209,17 +192,8 @@ def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Flo
     return found
 
 
-def _read_manifest(path: Path) -> Any:
-    try:
-        manifest = json.loads(path.read_text())
-        if not all(isinstance(manifest[part], dict) for part in ("made_of", "criteria")):
-            raise TypeError("its parts are of another kind")
-    except (OSError, ValueError, TypeError, KeyError) as error:  # what JSON and UTF-8 raise are the second
-        raise StorageError(
-            f"{path} cannot be read ({error}), so nobody knows what the scores beside it were made of; delete the "
-            "folder, or point `scores` to another one"
-        ) from error
-    return manifest
+def _results(folder: Path) -> ResultsFolder:
+    return ResultsFolder(folder, "scores", "scores")
 
 
 def _one_row_per_id(table: pa.Table) -> pa.Table:

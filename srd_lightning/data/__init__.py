@@ -1,7 +1,7 @@
 """Data: files become rows of text, rows of tokens, and batches.
 
-Imports `losses`. Begin with `row_reader`, from files to tokenised rows, through `readers`, `templates` and
-`tokenization`; `loaders` goes on from there to batches, and `samplers` says which rows make one.
+Imports `losses` and `checkpoints`. Begin with `row_reader`, from files to tokenised rows, through `readers`,
+`templates` and `tokenization`; `loaders` goes on from there to batches, and `samplers` says which rows make one.
 """
 
 from __future__ import annotations

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 
+from srd_lightning.checkpoints.resume_state import ResumableLoader
 from srd_lightning.data.batches import collate
-from srd_lightning.data.samplers import Lengths, MakeSampler, Shuffled, sampler_of
+from srd_lightning.data.samplers import Lengths, MakeSampler, sampler_of
 from srd_lightning.protocols import BatchColumns
 
 
@@ -110,53 +109,3 @@ class Collate:
         """Return the batch, see `collate`."""
         batch = collate(rows, self.pad_token_id, self.pad_to_multiple_of)
         return batch if self.columns is None else {**batch, **self.columns(rows)}
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader that goes on within an epoch: what was delivered before is left out, and not even loaded.
-
-    Its sampler is a `Shuffled`. The length stays that of the whole epoch.
-    """
-
-    delivered = 0
-    """Batches of the epoch that were delivered, also by the run that is resumed."""
-    _start = 0
-
-    @property
-    def _shuffled(self) -> Shuffled:
-        return cast(Shuffled, self.sampler)
-
-    @property
-    def _in_order(self) -> bool:
-        return isinstance(self.sampler, Shuffled)
-
-    def __iter__(self) -> Any:
-        """Deliver what is left of the epoch; the next time, all of it."""
-        self._shuffled.start = self._start * cast(int, self.batch_size)
-        self.delivered = self._start
-        return self._count(super().__iter__())  # workers begin now, not at the first batch
-
-    def _count(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            self._start = 0  # not before: Lightning makes an iterator twice, and uses the second
-            self.delivered += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the epoch, and how many of its batches were delivered; nothing where ``overfit_batches`` repeats."""
-        return {"epoch": self._shuffled.epoch, "delivered": self.delivered} if self._in_order else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Leave out what was delivered, if it was of this epoch: another one begins with its first batch."""
-        same_epoch = self._in_order and state_dict.get("epoch") == self._shuffled.epoch
-        self._start = self.delivered = state_dict["delivered"] if same_epoch else 0
-
-    def ids(self, batch_idx: int) -> list[str]:
-        """Return the ids of the rows of a batch, whether it was delivered or not.
-
-        Args:
-            batch_idx: Its number within the epoch.
-        """
-        sampler, rows = copy.copy(self._shuffled), cast(int, self.batch_size)
-        sampler.start = batch_idx * rows
-        return [str(self.dataset[place]["id"]) for place in itertools.islice(sampler, rows)]

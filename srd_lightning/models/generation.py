@@ -164,12 +164,13 @@ def _answer_in_rounds(
     running, steps, cache = list(range(len(prompts))), 0, None
     input_ids, attention_mask = _pad_left(prompts, config.pad_token_id, next(model.parameters()).device)
     while running:
-        config.max_new_tokens = min(ROUND, max(limits[row] for row in running) - steps)
+        of_round = copy.copy(config)
+        of_round.max_new_tokens = min(ROUND, max(limits[row] for row in running) - steps)
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=cache,
-            generation_config=config,
+            generation_config=of_round,
         )
         new = output.sequences[:, input_ids.shape[1] :]
         steps += new.shape[1]

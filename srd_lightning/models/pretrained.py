@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from srd_lightning.digests import bytes_digest, file_digest
 from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_one_line, lacks_memory
 from srd_lightning.models.depth_cut import check_layers, keep_layers
 from srd_lightning.models.files import ADAPTER, CONFIG, check_files
@@ -186,6 +188,19 @@ class Pretrained:
             return _extra("peft", "lora").LoraConfig(task_type="CAUSAL_LM", **cast(dict[str, Any], self.lora))
         except (TypeError, ValueError) as error:
             raise SettingError(f"lora has settings that peft.LoraConfig does not take: {_in_short(error)}") from error
+
+    def digest(self) -> str:
+        """Return a digest of the model, without loading it: of its files, or of the commit on the hub."""
+        settings = repr(replace(self, name="", attn_implementation=None)).encode()
+        folder = Path(self.name)
+        if folder.is_dir():
+            weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf"))
+            there = [path for path in (folder / CONFIG, *weights) if path.exists()]
+            return bytes_digest([settings, *(file_digest(path, "").encode() for path in there)])
+        self.config()  # fetched, so that the commit is known to which a branch points now
+        fetched = try_to_load_from_cache(self.name, CONFIG, revision=self.revision)
+        commit = Path(fetched).parent.name if isinstance(fetched, str) else self.revision
+        return bytes_digest([settings, f"{self.name} {commit}".encode()])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer.

@@ -14,14 +14,13 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow as pa
 import torch
@@ -32,17 +31,15 @@ from torch import Tensor
 
 from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.digests import digest, file_digest
-from srd_lightning.errors import StorageError
 from srd_lightning.losses.head import Head
-from srd_lightning.storage import take, write_atomically
+from srd_lightning.results_folder import ResultsFolder
+from srd_lightning.storage import write_atomically
 from srd_lightning.teacher.live import HiddenStates, TopK
 
 Row = Mapping[str, Any]
-MANIFEST, SHARDS, HEAD, WEIGHTS = "manifest.json", "part-*.arrow", "head.json", "head.safetensors"
+SHARDS, HEAD, WEIGHTS = "part-*.arrow", "head.json", "head.safetensors"
 SHARD_BYTES = 64 * 2**20
 """Written at a time."""
-PATIENCE = 10.0
-"""Seconds to wait for a run that holds the lock."""
 THREADS = 8
 """That look whether shards are sound."""
 
@@ -65,10 +62,8 @@ class TeacherCache:
         self.kind = kind
         self._digest = digest(made_of)
         self._buffer: list[tuple[int, dict[str, bytes]]] = []
-        if (folder / MANIFEST).exists():
-            check_manifest(folder, made_of)
-        else:
-            write_atomically(folder / MANIFEST, json.dumps(dict(made_of), indent=2).encode())
+        if not check_same(folder, lambda: made_of):
+            _results(folder).write_manifest(made_of)
 
     @classmethod
     @contextmanager
@@ -78,23 +73,10 @@ class TeacherCache:
         Raises:
             StorageError: Another run holds the lock, for longer than one needs to look; or as for the class.
         """
-        lock = filelock.FileLock(folder / ".lock")
-        take(
-            lock,
-            folder,
-            PATIENCE,
-            busy=f"another run is writing to the teacher cache in {folder}; wait until it has ended, or point "
-            "`teacher_cache.dir` to another folder",
-            unwritable=lambda reason: (
-                f"the teacher cache cannot be kept in {folder}: {reason}; point `teacher_cache.dir` to another folder"
-            ),
-        )
-        try:
+        with _results(folder).locked():
             cache = cls(folder, kind, made_of)
             cache._verify()
             yield cache
-        finally:
-            lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is mapped: a process that loads batches maps it for itself."""
@@ -243,28 +225,27 @@ def _to_bytes(values: Tensor) -> bytes:
     return values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def check_manifest(folder: Path, made_of: Mapping[str, str]) -> None:
-    """Check that a cache was made of something.
+def check_same(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> bool:
+    """Check that what is cached in a folder was made of something.
 
     Args:
         folder: Of the cache.
-        made_of: By name of the part.
+        made_of: Returns it by name of the part; only asked where there is a cache.
+
+    Returns:
+        Whether there is one.
 
     Raises:
         StorageError: It was made of something else (names the parts), or nobody knows of what.
     """
-    path, stored, problem = folder / MANIFEST, None, "it is not a manifest"
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        problem = str(error)
-    if not isinstance(stored, dict) or not stored.keys() >= made_of.keys():
-        raise StorageError(
-            f"{path} is damaged ({problem}), so nobody knows of which teacher the cache is; delete the folder, or "
-            "point `teacher_cache.dir` to another one"
-        )
-    if different := sorted(part for part in made_of if stored[part] != made_of[part]):
-        raise StorageError(
-            f"the teacher cache in {folder} was made with another {', '.join(different)}; point `teacher_cache.dir` to "
-            "a new folder, or delete this one, to make it again"
-        )
+    kept = _results(folder)
+    stored = kept.manifest(teacher=str, kind=str)
+    if stored is None:
+        return False
+    now = made_of()
+    kept.refuse(sorted(part for part in now if stored.get(part) != now[part]))
+    return True
+
+
+def _results(folder: Path) -> ResultsFolder:
+    return ResultsFolder(folder, "outputs of a teacher", "teacher_cache.dir")

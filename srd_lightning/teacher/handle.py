@@ -10,7 +10,7 @@ from typing import Literal, cast
 from lightning import LightningModule, Trainer
 from torch import nn
 
-from srd_lightning.digests import digest
+from srd_lightning.digests import digest, weights_digest
 from srd_lightning.distributed.fsdp2 import is_sharded
 from srd_lightning.distributed.placement import TeacherPlacement, compute_dtype, place_teacher
 from srd_lightning.distributed.process_group import Team
@@ -18,9 +18,9 @@ from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.models.pretrained import Pretrained, dtype_named
 from srd_lightning.protocols import HasCuratedRows
 from srd_lightning.storage import check_folder
-from srd_lightning.teacher.cache import MANIFEST, check_manifest
+from srd_lightning.teacher.cache import check_same
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
-from srd_lightning.teacher.precompute import cache_teacher, teacher_digest, width_of
+from srd_lightning.teacher.precompute import cache_teacher, width_of
 
 CacheKind = Literal["none", "hidden", "topk"]
 
@@ -74,6 +74,10 @@ class TeacherHandle:
         """The teacher as it lives on in its cache, in a run that has one."""
         self._digest: str | None = None
 
+    def begin(self) -> None:
+        """Forget the cache of an earlier run."""
+        self.cached = None
+
     def _hold(self, model: nn.Module) -> nn.Module:
         self.model = model.requires_grad_(False).eval()
         return self.model
@@ -100,12 +104,7 @@ class TeacherHandle:
         folder, own = self._folder(trainer, {}), self.cache is not None and self.cache.dir is not None
         check_folder(folder, "teacher_cache.dir" if own else "default_root_dir")
         if own:  # else it is named after what it is made of
-
-            def look() -> None:
-                if (folder / MANIFEST).exists():
-                    check_manifest(folder, self._made_of())
-
-            Team().from_first(look)
+            Team().from_first(lambda: check_same(folder, self._made_of))
 
     def fill_cache(self, data: object, trainer: Trainer, vocabulary: Callable[[nn.Module], int | None]) -> None:
         """Let the teacher see all rows that its cache lacks; batches carry the rest from now on.
@@ -158,9 +157,11 @@ class TeacherHandle:
 
     def _made_of(self) -> dict[str, str]:
         assert self.cache is not None
-        if self._digest is None or self.source is None:  # files stay, weights may change
-            self._digest = teacher_digest(cast("Pretrained | nn.Module", self.given))
-        return {"teacher": self._digest, "kind": repr(self.cache.format)}
+        if self.source is None:
+            teacher = weights_digest(cast(nn.Module, self.model))
+        else:
+            teacher = self._digest = self._digest or self.source.digest()  # files stay, weights may change
+        return {"teacher": teacher, "kind": repr(self.cache.format)}
 
     def _folder(self, trainer: Trainer, made_of: Mapping[str, str]) -> Path:
         own = self.cache and self.cache.dir

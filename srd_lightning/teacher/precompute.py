@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from huggingface_hub import try_to_load_from_cache
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -22,7 +19,6 @@ from torch import Tensor, nn
 from srd_lightning.data.batches import collate
 from srd_lightning.data.samplers import of_like_length
 from srd_lightning.data.tokenization import lengths_of, response_lengths
-from srd_lightning.digests import file_digest, weights_digest
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses.head import Head
@@ -202,22 +198,3 @@ def _check_finite(
 def _batch(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     return {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}
-
-
-def teacher_digest(source: Pretrained | nn.Module) -> str:
-    """Return a digest of a teacher: of files, a commit on the hub or weights, without loading it if that can be."""
-    if isinstance(source, nn.Module):
-        return weights_digest(source)
-    digest = hashlib.sha256(repr(replace(source, name="", attn_implementation=None)).encode())
-    folder = Path(source.name)
-    if folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".gguf"))
-        for path in [folder / "config.json", *files]:
-            if path.exists():
-                digest.update(file_digest(path, "").encode())
-    else:
-        source.config()  # fetched, so that the commit is known to which a branch points now
-        fetched = try_to_load_from_cache(source.name, "config.json", revision=source.revision)
-        commit = Path(fetched).parent.name if isinstance(fetched, str) else source.revision
-        digest.update(f"{source.name} {commit}".encode())
-    return digest.hexdigest()[:16]

@@ -7,16 +7,12 @@ from typing import Any
 from lightning import Callback, Trainer
 from torch.optim import Optimizer
 
-from srd_lightning.checkpoints.resume import RunSeed, repair_progress
 from srd_lightning.curriculum.curriculum import find_curriculum
 from srd_lightning.errors import SettingError
 
 
 class TrainingHooks(Callback):
-    """Normalises gradients by tokens, seeds each batch, saves the seed of the run; `configure_callbacks` adds it."""
-
-    def __init__(self) -> None:
-        self.run_seed = RunSeed()
+    """Normalises gradients by tokens, and gathers a sharded student to answer; `configure_callbacks` adds it."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
@@ -63,23 +59,6 @@ class TrainingHooks(Callback):
         """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""
         pl_module.token_mean.correct(pl_module.parameters())
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Take the seed of the run: that of the run that is resumed, else of the first process."""
-        self.run_seed.begin()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Seed what is random in a batch by its number, so that a resumed run draws the same."""
-        self.run_seed.seed_batch(trainer)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Check that a token of the epoch was trained on."""
         pl_module.token_mean.check_learnt()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the run."""
-        self.run_seed.save(checkpoint)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take the seed of the run that is resumed, and repair what Lightning counted."""
-        self.run_seed.load(checkpoint)
-        repair_progress(checkpoint, trainer)

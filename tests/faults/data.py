@@ -302,7 +302,7 @@ FAULTS: list[Fault] = [
         settings={"data": {"scores": "scores"}},
         prepare=damage_manifest,
         left=("scores/.lock",),
-        says="scores/manifest.json cannot be read (list indices must be integers or slices, not str), so nobody knows what the "
+        says="scores/manifest.json cannot be read (it is not a manifest), so nobody knows what the "
         "scores beside it were made of; delete the folder, or point `scores` to another one",
     ),
 ]

@@ -168,33 +168,33 @@ FAULTS: list[Fault] = [
         done="a teacher's cache whose manifest was cut off",
         files={"cache/manifest.json": '{"teacher": "0123'},
         settings=caching("cache"),
-        says="cache/manifest.json is damaged (Unterminated string starting at: line 1 column 13 (char "
-        "12)), so nobody knows of which teacher the cache is; delete the folder, or point "
-        "`teacher_cache.dir` to another one",
+        says="cache/manifest.json cannot be read (Unterminated string starting at: line 1 column 13 (char 12)), so nobody "
+        "knows what the outputs of a teacher beside it were made of; delete the folder, or point `teacher_cache.dir` to "
+        "another one",
     ),
     Fault(
         id="cache_manifest_none",
         done="a teacher's cache with another file as manifest",
         files={"cache/manifest.json": "[]"},
         settings=caching("cache"),
-        says="cache/manifest.json is damaged (it is not a manifest), so nobody knows of which teacher the "
-        "cache is; delete the folder, or point `teacher_cache.dir` to another one",
+        says="cache/manifest.json cannot be read (it is not a manifest), so nobody knows what the outputs of a teacher "
+        "beside it were made of; delete the folder, or point `teacher_cache.dir` to another one",
     ),
     Fault(
         id="cache_of_another",
         done="`teacher_cache.dir` with the cache of another teacher",
         files={"cache/manifest.json": '{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}'},
         settings=caching("cache"),
-        says="the teacher cache in cache was made with another teacher; point `teacher_cache.dir` to a new "
-        "folder, or delete this one, to make it again",
+        says="cache holds outputs of a teacher that were made with another teacher; point `teacher_cache.dir` to a new "
+        "folder, or delete this one, to make them again",
     ),
     Fault(
         id="cache_of_another_kind",
         done="`teacher_cache.dir` with a cache of another kind",
         files={"cache/manifest.json": '{"teacher": "another", "kind": "HiddenStates(dtype=torch.bfloat16)"}'},
         settings=caching("cache", "topk"),
-        says="the teacher cache in cache was made with another kind, teacher; point `teacher_cache.dir` to "
-        "a new folder, or delete this one, to make it again",
+        says="cache holds outputs of a teacher that were made with another kind, teacher; point `teacher_cache.dir` to "
+        "a new folder, or delete this one, to make them again",
     ),
     Fault(
         id="cache_dtype",

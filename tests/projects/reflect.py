@@ -11,9 +11,9 @@ import drive
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from srd_lightning import results_folder
 from srd_lightning.cli import SRDTrainer
 from srd_lightning.curation import reflection
-from srd_lightning.curation import score_store as store
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
 
@@ -65,7 +65,7 @@ def main(folder, devices, strategy="ddp", trouble=""):
     if trouble == "another_student" and int(os.environ.get("LOCAL_RANK", 0)) == 1:
         module.student.lm_head.weight.data[0, 0] += 1
     if trouble == "impatient":
-        store.PATIENCE = 0.1
+        results_folder.PATIENCE = 0.1
     options = {"devices": int(devices), "strategy": STRATEGIES[strategy] if int(devices) > 1 else "auto"}
     trainer = SRDTrainer(accelerator="cpu", default_root_dir=folder, logger=False, **options)
     try:

@@ -1,4 +1,4 @@
-"""May a run go on from a checkpoint? What must be the same, when that is known, and what to do where it is not.
+"""Why a run may not go on from a checkpoint: every reason, with its sentence, and when it is known.
 
 ===========================  ======================================================================
 what                         known
@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from srd_lightning.checkpoints.files import check_intact, read_outline
-from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
+from srd_lightning.checkpoints import files
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ResumeError
 from srd_lightning.preflight import callbacks_of
+from srd_lightning.protocols import FindsLast
 
 ADVICE = {
     "schedule": "set `schedule` as it was",
@@ -56,33 +57,29 @@ NOT_COMPARED = {"params", "lr", "fused", "foreach", "capturable", "max_lr", "min
 
 
 def checkpoint_to_resume(trainer: Trainer) -> Path | None:
-    """Return the checkpoint from which ``fit`` goes on, if that is known yet.
-
-    Args:
-        trainer: That sets up its data.
-    """
+    """Return the checkpoint from which ``fit`` goes on, if that is known yet."""
     if trainer.state.fn != "fit":
         return None
-    found = [callback.resumes_from for callback in callbacks_of(trainer) if isinstance(callback, ResumeCheckpoint)]
+    found = [callback.found_last() for callback in callbacks_of(trainer) if isinstance(callback, FindsLast)]
     given = trainer.ckpt_path if trainer._checkpoint_connector._user_managed else None  # else it is of an earlier run
     path = next(filter(None, found), None) or given
     return None if path is None or "://" in str(path) else Path(path)
 
 
-def outline_to_resume(trainer: Trainer) -> dict[str, Any] | None:
-    """Return what the checkpoint from which ``fit`` goes on says without its weights, once it is seen to be sound.
-
-    Args:
-        trainer: That sets up its data.
+def outline_to_resume(trainer: Trainer | None) -> dict[str, Any]:
+    """Return what the checkpoint from which ``fit`` goes on says; nothing where there is none, or where none is known.
 
     Raises:
         ResumeError: It is damaged, or no checkpoint.
     """
-    path = checkpoint_to_resume(trainer)
+    path = None if trainer is None else checkpoint_to_resume(trainer)
     if path is None:
-        return None
+        return {}
     Team().from_first(lambda: check_intact(path))
-    return read_outline(path)
+    outline = files.read_outline(path)
+    if not isinstance(outline, dict) or "pytorch-lightning_version" not in outline:
+        raise ResumeError(f"ckpt_path: {path} is not a checkpoint of Lightning; give one that a Trainer has saved")
+    return outline
 
 
 def description_of(setting: object) -> str:
@@ -168,19 +165,92 @@ def check_optimizer(trainer: Trainer, make: Callable[[list[nn.Parameter]], Optim
         trainer: That sets up its data.
         make: Makes the optimizer of some parameters.
     """
-    states = (outline_to_resume(trainer) or {}).get("optimizer_states")
+    states = outline_to_resume(trainer).get("optimizer_states")
     if states:
         example = make([nn.Parameter(torch.zeros(2, 2))])
         check_same_optimizer(states[0]["param_groups"], example.state_dict()["param_groups"])
 
 
-def saved_rows(trainer: Trainer | None, data: LightningDataModule) -> Mapping[str, Any]:
-    """Return what the checkpoint from which ``fit`` goes on says of its rows, for `check_same_rows`.
+def check_rows(checkpoint: Mapping[str, Any], data: object, now: Callable[[], Mapping[str, Any]]) -> None:
+    """Refuse to go on from a checkpoint with other rows; see `check_same_rows`.
 
     Args:
-        trainer: That sets up its data.
-        data: Whose state the checkpoint has.
+        checkpoint: Or what `outline_to_resume` has found.
+        data: Data module of the run that goes on.
+        now: Returns the parts of its rows that are known; only asked where the checkpoint has some.
     """
-    outline = None if trainer is None else outline_to_resume(trainer)
-    found: Mapping[str, Any] = (outline or {}).get(type(data).__qualname__, {}).get("rows", {})
-    return found
+    if saved := checkpoint.get(type(data).__qualname__, {}).get("rows"):
+        check_same_rows(saved, now())
+
+
+def check_found(folder: Path, extension: str, trainer: Trainer) -> Path | None:
+    """Return the newest complete checkpoint of a folder, if this run can go on from it.
+
+    Args:
+        folder: Of checkpoints.
+        extension: Of theirs, such as ``.ckpt``.
+        trainer: Of the run.
+
+    Raises:
+        ResumeError: There are only some that were cut off, or it is sharded and the strategy is not.
+    """
+    newest, cut = files.newest(folder, extension)
+    names = ", ".join(map(str, cut))
+    if cut and newest is None:
+        raise ResumeError(
+            f"no checkpoint can be read: {names} was cut off while it was written or copied; put a sound "
+            "copy in its place, or remove it to begin anew"
+        )
+    if cut:
+        rank_zero_warn(f"{names} was cut off while it was written or copied; going on from {newest}")
+    if newest and newest.is_dir() and not isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy)):
+        raise ResumeError(
+            f"{newest} is sharded, which {type(trainer.strategy).__name__} cannot read; make a file of it, python "
+            f"-m srd_lightning.consolidate {newest} FILE, and give that as ckpt_path, or resume with FSDP2"
+        )
+    return newest
+
+
+def check_alike(how: str, place: object, folder: Path) -> None:
+    """Refuse to go on where ranks would do so at different places; all of them must ask.
+
+    Args:
+        how: What the place is, for the message.
+        place: Where this rank would go on.
+        folder: Of checkpoints.
+
+    Raises:
+        ResumeError: They would.
+    """
+    places = Team().from_all(lambda: place)
+    if len(set(places)) > 1:
+        raise ResumeError(
+            f"the ranks would go on {how} {', '.join(map(str, places))}: they do not all see the same "
+            f"checkpoints in {folder}; use a folder that all see, and wait until its files have come"
+        )
+
+
+def check_intact(path: Path) -> None:
+    """Refuse a checkpoint that is not as it was written; see `files.damaged_part`.
+
+    Args:
+        path: A file, or a folder of shards.
+
+    Raises:
+        ResumeError: It is not there, no checkpoint, cut off, or its bytes are not those that were written.
+    """
+    if not path.exists():
+        raise ResumeError(f"ckpt_path: there is no checkpoint {path}; check the path, or leave it out to begin anew")
+    if path.is_dir() and not files.is_complete(path):
+        raise ResumeError(f"ckpt_path: the folder {path} is no checkpoint, or not a complete one; give another one")
+    if files.is_cut_off(path):
+        size = path.stat().st_size
+        raise ResumeError(
+            f"ckpt_path: {path} ({size} bytes) is no checkpoint, or was cut off while it was written or copied; give "
+            "another one"
+        )
+    if (part := files.damaged_part(path)) is not None:
+        raise ResumeError(
+            f"ckpt_path: {path} is damaged: {part} in it is not what was written; give another checkpoint, or a copy "
+            "of it"
+        )
