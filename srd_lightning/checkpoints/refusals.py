@@ -254,3 +254,36 @@ def check_intact(path: Path) -> None:
             f"ckpt_path: {path} is damaged: {part} in it is not what was written; give another checkpoint, or a copy "
             "of it"
         )
+
+
+def check_refresh_is_known(first: int, epoch: int) -> None:
+    """Refuse a refresh that lies behind a checkpoint which says nothing of it.
+
+    Args:
+        first: Epoch at whose beginning it was due.
+        epoch: With which the run goes on.
+
+    Raises:
+        ResumeError: It does.
+    """
+    if epoch > first:
+        raise ResumeError(
+            f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume "
+            f"from one that was trained with the same refresh, or from the end of epoch {first - 1}"
+        )
+
+
+def check_scores_are_kept(there: bool, folder: Path) -> None:
+    """Refuse to go on without the scores of a refresh, whose student is gone.
+
+    Args:
+        there: Whether they are, and all of them.
+        folder: Where they were.
+
+    Raises:
+        ResumeError: They are not.
+    """
+    if not there:
+        raise ResumeError(
+            f"some of the scores that this run was trained with are not in {folder} any more; bring them back"
+        )

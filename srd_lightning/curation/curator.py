@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Subset
 
+from srd_lightning.checkpoints.refusals import check_refresh_is_known
 from srd_lightning.criteria.base import Column, Criterion, check_criteria
 from srd_lightning.criteria.standard import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
@@ -31,7 +32,7 @@ from srd_lightning.data.readers import form_of
 from srd_lightning.data.samplers import Lengths
 from srd_lightning.data.tokenization import ids_of, lengths_of
 from srd_lightning.digests import digest
-from srd_lightning.errors import DataError, ModelError, ResumeError, SettingError
+from srd_lightning.errors import DataError, ModelError, SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.storage import check_folder, check_room
 
@@ -234,12 +235,8 @@ class StagedRows:
             to_come = self.rows.select(later.numpy())
             if first in self.generations:
                 again = stored_scores(scores.folder / self.generations[first], to_come, self.curator.criteria)
-            elif epoch > first:
-                raise ResumeError(
-                    f"the checkpoint does not say in which order rows came after the refresh at epoch {first}; resume "
-                    f"from one that was trained with the same refresh, or from the end of epoch {first - 1}"
-                )
             else:
+                check_refresh_is_known(first, epoch)
                 again = self.curator.scores_again(to_come, self.student, scores.folder, first)
                 self.generations[first] = again.folder.name
             order = self.curator.order(to_come, again)

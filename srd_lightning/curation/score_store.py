@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from srd_lightning.checkpoints.refusals import check_scores_are_kept
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of
-from srd_lightning.errors import ResumeError
-from srd_lightning.results_folder import ResultsFolder
+from srd_lightning.results_folder import MANIFEST, ResultsFolder
 from srd_lightning.storage import write_atomically
 
 SHARDS_PER_MERGE = 64
@@ -226,10 +226,8 @@ def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) ->
     Raises:
         ResumeError: They are not there, or not all.
     """
-    if not (folder / "manifest.json").exists():
-        raise ResumeError(f"the scores that this run was trained with are not in {folder} any more; bring them back")
+    check_scores_are_kept((folder / MANIFEST).exists(), folder)
     store = ScoreStore.reopen(folder)
     columns = store.columns(ids_of(rows), [criterion.column for criterion in criteria])
-    if any(np.isnan(values).any() for values in columns.values()):
-        raise ResumeError(f"some of the scores that this run was trained with are not in {folder} any more")
+    check_scores_are_kept(not any(np.isnan(values).any() for values in columns.values()), folder)
     return Scores(columns, folder, 0, store.answers)
