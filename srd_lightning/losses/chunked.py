@@ -10,21 +10,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from srd_lightning.losses.base import FLOOR, DistillationLoss, log_probabilities, upcast
-from srd_lightning.losses.checks import check_gradient
+from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.head import Head
+from srd_lightning.losses.token_loss import TokenLoss, to_gradient
 from srd_lightning.losses.top_k import Likeliest
 
 CHUNK = 256
-"""Response tokens whose logits exist at a time."""
+"""Response tokens whose logits exist at a time on a CPU."""
 PIECE = 16
-"""Tokens of these that are turned into gradients at a time on a CPU: few enough to stay in its cache."""
+"""Tokens of these that are turned into gradients at a time there: few enough to stay in its cache."""
+TEACHER_TOKENS = 2048
+"""Tokens whose teacher's logits exist at a time: enough for a product at full speed."""
+PIECE_LOGITS = 2**25
+"""Logits that are turned into gradients at a time on other devices, where no kernel does it: 128 MiB a tensor."""
 
 
 class Objective(NamedTuple):
@@ -35,6 +40,24 @@ class Objective(NamedTuple):
     kd: Tensor
 
 
+def chunk_size(device: str, width: int, dtype: torch.dtype) -> int:
+    """Return the tokens whose logits exist at a time.
+
+    On a CPU these are few. Elsewhere each chunk has its price, reading and writing the gradient of the head ``[V, d]``
+    in fp32; so the student's logits of a chunk take as much memory as this gradient, which is needed in any case.
+
+    Args:
+        device: Its type.
+        width: d, of the hidden states.
+        dtype: Of the logits.
+
+    Example:
+        >>> chunk_size("cpu", 4096, torch.bfloat16), chunk_size("cuda", 4096, torch.bfloat16)
+        (256, 8192)
+    """
+    return CHUNK if device == "cpu" else max(1024, width * torch.float32.itemsize // dtype.itemsize)
+
+
 def chunked_objective(
     hidden: Tensor,
     head: Head,
@@ -43,7 +66,7 @@ def chunked_objective(
     teacher_logits: Callable[[slice], Tensor | Likeliest] | None,
     kd_weight: float,
     num_tokens: Tensor | int | None = None,
-    chunk: int = CHUNK,
+    chunk: int | Literal["auto"] = "auto",
     compile: bool = False,
 ) -> Objective:
     r"""Return :math:`(1 - w) \, \mathrm{CE} + w \, T^2 D_T(\text{teacher} \| \text{student})`, chunk by chunk.
@@ -57,8 +80,8 @@ def chunked_objective(
             asked where w is 0.
         kd_weight: w, in [0, 1]; a part that has no weight is not computed, and is 0.
         num_tokens: What the sums over tokens are divided by; by default N, or 1 where there is none.
-        chunk: Tokens whose logits exist at a time.
-        compile: Compile what turns logits into gradients.
+        chunk: Tokens whose logits exist at a time; by default as `chunk_size` says.
+        compile: Compile what turns logits into gradients, where no kernel does it.
 
     Returns:
         The loss and its parts; the loss is connected to the graph also where there is no token.
@@ -70,70 +93,64 @@ def chunked_objective(
         >>> chunked_objective(hidden, head, torch.tensor([0, 0]), ForwardKL(), teacher, kd_weight=0.5)
         Objective(loss=tensor(0.4667), ce=tensor(0.8133), kd=tensor(0.1201))
     """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     total = torch.as_tensor(max(len(targets), 1) if num_tokens is None else num_tokens, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        work = _Work(head, targets, loss, teacher_logits, kd_weight, chunk, compile)
+    if chunk == "auto":
+        chunk = chunk_size(device, hidden.shape[1], dtype)
+    with torch.autocast(device, enabled=False):
+        cost = TokenLoss(loss, kd_weight, head.scale, head.soft_cap)
+        work = _Work(head, targets, cost, teacher_logits if kd_weight > 0 else None, chunk, compile)
         sums = cast(Any, _Chunked).apply(hidden.to(dtype), head.weight, head.bias, work)
     return Objective(*(part / total for part in sums))
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What turns the logits of some tokens into values and gradients."""
+    """What turns the logits of a chunk into values and gradients."""
 
     head: Head
     targets: Tensor
-    loss: DistillationLoss
+    cost: TokenLoss
     teacher_logits: Callable[[slice], Tensor | Likeliest] | None
-    kd_weight: float
     chunk: int
     compile: bool
 
-    def pieces(self, logits: Tensor, tokens: slice) -> Iterator[tuple[Tensor, Tensor | Likeliest | None, Tensor]]:
-        """Yield the student's logits, the teacher's and the targets of a few tokens of a chunk at a time."""
-        teacher = self.teacher_logits(tokens) if self.teacher_logits is not None and self.kd_weight > 0 else None
-        targets = self.targets[tokens]
-        size = PIECE if logits.device.type == "cpu" else len(logits)
-        for first in range(0, len(logits), size):
-            some = slice(first, first + size)
-            yield logits[some], _some(teacher, some), targets[some]
+    def to_gradient(self, logits: Tensor, first: int) -> Tensor:
+        """Overwrite the logits of the tokens from the first on; return the sums of CE and KD, ``[2]``."""
+        sums = []
+        for some in _slices(len(logits), TEACHER_TOKENS):
+            tokens = slice(first + some.start, first + some.stop)
+            teacher = None if self.teacher_logits is None else self.teacher_logits(tokens)
+            sums += self._in_pieces(logits[some], teacher, self.targets[tokens])
+        return torch.stack(sums).sum(0)
 
-    def piece_to_gradient(
-        self, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Overwrite logits, before they are capped, with their gradient; return the sums of CE and KD."""
-        student, cap, weight = upcast(logits), self.head.soft_cap, self.kd_weight
-        if cap is not None:
-            student = cap * torch.tanh(student / cap)
-        ce = kd = student.new_zeros(())
-        own = gradient = None
-        if weight < 1:
-            own = student.log_softmax(-1)
-            ce = -own.gather(1, targets[:, None]).sum()
-        if teacher is not None:
-            loss = self.loss
-            shared = own is not None and loss.temperature == 1
-            logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, loss.temperature)
-            if isinstance(teacher, Likeliest):
-                teacher_logp = teacher.at(loss.temperature, logp)
-            else:
-                teacher_logp = log_probabilities(teacher, loss.temperature)
-            values, gradient = loss.value_and_gradient(teacher_logp, logp)
-            check_gradient(loss, values, gradient, logp)
-            kd = upcast(values).sum() * loss.scale
-            gradient = gradient.mul_(weight * loss.scale / loss.temperature)
-        if own is not None:
-            part = own.exp_()
-            part.scatter_add_(1, targets[:, None], part.new_full((len(targets), 1), -1.0))
-            gradient = part.mul_(1 - weight) if gradient is None else gradient.add_(part, alpha=1 - weight)
-        assert gradient is not None, "without a teacher kd_weight must be below 1"
-        if cap is not None:
-            gradient = gradient * (1 - (student / cap) ** 2)
-        logits.copy_(gradient if self.head.scale == 1 else gradient * self.head.scale)
-        return ce, kd
+    def _in_pieces(self, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor) -> Iterator[Tensor]:
+        way, size = to_gradient, PIECE
+        if has_kernel(logits.device) and _kernel().takes(self.cost, logits, teacher):
+            way, size = _kernel().to_gradient, len(logits)
+        elif logits.device.type != "cpu":
+            size = max(1, PIECE_LOGITS // logits.shape[1])
+        if self.compile and way is to_gradient:
+            way = _compiled()
+        for some in _slices(len(logits), size):
+            yield way(self.cost, logits[some], _some(teacher, some), targets[some])
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Return whether there is Triton for a device; it comes with torch for GPUs."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def _kernel() -> Any:
+    from srd_lightning.losses import kernel
+
+    return kernel
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(first, min(first + size, length)) for first in range(0, length, size))
 
 
 def _some(teacher: Tensor | Likeliest | None, tokens: slice) -> Tensor | Likeliest | None:
@@ -143,8 +160,8 @@ def _some(teacher: Tensor | Likeliest | None, tokens: slice) -> Tensor | Likelie
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_Work.piece_to_gradient)
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(to_gradient)
 
 
 class _Chunked(torch.autograd.Function):
@@ -159,15 +176,9 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         sums = hidden.new_zeros(2, dtype=wide)
-        to_gradient = _compiled() if work.compile else _Work.piece_to_gradient
-        for first in range(0, len(hidden), work.chunk):
-            tokens = slice(first, min(first + work.chunk, len(hidden)))
-            logits, ces, kds = head.linear(hidden[tokens]), [], []
-            for piece in work.pieces(logits, tokens):
-                ce, kd = to_gradient(work, *piece)
-                ces.append(ce)
-                kds.append(kd)
-            sums += torch.stack([torch.stack(ces).sum(), torch.stack(kds).sum()])
+        for tokens in _slices(len(hidden), work.chunk):
+            logits = torch.nn.functional.linear(hidden[tokens], head.weight, head.bias)
+            sums += work.to_gradient(logits, tokens.start)
             if grad_hidden is not None:
                 torch.mm(logits, head.weight, out=grad_hidden[tokens])
             if ctx.needs_input_grad[1]:
@@ -175,11 +186,13 @@ class _Chunked(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 part = logits.sum(0, dtype=wide)
                 grad_bias = part if grad_bias is None else grad_bias + part
-        wanted = ctx.needs_input_grad
-        ctx.gradients = [grad_hidden, _like(grad_weight, weight, wanted[1]), _like(grad_bias, bias, wanted[2])]
+        if len(hidden) == 0:
+            grad_weight, grad_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        found = zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ctx.gradients = [(gradient, leaf.dtype) if wanted else None for gradient, leaf, wanted in found]
         ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
-        return (1 - work.kd_weight) * ce + work.kd_weight * kd, ce, kd
+        return (1 - work.cost.kd_weight) * ce + work.cost.kd_weight * kd, ce, kd
 
     @staticmethod
     @once_differentiable
@@ -187,18 +200,33 @@ class _Chunked(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the chunked objective makes its gradients once, and cannot be differentiated twice")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), None)
+        return (*(None if gradient is None else _multiplied(*gradient, grad_loss) for gradient in gradients), None)
 
 
 def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, wide: torch.dtype) -> Tensor:
     """Add ``gradientᵀ hidden`` to a total that may be wider than they are."""
+    if hidden.dtype != wide and _adds_to_fp32(hidden.device, hidden.dtype):
+        if total is None:
+            return torch.mm(gradient.T, hidden, out_dtype=wide)
+        return torch.addmm(total, gradient.T, hidden, out_dtype=wide, out=total)
     if total is None:
         return (gradient.T @ hidden).to(wide)
     return total.addmm_(gradient.T, hidden) if hidden.dtype == wide else total.add_(gradient.T @ hidden)
 
 
-def _like(gradient: Tensor | None, parameter: Tensor | None, wanted: bool) -> Tensor | None:
-    """Return a gradient that is wanted in the type of its parameter; it is zero where there was no token."""
-    if not wanted or parameter is None:
-        return None
-    return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
+@functools.cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products of half precision can be added to fp32 in one go, as newer versions can on GPUs."""
+    total, ones = torch.ones(8, 8, device=device), torch.ones(8, 8, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 9).all())
+
+
+def _multiplied(gradient: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
+    """Return a gradient times a factor in the type of its parameter, rounded once."""
+    if gradient.dtype == dtype or gradient.device.type == "cpu":
+        return gradient.mul_(factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

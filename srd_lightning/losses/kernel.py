@@ -1,0 +1,301 @@
+"""The same as `token_loss.to_gradient` in one kernel of Triton, for GPUs and divergences that are sums of q f(p / q).
+
+A program takes a token. It reads the rows of student and teacher for their normalisers, again for the sum that makes
+the gradient one by logits, and a last time to write the gradient in place of the student's row; nothing else of the
+size of the vocabulary is read or written. The second reading goes backwards, so that it begins with what the first one
+has left in the GPU's cache. What differs between divergences is one function each, right below.
+
+Triton comes with torch for GPUs; this file is imported only there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from srd_lightning.losses.base import FLOOR, DistillationLoss
+from srd_lightning.losses.standard import (
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+from srd_lightning.losses.token_loss import TokenLoss
+from srd_lightning.losses.token_loss import to_gradient as plain_to_gradient
+from srd_lightning.losses.top_k import Likeliest
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST, LARGEST_BLOCK, PER_THREAD = tl.constexpr(FLOOR), 4096, 8
+LOWEST, TINY = tl.constexpr(-3.0e38), tl.constexpr(1.2e-38)
+
+
+# Of a token's log-probabilities log p (teacher) and log q (student), and the share of one in a mixture: its term of the
+# value, and q h with h = dD / dq up to a constant, so that the gradient is q h - q sum(q h). See `divergences`.
+
+
+@triton.jit
+def forward_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
+    """D = sum p log (p / q); q h = -p, whose sum is known: -1."""
+    p = tl.exp(log_p)
+    return p * (log_p - log_q), -p
+
+
+@triton.jit
+def reverse_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
+    """D = sum q log (q / p); h = log (q / p)."""
+    term = tl.exp(log_q) * (log_q - log_p)
+    return term, term
+
+
+@triton.jit
+def jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
+    """D = b KL(p, m) + (1 - b) KL(q, m) with m = b p + (1 - b) q; h = (1 - b) log (q / m)."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    log_m = tl.log(_above_zero(share * p + (1 - share) * q))
+    of_student = (1 - share) * q * (log_q - log_m)
+    return share * p * (log_p - log_m) + of_student, of_student
+
+
+@triton.jit
+def total_variation(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
+    """D = sum |p - q| / 2; h = sign(q - p) / 2."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    half = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
+    return half * (q - p), half * q
+
+
+@triton.jit
+def skew_forward_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
+    """D = sum p log (p / m) with m = a p + (1 - a) q; h = -(1 - a) p / m."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    m = _above_zero(share * p + (1 - share) * q)
+    return p * (log_p - tl.log(m)), (share - 1) * p * (q / m)
+
+
+@triton.jit
+def skew_reverse_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
+    """D = sum q log (q / m) with m = (1 - a) p + a q; h = log (q / m) - a q / m."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    m = _above_zero((1 - share) * p + share * q)
+    term = q * (log_q - tl.log(m))
+    return term, term - share * q * (q / m)
+
+
+@triton.jit
+def _above_zero(m: tl.tensor) -> tl.tensor:
+    return tl.where(m < TINY, TINY, m)  # where both probabilities underflow; unlike a maximum it keeps NaN
+
+
+def terms_of(loss: DistillationLoss) -> tuple[Any, float] | None:
+    """Return a divergence's function and share, or nothing for a loss of one's own, derived from one of these or not."""
+    if type(loss) not in (ForwardKL, ReverseKL, JensenShannon, TotalVariation, SkewForwardKL, SkewReverseKL):
+        return None
+    match loss:
+        case ForwardKL() | SkewForwardKL(alpha=0):
+            return forward_kl, 0.0
+        case ReverseKL() | SkewReverseKL(alpha=0):
+            return reverse_kl, 0.0
+        case JensenShannon(beta=share):
+            return jensen_shannon, share
+        case SkewForwardKL(alpha=share):
+            return skew_forward_kl, share
+        case SkewReverseKL(alpha=share):
+            return skew_reverse_kl, share
+    return total_variation, 0.0
+
+
+@triton.jit
+def _student(row: tl.tensor, at: tl.tensor, inside: tl.tensor, scale: tl.tensor, cap: tl.tensor, capped: tl.constexpr) -> tl.tensor:
+    """Logits of some tokens, scaled and capped; -inf behind the last."""
+    logits = tl.load(row + at, mask=inside, other=0.0).to(tl.float32) * scale
+    if capped:
+        logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)  # a tanh
+    return tl.where(inside, logits, -float("inf"))
+
+
+@triton.jit
+def _teacher(row: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    return tl.load(row + at, mask=inside, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _log_probability(logits: tl.tensor, inverse_temperature: tl.tensor, normaliser: tl.tensor) -> tl.tensor:
+    """As `losses.log_probabilities`: at least `FLOOR`, and NaN where it is."""
+    logp = logits * inverse_temperature - normaliser
+    return tl.where(logp < LEAST, LEAST, logp)
+
+
+@triton.jit(do_not_specialize=["scale", "cap", "inverse_temperature", "ce_weight", "kd_weight", "value_scale", "share"])
+def _tokens(
+    students: tl.tensor,
+    teachers: tl.tensor,
+    targets: tl.tensor,
+    values: tl.tensor,
+    student_stride: tl.tensor,
+    teacher_stride: tl.tensor,
+    vocabulary: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    inverse_temperature: tl.tensor,
+    ce_weight: tl.tensor,
+    kd_weight: tl.tensor,
+    value_scale: tl.tensor,
+    share: tl.tensor,
+    terms: tl.constexpr,
+    needs_sum: tl.constexpr,
+    capped: tl.constexpr,
+    taught: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Turn the logits of a token into their gradient; keep its CE and its divergence."""
+    token = tl.program_id(0).to(tl.int64)
+    student, teacher = students + token * student_stride, teachers + token * teacher_stride
+    blocks, lanes = tl.cdiv(vocabulary, block), tl.arange(0, block)
+    target = tl.load(targets + token)
+    known = (target >= 0) & (target < vocabulary)
+    of_target = tl.load(student + target, mask=known, other=float("nan")).to(tl.float32) * scale
+    if capped:
+        of_target = cap * (2 * tl.sigmoid(2 * of_target / cap) - 1)
+
+    # the first reading: normalisers, with the largest logit so far taken out
+    student_top, teacher_top = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
+    plain, student_sum, teacher_sum = (
+        tl.zeros((block,), tl.float32),
+        tl.zeros((block,), tl.float32),
+        tl.zeros((block,), tl.float32),
+    )
+    for number in range(0, blocks):
+        at = number * block + lanes
+        logits = _student(student, at, at < vocabulary, scale, cap, capped)
+        top = tl.maximum(student_top, tl.max(logits, 0))
+        plain = plain * tl.exp(student_top - top) + tl.exp(logits - top)
+        student_sum = student_sum * tl.exp((student_top - top) * inverse_temperature)
+        student_sum += tl.exp((logits - top) * inverse_temperature)
+        student_top = top
+        if taught:
+            logits = _teacher(teacher, at, at < vocabulary)
+            top = tl.maximum(teacher_top, tl.max(logits, 0))
+            teacher_sum = teacher_sum * tl.exp((teacher_top - top) * inverse_temperature)
+            teacher_sum += tl.exp((logits - top) * inverse_temperature)
+            teacher_top = top
+    plain_normaliser = student_top + tl.log(tl.sum(plain, 0))
+    student_normaliser = student_top * inverse_temperature + tl.log(tl.sum(student_sum, 0))
+    teacher_normaliser = teacher_top * inverse_temperature + tl.log(tl.sum(teacher_sum, 0))
+
+    # the second: the sum of q h
+    centre = tl.full((), -1.0, tl.float32)
+    if needs_sum:
+        weighted_sum = tl.zeros((block,), tl.float32)
+        for number in range(0, blocks):
+            at = (blocks - 1 - number) * block + lanes
+            logits = _student(student, at, at < vocabulary, scale, cap, capped)
+            log_q = _log_probability(logits, inverse_temperature, student_normaliser)
+            log_p = _log_probability(_teacher(teacher, at, at < vocabulary), inverse_temperature, teacher_normaliser)
+            _, weighted = terms(log_p, log_q, share)
+            weighted_sum += weighted
+        centre = tl.sum(weighted_sum, 0)
+
+    # the last: the gradient in place of the logits
+    value = tl.zeros((block,), tl.float32)
+    for number in range(0, blocks):
+        at = number * block + lanes
+        logits = _student(student, at, at < vocabulary, scale, cap, capped)
+        gradient = ce_weight * (tl.exp(logits - plain_normaliser) - tl.where(at == target, 1.0, 0.0))
+        if taught:
+            log_q = _log_probability(logits, inverse_temperature, student_normaliser)
+            log_p = _log_probability(_teacher(teacher, at, at < vocabulary), inverse_temperature, teacher_normaliser)
+            term, weighted = terms(log_p, log_q, share)
+            value += term
+            gradient += kd_weight * (weighted - tl.exp(log_q) * centre)
+        if capped:
+            gradient *= 1 - (logits / cap) * (logits / cap)
+        tl.store(student + at, (gradient * scale).to(students.dtype.element_ty), mask=at < vocabulary)
+    tl.store(values + token, tl.where(ce_weight > 0, plain_normaliser - of_target, 0.0))
+    tl.store(values + tl.num_programs(0) + token, tl.sum(value, 0) * value_scale)
+
+
+def takes(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -> bool:
+    """Return whether the kernel can do this; it has been tried on this device and found right when it says so."""
+    if terms_of(cost.loss) is None or logits.dtype not in DTYPES or isinstance(teacher, Likeliest):
+        return False
+    if teacher is not None and (teacher.shape != logits.shape or teacher.dtype not in DTYPES or teacher.stride(1) != 1):
+        return False
+    of_teacher = None if teacher is None else teacher.dtype
+    return _is_right(type(cost.loss), logits.dtype, of_teacher, logits.shape[1], cost.soft_cap is not None, logits.device)
+
+
+def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
+    """See `token_loss.to_gradient`; only where `takes` says so."""
+    return _run(cost, logits, teacher, targets, LARGEST_BLOCK)
+
+
+def _run(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tensor, largest_block: int) -> Tensor:
+    terms, share = terms_of(cost.loss) or (None, 0.0)
+    values = torch.empty(2, len(logits), device=logits.device)
+    block = max(128, min(largest_block, triton.next_power_of_2(logits.shape[1])))
+    other = logits if teacher is None else teacher
+    with torch.cuda.device_of(logits):
+        _tokens[(len(logits),)](
+            logits,
+            other,
+            targets,
+            values,
+            logits.stride(0),
+            other.stride(0),
+            logits.shape[1],
+            cost.scale,
+            math.inf if cost.soft_cap is None else cost.soft_cap,
+            1 / cost.loss.temperature,
+            1 - cost.kd_weight,
+            cost.divergence_weight,
+            cost.loss.scale,
+            share,
+            terms=terms,
+            needs_sum=teacher is not None and terms is not forward_kl,
+            capped=cost.soft_cap is not None,
+            taught=teacher is not None,
+            block=block,
+            num_warps=max(1, block // (32 * PER_THREAD)),
+        )
+    return values.sum(1)
+
+
+@functools.cache
+def _is_right(
+    make_loss: type[DistillationLoss],
+    dtype: torch.dtype,
+    teacher_dtype: torch.dtype | None,
+    vocabulary: int,
+    capped: bool,
+    device: torch.device,
+) -> bool:
+    """Try the kernel on three random tokens, beside what it stands for."""
+    generator = torch.Generator(device).manual_seed(0)
+    logits, teacher = 3 * torch.randn(2, 3, vocabulary, generator=generator, device=device)
+    found, expected = logits.to(dtype, copy=True), logits.to(dtype, copy=True)
+    taught = None if teacher_dtype is None else teacher.to(teacher_dtype)
+    cost = TokenLoss(make_loss(temperature=1.5), 0.0 if taught is None else 0.5, soft_cap=20.0 if capped else None)
+    targets = torch.zeros(3, dtype=torch.int64, device=device)
+    try:
+        values = to_gradient(cost, found, taught, targets)
+    except Exception as error:  # whatever a compiler may raise
+        return _is_left_out(f"it cannot be run here ({error})")
+    pairs = (values, plain_to_gradient(cost, expected, taught, targets)), (found.float(), expected.float())
+    off = max(float((one - other).norm() / other.norm()) for one, other in pairs)
+    return off < 4 * torch.finfo(dtype).eps + 1e-4 or _is_left_out(f"it is off by {off:.1e}")
+
+
+def _is_left_out(why: str) -> bool:
+    warnings.warn(
+        f"the objective is made without its Triton kernel, which takes more time and memory: {why}", stacklevel=2
+    )
+    return False
