@@ -5,22 +5,26 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test check oldest gpu clean
+.PHONY: quickstart test check kernel oldest gpu clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
 
 test: $(VENV)/.dev  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadgroup --durations 25
+	$(BIN)/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadgroup --durations 25
 
 check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+	$(MAKE) kernel
+
+kernel: $(VENV)/.dev $(VENV)/triton  ## the Triton kernel, on a CPU: run by Triton's interpreter, compiled for a GPU
+	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py --numprocesses 2
 
 oldest: $(OLDEST)/.dev  ## the tests with the oldest versions that are allowed
-	$(OLDEST)/bin/python -m pytest -m "not gpu" --numprocesses 2 --dist loadgroup
+	$(OLDEST)/bin/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadgroup
 
 gpu: $(VENV)/.dev $(VENV)/.liger  ## what needs a GPU: tests, and benchmarks; writes results-gpu.json
 	$(BIN)/python benchmarks/gpu/run.py
@@ -36,6 +40,11 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+# Beside the other packages, not among them: torch for CPUs is to find none, as where it is installed.
+$(VENV)/triton: constraints.txt
+	$(BIN)/python -m pip install --constraint constraints.txt --target $@ --upgrade triton
 	touch $@
 
 $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml

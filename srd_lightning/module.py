@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -25,7 +25,6 @@ from srd_lightning.evaluation.answers import answers
 from srd_lightning.evaluation.text_metrics import rouge_l
 from srd_lightning.losses.auxiliary import AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss, response_mask
-from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.standard import ForwardKL
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding
@@ -76,8 +75,9 @@ class KDLightningModule(LightningModule):
             in parts, with the same result and less memory. By default batches are taken whole.
         packing: Put the rows of a batch behind each other instead of padding them, for attention that keeps them apart
             (flash attention on a GPU; others do so too, and lose by it).
-        chunk: Response tokens whose logits exist at a time; ``None`` makes all logits, as losses that define `forward`
-            for themselves need.
+        chunk: Response tokens whose logits exist at a time, by default as many as suit the device: 256 on a CPU, and on
+            a GPU so many that they take the memory of the head's gradient; ``None`` makes all logits, as losses that
+            define `forward` for themselves need.
         compile: Compile the bodies of student and teacher, and what turns logits into gradients.
         activation_checkpointing: Keep one activation per block of the student and make the others again in the backward
             pass: less memory, about a third more time.
@@ -113,7 +113,7 @@ class KDLightningModule(LightningModule):
         teacher_cache: CacheKind | CacheSettings = "none",
         micro_batch_tokens: int | None = None,
         packing: bool = False,
-        chunk: int | None = CHUNK,
+        chunk: int | Literal["auto"] | None = "auto",
         compile: bool = False,
         activation_checkpointing: bool = False,
         teacher_placement: TeacherPlacement = "replicate",
@@ -127,7 +127,7 @@ class KDLightningModule(LightningModule):
         arguments.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
         cache = arguments.cache_settings(teacher_cache)
         arguments.check_choice("teacher_placement", teacher_placement, TeacherPlacement)
-        arguments.check_sizes(micro_batch_tokens=micro_batch_tokens, chunk=chunk)
+        arguments.check_sizes(micro_batch_tokens=micro_batch_tokens, chunk=None if chunk == "auto" else chunk)
         arguments.check_kd_weight(kd_weight, has_teacher=teacher is not None)
         if teacher is None and cache is not None:
             raise SettingError(f"teacher_cache {cache.kind} needs a teacher, but none is given")

@@ -155,7 +155,7 @@ class Mean(AuxiliaryLoss):
         ({"auxiliary": HiddenStateMSE(4, 4)}, "auxiliary must be a list of losses"),
         ({"auxiliary": [HiddenStateMSE]}, "but one is <class .*; one of your own derives from AuxiliaryLoss"),
         ({"teacher": None, "kd_weight": 0.0}, "auxiliary losses need a teacher, but none is given"),
-        ({"chunk": None}, "not looked at where chunk is null; set it to 256"),
+        ({"chunk": None}, "not looked at where chunk is null; set it to auto"),
         ({"loss": ForwardKL(ignore_index=-1)}, "the loss ForwardKL takes all logits instead"),
         ({"teacher_cache": "topk"}, "which teacher_cache topk does not keep; use teacher_cache hidden"),
         ({"teacher_cache": "hidden", "auxiliary": [Between()]}, r"teacher_layers \[0, 2\] are not in a cache"),

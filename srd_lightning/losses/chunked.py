@@ -119,7 +119,7 @@ class _Work:
 
     def to_gradient(self, logits: Tensor, first: int) -> Tensor:
         """Overwrite the logits of the tokens from the first on; return the sums of CE and KD, ``[2]``."""
-        sums = []
+        sums: list[Tensor] = []
         for some in _slices(len(logits), TEACHER_TOKENS):
             tokens = slice(first + some.start, first + some.stop)
             teacher = None if self.teacher_logits is None else self.teacher_logits(tokens)
@@ -187,9 +187,10 @@ class _Chunked(torch.autograd.Function):
                 part = logits.sum(0, dtype=wide)
                 grad_bias = part if grad_bias is None else grad_bias + part
         if len(hidden) == 0:
-            grad_weight, grad_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        found = zip((grad_hidden, grad_weight, grad_bias), (hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        ctx.gradients = [(gradient, leaf.dtype) if wanted else None for gradient, leaf, wanted in found]
+            grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        ctx.gradients = [grad_hidden, grad_weight, grad_bias]
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         ce, kd = sums.unbind()
         ctx.mark_non_differentiable(ce, kd)
         return (1 - work.cost.kd_weight) * ce + work.cost.kd_weight * kd, ce, kd
@@ -200,7 +201,11 @@ class _Chunked(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the chunked objective makes its gradients once, and cannot be differentiated twice")
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if gradient is None else _multiplied(*gradient, grad_loss) for gradient in gradients), None)
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return (
+            *(None if gradient is None else _multiplied(gradient, dtype, grad_loss) for gradient, dtype in pairs),
+            None,
+        )
 
 
 def _add_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, wide: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _above_zero(m: tl.tensor) -> tl.tensor:
 
 
 def terms_of(loss: DistillationLoss) -> tuple[Any, float] | None:
-    """Return a divergence's function and share, or nothing for a loss of one's own, derived from one of these or not."""
+    """Return a divergence's function and share, or nothing for a loss of one's own, also one that is derived."""
     if type(loss) not in (ForwardKL, ReverseKL, JensenShannon, TotalVariation, SkewForwardKL, SkewReverseKL):
         return None
     match loss:
@@ -114,12 +115,20 @@ def terms_of(loss: DistillationLoss) -> tuple[Any, float] | None:
 
 
 @triton.jit
-def _student(row: tl.tensor, at: tl.tensor, inside: tl.tensor, scale: tl.tensor, cap: tl.tensor, capped: tl.constexpr) -> tl.tensor:
+def _student(
+    row: tl.tensor, at: tl.tensor, inside: tl.tensor, scale: tl.tensor, cap: tl.tensor, capped: tl.constexpr
+) -> tl.tensor:
     """Logits of some tokens, scaled and capped; -inf behind the last."""
-    logits = tl.load(row + at, mask=inside, other=0.0).to(tl.float32) * scale
+    logits = _head(tl.load(row + at, mask=inside, other=0.0), scale, cap, capped)
+    return tl.where(inside, logits, -float("inf"))
+
+
+@triton.jit
+def _head(product: tl.tensor, scale: tl.tensor, cap: tl.tensor, capped: tl.constexpr) -> tl.tensor:
+    logits = product.to(tl.float32) * scale
     if capped:
         logits = cap * (2 * tl.sigmoid(2 * logits / cap) - 1)  # a tanh
-    return tl.where(inside, logits, -float("inf"))
+    return logits
 
 
 @triton.jit
@@ -134,8 +143,8 @@ def _log_probability(logits: tl.tensor, inverse_temperature: tl.tensor, normalis
     return tl.where(logp < LEAST, LEAST, logp)
 
 
-@triton.jit(do_not_specialize=["scale", "cap", "inverse_temperature", "ce_weight", "kd_weight", "value_scale", "share"])
-def _tokens(
+@triton.jit
+def one_token(
     students: tl.tensor,
     teachers: tl.tensor,
     targets: tl.tensor,
@@ -162,18 +171,13 @@ def _tokens(
     blocks, lanes = tl.cdiv(vocabulary, block), tl.arange(0, block)
     target = tl.load(targets + token)
     known = (target >= 0) & (target < vocabulary)
-    of_target = tl.load(student + target, mask=known, other=float("nan")).to(tl.float32) * scale
-    if capped:
-        of_target = cap * (2 * tl.sigmoid(2 * of_target / cap) - 1)
+    of_target = _head(tl.load(student + target, mask=known, other=float("nan")), scale, cap, capped)
 
     # the first reading: normalisers, with the largest logit so far taken out
     student_top, teacher_top = tl.full((), LOWEST, tl.float32), tl.full((), LOWEST, tl.float32)
-    plain, student_sum, teacher_sum = (
-        tl.zeros((block,), tl.float32),
-        tl.zeros((block,), tl.float32),
-        tl.zeros((block,), tl.float32),
-    )
-    for number in range(0, blocks):
+    plain, student_sum = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
+    teacher_sum = tl.zeros((block,), tl.float32)
+    for number in range(blocks):
         at = number * block + lanes
         logits = _student(student, at, at < vocabulary, scale, cap, capped)
         top = tl.maximum(student_top, tl.max(logits, 0))
@@ -195,7 +199,7 @@ def _tokens(
     centre = tl.full((), -1.0, tl.float32)
     if needs_sum:
         weighted_sum = tl.zeros((block,), tl.float32)
-        for number in range(0, blocks):
+        for number in range(blocks):
             at = (blocks - 1 - number) * block + lanes
             logits = _student(student, at, at < vocabulary, scale, cap, capped)
             log_q = _log_probability(logits, inverse_temperature, student_normaliser)
@@ -206,7 +210,7 @@ def _tokens(
 
     # the last: the gradient in place of the logits
     value = tl.zeros((block,), tl.float32)
-    for number in range(0, blocks):
+    for number in range(blocks):
         at = number * block + lanes
         logits = _student(student, at, at < vocabulary, scale, cap, capped)
         gradient = ce_weight * (tl.exp(logits - plain_normaliser) - tl.where(at == target, 1.0, 0.0))
@@ -229,22 +233,22 @@ def takes(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -
         return False
     if teacher is not None and (teacher.shape != logits.shape or teacher.dtype not in DTYPES or teacher.stride(1) != 1):
         return False
-    of_teacher = None if teacher is None else teacher.dtype
-    return _is_right(type(cost.loss), logits.dtype, of_teacher, logits.shape[1], cost.soft_cap is not None, logits.device)
+    make_loss: Callable[..., DistillationLoss] = type(cost.loss)
+    capped, of_teacher = cost.soft_cap is not None, None if teacher is None else teacher.dtype
+    return _is_right(make_loss, logits.dtype, of_teacher, logits.shape[1], capped, logits.device)
 
 
 def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
     """See `token_loss.to_gradient`; only where `takes` says so."""
-    return _run(cost, logits, teacher, targets, LARGEST_BLOCK)
-
-
-def _run(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tensor, largest_block: int) -> Tensor:
     terms, share = terms_of(cost.loss) or (None, 0.0)
     values = torch.empty(2, len(logits), device=logits.device)
-    block = max(128, min(largest_block, triton.next_power_of_2(logits.shape[1])))
+    block = max(128, min(LARGEST_BLOCK, triton.next_power_of_2(logits.shape[1])))
     other = logits if teacher is None else teacher
+    cap = math.inf if cost.soft_cap is None else cost.soft_cap
+    weights = 1 - cost.kd_weight, cost.divergence_weight
+    numbers = cost.scale, cap, 1 / cost.loss.temperature, *weights, cost.loss.scale, share
     with torch.cuda.device_of(logits):
-        _tokens[(len(logits),)](
+        one_token[(len(logits),)](
             logits,
             other,
             targets,
@@ -252,13 +256,7 @@ def _run(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tenso
             logits.stride(0),
             other.stride(0),
             logits.shape[1],
-            cost.scale,
-            math.inf if cost.soft_cap is None else cost.soft_cap,
-            1 / cost.loss.temperature,
-            1 - cost.kd_weight,
-            cost.divergence_weight,
-            cost.loss.scale,
-            share,
+            *map(float, numbers),
             terms=terms,
             needs_sum=teacher is not None and terms is not forward_kl,
             capped=cost.soft_cap is not None,
@@ -271,7 +269,7 @@ def _run(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tenso
 
 @functools.cache
 def _is_right(
-    make_loss: type[DistillationLoss],
+    make_loss: Callable[..., DistillationLoss],
     dtype: torch.dtype,
     teacher_dtype: torch.dtype | None,
     vocabulary: int,

@@ -108,7 +108,7 @@ def check_hidden_states(trainer: Trainer, module: Any) -> None:
     if isinstance(trainer.strategy, FSDPStrategy):
         raise SettingError(f"{needed} and parameters that FSDP1 does not shard by themselves; use FSDP2 or ddp")
     if module.step.chunk is None:
-        raise SettingError(f"{needed}, which are not looked at where chunk is null; set it to 256")
+        raise SettingError(f"{needed}, which are not looked at where chunk is null; set it to auto")
     if needs_all_logits(module.loss):
         raise SettingError(
             f"{needed}, but the loss {type(module.loss).__name__} takes all logits instead; choose one that defines "
@@ -159,7 +159,7 @@ def check_student(student: nn.Module, activation_checkpointing: bool) -> None:
 
 
 def check_likeliest(
-    schedules: Iterable[Mapping[str, Mapping[int, float]]], loss: DistillationLoss, chunk: int | None
+    schedules: Iterable[Mapping[str, Mapping[int, float]]], loss: DistillationLoss, chunk: int | str | None
 ) -> None:
     """Check what ``teacher_cache: topk`` cannot do.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,7 +18,7 @@ from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import LAST, AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
 from srd_lightning.losses.checks import check_scalar
-from srd_lightning.losses.chunked import CHUNK, Objective, chunked_objective
+from srd_lightning.losses.chunked import Objective, chunked_objective
 from srd_lightning.losses.top_k import Likeliest
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.split import BodyAndHead, NotSplit, split
@@ -34,7 +34,7 @@ class DistillationStep:
     """The objective of a student and a teacher, which are attached for each run.
 
     Args:
-        chunk: Response tokens whose logits exist at a time; ``None`` makes all logits.
+        chunk: Response tokens whose logits exist at a time, by default as `chunk_size` says; ``None`` makes all logits.
         packing: See `SplitModel`.
         compile: Compile bodies, and what turns logits into gradients.
         micro_batch_tokens: See `micro_batches`; by default batches are taken whole.
@@ -42,7 +42,7 @@ class DistillationStep:
 
     def __init__(
         self,
-        chunk: int | None = CHUNK,
+        chunk: int | Literal["auto"] | None = "auto",
         packing: bool = False,
         compile: bool = False,
         micro_batch_tokens: int | None = None,
