@@ -37,6 +37,7 @@ from srd_lightning.losses.top_k import Likeliest
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST, LARGEST_BLOCK, PER_THREAD = tl.constexpr(FLOOR), 4096, 8
 LOWEST, TINY = tl.constexpr(-3.0e38), tl.constexpr(1.2e-38)
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
 # Of a token's log-probabilities log p (teacher) and log q (student), and the share of one in a mixture: its term of the
@@ -46,22 +47,22 @@ LOWEST, TINY = tl.constexpr(-3.0e38), tl.constexpr(1.2e-38)
 @triton.jit
 def forward_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum p log (p / q); q h = -p, whose sum is known: -1."""
-    p = tl.exp(log_p)
+    p = _exp(log_p)
     return p * (log_p - log_q), -p
 
 
 @triton.jit
 def reverse_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum q log (q / p); h = log (q / p)."""
-    term = tl.exp(log_q) * (log_q - log_p)
+    term = _exp(log_q) * (log_q - log_p)
     return term, term
 
 
 @triton.jit
 def jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = b KL(p, m) + (1 - b) KL(q, m) with m = b p + (1 - b) q; h = (1 - b) log (q / m)."""
-    p, q = tl.exp(log_p), tl.exp(log_q)
-    log_m = tl.log(_above_zero(share * p + (1 - share) * q))
+    p, q = _exp(log_p), _exp(log_q)
+    log_m = _log(share * p + (1 - share) * q)
     of_student = (1 - share) * q * (log_q - log_m)
     return share * p * (log_p - log_m) + of_student, of_student
 
@@ -69,7 +70,7 @@ def jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.t
 @triton.jit
 def total_variation(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum |p - q| / 2; h = sign(q - p) / 2."""
-    p, q = tl.exp(log_p), tl.exp(log_q)
+    p, q = _exp(log_p), _exp(log_q)
     half = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     return half * (q - p), half * q
 
@@ -77,23 +78,32 @@ def total_variation(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.
 @triton.jit
 def skew_forward_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum p log (p / m) with m = a p + (1 - a) q; h = -(1 - a) p / m."""
-    p, q = tl.exp(log_p), tl.exp(log_q)
-    m = _above_zero(share * p + (1 - share) * q)
-    return p * (log_p - tl.log(m)), (share - 1) * p * (q / m)
+    p = _exp(log_p)
+    log_m = _log(share * p + (1 - share) * _exp(log_q))
+    return p * (log_p - log_m), (share - 1) * _exp(log_p + log_q - log_m)
 
 
 @triton.jit
 def skew_reverse_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum q log (q / m) with m = (1 - a) p + a q; h = log (q / m) - a q / m."""
-    p, q = tl.exp(log_p), tl.exp(log_q)
-    m = _above_zero((1 - share) * p + share * q)
-    term = q * (log_q - tl.log(m))
-    return term, term - share * q * (q / m)
+    q = _exp(log_q)
+    ratio = log_q - _log((1 - share) * _exp(log_p) + share * q)
+    return q * ratio, q * (ratio - share * _exp(ratio))
 
 
 @triton.jit
-def _above_zero(m: tl.tensor) -> tl.tensor:
-    return tl.where(m < TINY, TINY, m)  # where both probabilities underflow; unlike a maximum it keeps NaN
+def _exp(x: tl.tensor) -> tl.tensor:
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def _log(x: tl.tensor) -> tl.tensor:
+    return tl.log2(_at_least(x, TINY)) * LN_2  # both probabilities of a mixture may underflow
+
+
+@triton.jit
+def _at_least(x: tl.tensor, bound: tl.constexpr) -> tl.tensor:
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 def terms_of(loss: DistillationLoss) -> tuple[Any, float] | None:
@@ -139,8 +149,7 @@ def _teacher(row: tl.tensor, at: tl.tensor, inside: tl.tensor) -> tl.tensor:
 @triton.jit
 def _log_probability(logits: tl.tensor, inverse_temperature: tl.tensor, normaliser: tl.tensor) -> tl.tensor:
     """As `losses.log_probabilities`: at least `FLOOR`, and NaN where it is."""
-    logp = logits * inverse_temperature - normaliser
-    return tl.where(logp < LEAST, LEAST, logp)
+    return _at_least(logits * inverse_temperature - normaliser, LEAST)
 
 
 @triton.jit
@@ -181,15 +190,15 @@ def one_token(
         at = number * block + lanes
         logits = _student(student, at, at < vocabulary, scale, cap, capped)
         top = tl.maximum(student_top, tl.max(logits, 0))
-        plain = plain * tl.exp(student_top - top) + tl.exp(logits - top)
-        student_sum = student_sum * tl.exp((student_top - top) * inverse_temperature)
-        student_sum += tl.exp((logits - top) * inverse_temperature)
+        plain = plain * _exp(student_top - top) + _exp(logits - top)
+        student_sum = student_sum * _exp((student_top - top) * inverse_temperature)
+        student_sum += _exp((logits - top) * inverse_temperature)
         student_top = top
         if taught:
             logits = _teacher(teacher, at, at < vocabulary)
             top = tl.maximum(teacher_top, tl.max(logits, 0))
-            teacher_sum = teacher_sum * tl.exp((teacher_top - top) * inverse_temperature)
-            teacher_sum += tl.exp((logits - top) * inverse_temperature)
+            teacher_sum = teacher_sum * _exp((teacher_top - top) * inverse_temperature)
+            teacher_sum += _exp((logits - top) * inverse_temperature)
             teacher_top = top
     plain_normaliser = student_top + tl.log(tl.sum(plain, 0))
     student_normaliser = student_top * inverse_temperature + tl.log(tl.sum(student_sum, 0))
@@ -213,13 +222,13 @@ def one_token(
     for number in range(blocks):
         at = number * block + lanes
         logits = _student(student, at, at < vocabulary, scale, cap, capped)
-        gradient = ce_weight * (tl.exp(logits - plain_normaliser) - tl.where(at == target, 1.0, 0.0))
+        gradient = ce_weight * (_exp(logits - plain_normaliser) - tl.where(at == target.to(tl.int32), 1.0, 0.0))
         if taught:
             log_q = _log_probability(logits, inverse_temperature, student_normaliser)
             log_p = _log_probability(_teacher(teacher, at, at < vocabulary), inverse_temperature, teacher_normaliser)
             term, weighted = terms(log_p, log_q, share)
             value += term
-            gradient += kd_weight * (weighted - tl.exp(log_q) * centre)
+            gradient += kd_weight * (weighted - _exp(log_q) * centre)
         if capped:
             gradient *= 1 - (logits / cap) * (logits / cap)
         tl.store(student + at, (gradient * scale).to(students.dtype.element_ty), mask=at < vocabulary)
