@@ -12,9 +12,9 @@ One forward and backward pass in bf16 of N response tokens, with all six losses 
 
 Operations of torch are counted as they are called, on tensors without memory: each reads its arguments and writes its
 results once (a log-softmax reads twice), but for products, which are counted by their operations; what these read and
-write is in the speed of products, except where they add to fp32. The kernel's count is written down below. Time is bytes
-over 3.35 TB/s, plus operations of products over 650 TFLOP/s; for the kernel, bytes or instructions, whichever take
-longer. Neither launches nor what a GPU finds in its cache are in it. ``--check`` also counts on a CPU and measures.
+write is in the speed of products, except where they add to fp32. The kernel's count is written down below. Time is
+bytes over 3.35 TB/s, plus operations of products over 650 TFLOP/s; for the kernel, bytes or instructions, whichever
+take longer. Neither launches nor what a GPU finds in its cache are in it. ``--check`` also counts on a CPU and measures.
 """
 
 from __future__ import annotations
@@ -49,19 +49,20 @@ INSTRUCTIONS_PER_S = 132 * 128 * 1.755e9
 """Of an H100 SXM: its memory, products as they are reached in bf16, and 128 lanes of each of its multiprocessors."""
 LOSSES = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL")
 KERNEL = {"ForwardKL": 62, "ReverseKL": 76, "JensenShannon": 133, "TotalVariation": 87} | dict.fromkeys(LOSSES[4:], 137)
-"""Instructions of a logit: those in the kernel's loops, as Triton 3.9 compiles it for sm_90, over the logits of a turn."""
+"""Instructions of a logit: those in the kernel's loops, as Triton 3.9 compiles them for sm_90, over a turn's logits."""
 SHAPES = ((8192, 128256, 4096), (8192, 151936, 3584), (8192, 50257, 768))
 KD_WEIGHT, TEMPERATURE, LIKELIEST = 0.8, 1.5, 64
-FREE = {
+VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "detach", "unsqueeze", "squeeze", "alias"),
-    *("permute", "split", "unbind", "as_strided", "empty", "empty_like", "new_empty", "lift_fresh"),
+    *("permute", "split", "unbind", "as_strided", "lift_fresh"),
 }
-WRITE_ONLY = {"zeros", "new_zeros", "zeros_like", "fill_", "full", "new_full", "zero_", "ones", "_to_copy_scalar"}
+EMPTY = {"empty", "empty_like", "new_empty"}
+WRITE_ONLY = {"zeros", "new_zeros", "zeros_like", "fill_", "full", "new_full", "zero_", "ones"}
 PRODUCTS = {"mm", "addmm", "addmm_"}
 
 
 class Count(TorchDispatchMode):
-    """Counts what operations of torch read, write, multiply and hold."""
+    """Counts what operations of torch read, write, multiply and hold, besides what they are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,12 +71,14 @@ class Count(TorchDispatchMode):
         self.storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operation, and count it."""
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        for tensor in made:
-            self.hold(tensor.untyped_storage())
-        if name not in FREE:
+        if name not in VIEWS and not name.endswith("_"):
+            for tensor in made:
+                self.hold(tensor.untyped_storage())
+        if name not in VIEWS | EMPTY:
             given = {id(value): value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
             self.launches += 1
             moved = self.product(args, made) if name in PRODUCTS else traffic(name, [*given.values()], made)
@@ -93,6 +96,7 @@ class Count(TorchDispatchMode):
             weakref.finalize(storage, self.let_go, key, size)
 
     def let_go(self, key: int, size: int) -> None:
+        """Note that memory is free."""
         self.storages.discard(key)
         self.held -= size
 
@@ -129,10 +133,11 @@ class KernelCount:
         self.count = count
 
     def takes(self, cost: Any, logits: Tensor, teacher: Any) -> bool:
+        """Return what `losses.kernel.takes` would."""
         return not isinstance(teacher, Likeliest)
 
     def to_gradient(self, cost: Any, logits: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
-        """Both rows once for their normalisers, once for the sum of q h (known of forward KL), once for the gradient."""
+        """Read both rows for normalisers, for the sum of q h (known of forward KL) and for the gradient; write that."""
         name = type(cost.loss).__name__
         readings = 2 if name == "ForwardKL" else 3
         values = torch.empty(2, len(logits), device=logits.device)
@@ -199,7 +204,12 @@ def expected(name: str, way: str, tokens: int, vocabulary: int, width: int) -> d
     chunks = -(-tokens // chunk)
     moved, products = count.bytes / BYTES_PER_S, count.flops / FLOPS_PER_S
     return {
-        **{"loss": name, "path": way, "tokens": tokens, "vocabulary": vocabulary, "width": width, "chunk": chunk},
+        "loss": name,
+        "path": way,
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "width": width,
+        "chunk": chunk,
         "bytes_per_logit": count.bytes / (tokens * vocabulary),
         "launches_per_chunk": count.launches / chunks,
         "launches": count.launches,
@@ -210,7 +220,7 @@ def expected(name: str, way: str, tokens: int, vocabulary: int, width: int) -> d
 
 
 def by_hand() -> dict[str, Any]:
-    """Count one forward KL on a CPU, of one piece, and say by hand what it must be: tensors that are read or written."""
+    """Count a piece of forward KL on a CPU, and say by hand what that must be: tensors that are read or written."""
     from srd_lightning.losses.token_loss import TokenLoss, to_gradient
 
     logits, teacher = torch.randn(2, 16, 4096)
@@ -262,14 +272,15 @@ def main() -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return the results as lines of Markdown."""
-    lines = ["| N, V, d | loss | path | bytes a logit | launches a chunk | expected ms | of which products | peak GB |"]
-    lines.append("|---|---|---|--:|--:|--:|--:|--:|")
+    """Return the results as lines of Markdown: of each loss the ways beside each other."""
+    lines = ["| V, d | loss | bytes a logit | launches | expected ms | peak GB |", "|---|---|---|---|---|---|"]
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for one in results:
-        shape = f"{one['tokens']:,}, {one['vocabulary']:,}, {one['width']:,}"
-        numbers = f"{one['bytes_per_logit']:.0f} | {one['launches_per_chunk']:.0f} | {one['ms']:.1f}"
-        rest = f"{one['products_ms']:.1f} | {one['peak_gb']:.1f}"
-        lines.append(f"| {shape} | `{one['loss']}` | {one['path']} {one['chunk']} | {numbers} | {rest} |")
+        rows.setdefault((f"{one['vocabulary']:,}, {one['width']:,}", one["loss"]), []).append(one)
+    for (shape, loss), ways in rows.items():
+        cells = (("bytes_per_logit", ".0f"), ("launches", ",d"), ("ms", ".1f"), ("peak_gb", ".1f"))
+        texts = [" → ".join(format(way[name], how) for way in ways) for name, how in cells]
+        lines.append(f"| {shape} | `{loss}` | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
