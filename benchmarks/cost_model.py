@@ -14,7 +14,7 @@ Operations of torch are counted as they are called, on tensors without memory: e
 results once (a log-softmax reads twice), but for products, which are counted by their operations; what these read and
 write is in the speed of products, except where they add to fp32. The kernel's count is written down below. Time is
 bytes over 3.35 TB/s, plus operations of products over 650 TFLOP/s; for the kernel, bytes or instructions, whichever
-take longer. Neither launches nor what a GPU finds in its cache are in it. ``--check`` also counts on a CPU and measures.
+take longer. Neither launches nor what a GPU finds in its cache are in it. ``--check`` counts and measures on a CPU.
 """
 
 from __future__ import annotations
