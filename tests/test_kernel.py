@@ -1,4 +1,4 @@
-"""The Triton kernel, run on a CPU by Triton's interpreter (which rounds to bf16 and fp16 towards zero, unlike a GPU).
+"""The Triton kernel, run on a CPU by Triton's interpreter (which rounds to bf16 towards zero, unlike a GPU).
 
 ``make kernel`` runs these tests: they need Triton beside the torch for CPUs that the other tests use.
 """
