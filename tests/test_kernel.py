@@ -13,7 +13,10 @@ from conftest import LOSSES
 from test_objective import FP32, LOSSES_AND_OWN, Case, Own, relative
 
 from srd_lightning.losses import ForwardKL, SkewForwardKL, SkewReverseKL, chunked, token_loss
+from srd_lightning.losses.head import Head
 from srd_lightning.losses.token_loss import TokenLoss
+from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.teacher.live import TopK
 
 pytestmark = [
     pytest.mark.kernel,
@@ -26,10 +29,10 @@ PLAIN = {"temperature": 1.0, "kd_weight": 0.5, "scale": 1.0, "soft_cap": None}
 @pytest.fixture
 def kernel(monkeypatch):
     """The module, with blocks so small that some tokens' rows take several."""
-    from srd_lightning.losses import kernel
+    from srd_lightning.losses import triton_kernel
 
-    monkeypatch.setattr(kernel, "LARGEST_BLOCK", 128)
-    return kernel
+    monkeypatch.setattr(triton_kernel, "LARGEST_BLOCK", 128)
+    return triton_kernel
 
 
 def some(tokens, vocabulary, dtype=torch.float32):
@@ -63,7 +66,7 @@ def by_reference(reference, logits, teacher, targets, temperature, kd_weight, sc
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(3, 300), (1, 128), (2, 37)])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(3, 300), (1, 37)])
 def test_value_and_gradient_are_those_of_the_reference(kernel, make_loss, reference, change, tokens, vocabulary):
     settings = {**PLAIN, **change}
     logits, teacher, targets = some(tokens, vocabulary)
@@ -134,6 +137,48 @@ def test_without_a_share_a_skewed_divergence_is_the_plain_one(kernel, make_loss)
     assert relative(logits, exact) < FP32
 
 
+class TestLikeliest:
+    """A teacher whose likeliest tokens are known: distributions over these and one more, which is all others."""
+
+    @pytest.fixture
+    def top_k(self, kernel):
+        from srd_lightning.losses import triton_top_k
+
+        return triton_top_k
+
+    @each_loss
+    @pytest.mark.parametrize(("temperature", "kd_weight", "scale"), [(1.0, 0.5, 1.0), (2.0, 0.3, 0.7), (2.0, 1.0, 1.0)])
+    def test_value_and_gradient_are_those_of_the_reference(
+        self, top_k, make_loss, reference, temperature, kd_weight, scale
+    ):
+        logits, teacher, targets = some(2, 300)
+        targets[0] = teacher[0].argmax()  # one of the likeliest
+        best, ids, rest = TopK(5)._observe(teacher)
+        leaf = logits.double().requires_grad_()
+        ce = kd = torch.zeros((), dtype=torch.float64)
+        for row, others, kept, target in zip(leaf * scale, teacher, ids.long(), targets, strict=True):
+            p, q = references.softmax(others, temperature), references.softmax(row, temperature)
+            p, q = (torch.cat([values[kept], (values.sum() - values[kept].sum())[None]]) for values in (p, q))
+            ce, kd = ce - references.softmax(row)[target].log(), kd + reference(p, q) * temperature**2
+        ((1 - kd_weight) * ce + kd_weight * kd).backward()
+        cost = TokenLoss(make_loss(temperature=temperature), kd_weight, scale)
+        values = top_k.to_gradient(cost, logits, Likeliest(best, ids.long(), rest), targets)
+        assert relative(values, torch.stack([ce * (kd_weight < 1), kd]).detach()) < FP32
+        assert relative(logits, leaf.grad) < FP32
+
+    @each_loss
+    def test_others_without_mass_have_no_gradient(self, top_k, make_loss, reference):
+        logits, teacher, targets = some(1, 300)
+        best, ids, rest = TopK(3)._observe(teacher)
+        kept, targets[0] = logits[0, ids[0].long()], ids[0, 0]
+        logits.fill_(-torch.inf)[0, ids[0].long()] = kept
+        exact, cost, likeliest = logits.double(), TokenLoss(make_loss(), 0.5), Likeliest(best, ids.long(), rest)
+        expected = token_loss.to_gradient(cost, exact, Likeliest(best.double(), ids.long(), rest.double()), targets)
+        found = top_k.to_gradient(cost, logits, likeliest, targets)
+        assert relative(found, expected) < 1e-3  # they are e^-10000 together, not each
+        assert relative(logits, exact) < FP32
+
+
 class TestObjective:
     """In `chunked_objective`, where the kernel does what it can."""
 
@@ -146,7 +191,9 @@ class TestObjective:
             found.append(len(logits))
             return run(cost, logits, *others)
 
-        kernel._is_right.cache_clear()
+        from srd_lightning.losses import triton_choice
+
+        triton_choice._tried.cache_clear()
         monkeypatch.setattr(kernel, "to_gradient", noted)
         monkeypatch.setattr(chunked, "has_kernel", lambda device: True)
         return found
@@ -172,6 +219,20 @@ class TestObjective:
         for gradient, exact in zip(gradients, expected, strict=True):
             assert float((gradient.double() - exact).norm() / exact.norm()) < 0.04
 
+    def test_a_teacher_whose_likeliest_tokens_are_known(self, calls, monkeypatch):
+        from srd_lightning.losses import triton_top_k
+
+        ran, run = [], triton_top_k.to_gradient
+        monkeypatch.setattr(triton_top_k, "to_gradient", lambda *given: ran.append(len(given[1])) or run(*given))
+        case = Case()
+        best, ids, rest = TopK(4)._observe(case.teacher.float())
+        (loss, gradients), (plain, expected) = (
+            chunked_by(case, Likeliest(best, ids.long(), rest), dtype) for dtype in (torch.float32, torch.float64)
+        )
+        assert (calls, ran) == ([], [3, 20, 1])
+        assert relative(loss, plain) < FP32
+        assert max(relative(*pair) for pair in zip(gradients, expected, strict=True)) < FP32
+
     def test_float64_goes_the_plain_way(self, calls):
         Case(torch.float64).chunked(ForwardKL(), 0.5)
         assert calls == []
@@ -189,23 +250,44 @@ class TestObjective:
             Case().chunked(ForwardKL(), 0.5)
 
 
+def chunked_by(case, likeliest, dtype):
+    """Return the loss and the gradients of a case whose teacher is known by some tokens."""
+    leaves = case.leaves(dtype)
+    teacher = Likeliest(likeliest.logp.to(dtype), likeliest.ids, likeliest.rest.to(dtype))
+    loss = chunked.chunked_objective(
+        leaves[0],
+        Head(*leaves[1:]),
+        case.targets,
+        ForwardKL(1.5),
+        lambda some: Likeliest(*(values[some] for values in teacher)),
+        0.6,
+        chunk=20,
+    ).loss
+    return loss.detach(), torch.autograd.grad(loss, leaves)
+
+
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from srd_lightning.losses import kernel
+from srd_lightning.losses import triton_kernel as kernel
+from srd_lightning.losses import triton_top_k as top_k
 
-names = kernel.one_token.arg_names
-pointers = {"students": "*bf16", "teachers": "*bf16", "targets": "*i64", "values": "*fp32"}
-sizes = dict.fromkeys(("student_stride", "teacher_stride", "vocabulary"), "i32")
-numbers = ("scale", "cap", "inverse_temperature", "ce_weight", "kd_weight", "value_scale", "share")
+TYPES = dict.fromkeys(("students", "teachers"), "*bf16") | {"targets": "*i64"}
+TYPES |= dict.fromkeys(("values", "plain", "tempered", "weights"), "*fp32")
+TYPES |= dict.fromkeys(("student_stride", "teacher_stride", "stride", "vocabulary"), "i32")
+
+def build(function, **fixed):
+    types = {name: "constexpr" if name in fixed else TYPES.get(name, "fp32") for name in function.arg_names}
+    source = ASTSource(function, types, {(function.arg_names.index(name),): value for name, value in fixed.items()})
+    found = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    assert f".entry {function.__name__}" in found.asm["ptx"] and found.asm["cubin"]
+
+build(top_k.sum_up, block=4096)
+build(top_k.overwrite, block=4096)
 for terms in (kernel.forward_kl, kernel.reverse_kl, kernel.jensen_shannon, kernel.total_variation,
               kernel.skew_forward_kl, kernel.skew_reverse_kl):
-    fixed = dict(terms=terms, needs_sum=True, capped=True, taught=True, block=4096)
-    types = {**pointers, **sizes, **dict.fromkeys(numbers, "fp32"), **dict.fromkeys(fixed, "constexpr")}
-    source = ASTSource(kernel.one_token, types, {(names.index(name),): value for name, value in fixed.items()})
-    found = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
-    assert ".entry one_token" in found.asm["ptx"] and found.asm["cubin"]
+    build(kernel.one_token, terms=terms, needs_sum=True, capped=True, taught=True, block=4096)
     print(terms.__name__)
 """
 

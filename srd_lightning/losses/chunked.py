@@ -127,13 +127,10 @@ class _Work:
         return torch.stack(sums).sum(0)
 
     def _in_pieces(self, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor) -> Iterator[Tensor]:
-        way, size = to_gradient, PIECE
-        if has_kernel(logits.device) and _kernel().takes(self.cost, logits, teacher):
-            way, size = _kernel().to_gradient, len(logits)
-        elif logits.device.type != "cpu":
-            size = max(1, PIECE_LOGITS // logits.shape[1])
-        if self.compile and way is to_gradient:
-            way = _compiled()
+        way, size = _kernel(self.cost, logits, teacher), len(logits)
+        if way is None:
+            way = _compiled() if self.compile else to_gradient
+            size = PIECE if logits.device.type == "cpu" else max(1, PIECE_LOGITS // logits.shape[1])
         for some in _slices(len(logits), size):
             yield way(self.cost, logits[some], _some(teacher, some), targets[some])
 
@@ -143,10 +140,12 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def _kernel() -> Any:
-    from srd_lightning.losses import kernel
+def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -> Callable[..., Tensor] | None:
+    if not has_kernel(logits.device):
+        return None
+    from srd_lightning.losses import triton_choice
 
-    return kernel
+    return triton_choice.way(cost, logits, teacher)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -35,23 +35,31 @@ class Likeliest(NamedTuple):
         Raises:
             SettingError: The temperature lies outside those that are kept.
         """
-        rest = (self.rest @ self.rest.new_tensor(_shares(1 / temperature)))[:, None]
-        top = self.logp / temperature
-        total = torch.logaddexp(top.logsumexp(-1, keepdim=True), rest)
+        known = self.and_others(temperature)
         others = student_logp.scatter(1, self.ids, -torch.inf).log_softmax(-1)  # a distribution, however unlikely
-        return others.add_(rest - total).scatter_(1, self.ids, top - total).clamp_(min=FLOOR)
+        return others.add_(known[:, -1:]).scatter_(1, self.ids, known[:, :-1]).clamp_(min=FLOOR)
+
+    def and_others(self, temperature: float) -> Tensor:
+        """Return log-probabilities of the k at a temperature and, last, of all others together, ``[n, k + 1]``.
+
+        Raises:
+            SettingError: The temperature lies outside those that are kept.
+        """
+        rest = self.rest @ _shares(1 / temperature, self.rest.dtype, self.rest.device)
+        return torch.cat([self.logp / temperature, rest[:, None]], 1).log_softmax(-1)
 
 
 POWERS = (2.0, 1.0, 0.8, 2 / 3, 0.5, 1 / 3, 0.25)
 """Inverse temperatures at which the mass of the unlikely tokens is kept; between them its logarithm is interpolated."""
 
 
-@functools.lru_cache
-def _shares(power: float) -> list[float]:
+@functools.lru_cache  # a device waits only for the first
+def _shares(power: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return by what to weigh what is kept at `POWERS`, for another inverse temperature: a polynomial of its log."""
     if not POWERS[-1] <= power <= POWERS[0]:
         raise SettingError(
             f"teacher_cache topk knows temperatures from {1 / POWERS[0]:g} to {1 / POWERS[-1]:g}, but the loss is at "
             f"{1 / power:g}; use such a temperature, or teacher_cache hidden"
         )
-    return [math.prod(math.log(power / other, own / other) for other in POWERS if other != own) for own in POWERS]
+    shares = [math.prod(math.log(power / other, own / other) for other in POWERS if other != own) for own in POWERS]
+    return torch.tensor(shares, dtype=dtype, device=device)

@@ -10,10 +10,7 @@ Triton comes with torch for GPUs; this file is imported only there.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,10 +28,7 @@ from srd_lightning.losses.standard import (
     TotalVariation,
 )
 from srd_lightning.losses.token_loss import TokenLoss
-from srd_lightning.losses.token_loss import to_gradient as plain_to_gradient
-from srd_lightning.losses.top_k import Likeliest
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST, LARGEST_BLOCK, PER_THREAD = tl.constexpr(FLOOR), 4096, 8
 LOWEST, TINY = tl.constexpr(-3.0e38), tl.constexpr(1.2e-38)
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
@@ -47,21 +41,21 @@ LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 @triton.jit
 def forward_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum p log (p / q); q h = -p, whose sum is known: -1."""
-    p = _exp(log_p)
+    p = exp(log_p)
     return p * (log_p - log_q), -p
 
 
 @triton.jit
 def reverse_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum q log (q / p); h = log (q / p)."""
-    term = _exp(log_q) * (log_q - log_p)
+    term = exp(log_q) * (log_q - log_p)
     return term, term
 
 
 @triton.jit
 def jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = b KL(p, m) + (1 - b) KL(q, m) with m = b p + (1 - b) q; h = (1 - b) log (q / m)."""
-    p, q = _exp(log_p), _exp(log_q)
+    p, q = exp(log_p), exp(log_q)
     log_m = _log(share * p + (1 - share) * q)
     of_student = (1 - share) * q * (log_q - log_m)
     return share * p * (log_p - log_m) + of_student, of_student
@@ -70,7 +64,7 @@ def jensen_shannon(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.t
 @triton.jit
 def total_variation(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum |p - q| / 2; h = sign(q - p) / 2."""
-    p, q = _exp(log_p), _exp(log_q)
+    p, q = exp(log_p), exp(log_q)
     half = tl.where(q > p, 0.5, tl.where(q < p, -0.5, 0.0))
     return half * (q - p), half * q
 
@@ -78,21 +72,22 @@ def total_variation(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.
 @triton.jit
 def skew_forward_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum p log (p / m) with m = a p + (1 - a) q; h = -(1 - a) p / m."""
-    p = _exp(log_p)
-    log_m = _log(share * p + (1 - share) * _exp(log_q))
-    return p * (log_p - log_m), (share - 1) * _exp(log_p + log_q - log_m)
+    p = exp(log_p)
+    log_m = _log(share * p + (1 - share) * exp(log_q))
+    return p * (log_p - log_m), (share - 1) * exp(log_p + log_q - log_m)
 
 
 @triton.jit
 def skew_reverse_kl(log_p: tl.tensor, log_q: tl.tensor, share: tl.tensor) -> tl.tensor:
     """D = sum q log (q / m) with m = (1 - a) p + a q; h = log (q / m) - a q / m."""
-    q = _exp(log_q)
-    ratio = log_q - _log((1 - share) * _exp(log_p) + share * q)
-    return q * ratio, q * (ratio - share * _exp(ratio))
+    q = exp(log_q)
+    ratio = log_q - _log((1 - share) * exp(log_p) + share * q)
+    return q * ratio, q * (ratio - share * exp(ratio))
 
 
 @triton.jit
-def _exp(x: tl.tensor) -> tl.tensor:
+def exp(x: tl.tensor) -> tl.tensor:
+    """One instruction, once it is multiplied; that of the natural exponential takes five."""
     return tl.exp2(x * LOG2_E)
 
 
@@ -190,15 +185,15 @@ def one_token(
         at = number * block + lanes
         logits = _student(student, at, at < vocabulary, scale, cap, capped)
         top = tl.maximum(student_top, tl.max(logits, 0))
-        plain = plain * _exp(student_top - top) + _exp(logits - top)
-        student_sum = student_sum * _exp((student_top - top) * inverse_temperature)
-        student_sum += _exp((logits - top) * inverse_temperature)
+        plain = plain * exp(student_top - top) + exp(logits - top)
+        student_sum = student_sum * exp((student_top - top) * inverse_temperature)
+        student_sum += exp((logits - top) * inverse_temperature)
         student_top = top
         if taught:
             logits = _teacher(teacher, at, at < vocabulary)
             top = tl.maximum(teacher_top, tl.max(logits, 0))
-            teacher_sum = teacher_sum * _exp((teacher_top - top) * inverse_temperature)
-            teacher_sum += _exp((logits - top) * inverse_temperature)
+            teacher_sum = teacher_sum * exp((teacher_top - top) * inverse_temperature)
+            teacher_sum += exp((logits - top) * inverse_temperature)
             teacher_top = top
     plain_normaliser = student_top + tl.log(tl.sum(plain, 0))
     student_normaliser = student_top * inverse_temperature + tl.log(tl.sum(student_sum, 0))
@@ -222,13 +217,13 @@ def one_token(
     for number in range(blocks):
         at = number * block + lanes
         logits = _student(student, at, at < vocabulary, scale, cap, capped)
-        gradient = ce_weight * (_exp(logits - plain_normaliser) - tl.where(at == target.to(tl.int32), 1.0, 0.0))
+        gradient = ce_weight * (exp(logits - plain_normaliser) - tl.where(at == target.to(tl.int32), 1.0, 0.0))
         if taught:
             log_q = _log_probability(logits, inverse_temperature, student_normaliser)
             log_p = _log_probability(_teacher(teacher, at, at < vocabulary), inverse_temperature, teacher_normaliser)
             term, weighted = terms(log_p, log_q, share)
             value += term
-            gradient += kd_weight * (weighted - _exp(log_q) * centre)
+            gradient += kd_weight * (weighted - exp(log_q) * centre)
         if capped:
             gradient *= 1 - (logits / cap) * (logits / cap)
         tl.store(student + at, (gradient * scale).to(students.dtype.element_ty), mask=at < vocabulary)
@@ -236,22 +231,10 @@ def one_token(
     tl.store(values + tl.num_programs(0) + token, tl.sum(value, 0) * value_scale)
 
 
-def takes(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -> bool:
-    """Return whether the kernel can do this; it has been tried on this device and found right when it says so."""
-    if terms_of(cost.loss) is None or logits.dtype not in DTYPES or isinstance(teacher, Likeliest):
-        return False
-    if teacher is not None and (teacher.shape != logits.shape or teacher.dtype not in DTYPES or teacher.stride(1) != 1):
-        return False
-    make_loss: Callable[..., DistillationLoss] = type(cost.loss)
-    capped, of_teacher = cost.soft_cap is not None, None if teacher is None else teacher.dtype
-    return _is_right(make_loss, logits.dtype, of_teacher, logits.shape[1], capped, logits.device)
-
-
 def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-    """See `token_loss.to_gradient`; only where `takes` says so."""
+    """See `token_loss.to_gradient`; only where `triton_choice.way` says so."""
     terms, share = terms_of(cost.loss) or (None, 0.0)
     values = torch.empty(2, len(logits), device=logits.device)
-    block = max(128, min(LARGEST_BLOCK, triton.next_power_of_2(logits.shape[1])))
     other = logits if teacher is None else teacher
     cap = math.inf if cost.soft_cap is None else cost.soft_cap
     weights = 1 - cost.kd_weight, cost.divergence_weight
@@ -270,39 +253,12 @@ def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets
             needs_sum=teacher is not None and terms is not forward_kl,
             capped=cost.soft_cap is not None,
             taught=teacher is not None,
-            block=block,
-            num_warps=max(1, block // (32 * PER_THREAD)),
+            **shape_of_block(logits.shape[1]),
         )
     return values.sum(1)
 
 
-@functools.cache
-def _is_right(
-    make_loss: Callable[..., DistillationLoss],
-    dtype: torch.dtype,
-    teacher_dtype: torch.dtype | None,
-    vocabulary: int,
-    capped: bool,
-    device: torch.device,
-) -> bool:
-    """Try the kernel on three random tokens, beside what it stands for."""
-    generator = torch.Generator(device).manual_seed(0)
-    logits, teacher = 3 * torch.randn(2, 3, vocabulary, generator=generator, device=device)
-    found, expected = logits.to(dtype, copy=True), logits.to(dtype, copy=True)
-    taught = None if teacher_dtype is None else teacher.to(teacher_dtype)
-    cost = TokenLoss(make_loss(temperature=1.5), 0.0 if taught is None else 0.5, soft_cap=20.0 if capped else None)
-    targets = torch.zeros(3, dtype=torch.int64, device=device)
-    try:
-        values = to_gradient(cost, found, taught, targets)
-    except Exception as error:  # whatever a compiler may raise
-        return _is_left_out(f"it cannot be run here ({error})")
-    pairs = (values, plain_to_gradient(cost, expected, taught, targets)), (found.float(), expected.float())
-    off = max(float((one - other).norm() / other.norm()) for one, other in pairs)
-    return off < 4 * torch.finfo(dtype).eps + 1e-4 or _is_left_out(f"it is off by {off:.1e}")
-
-
-def _is_left_out(why: str) -> bool:
-    warnings.warn(
-        f"the objective is made without its Triton kernel, which takes more time and memory: {why}", stacklevel=2
-    )
-    return False
+def shape_of_block(vocabulary: int) -> dict[str, int]:
+    """Return how many logits a program has in hand, and the warps that share them."""
+    block = max(128, min(LARGEST_BLOCK, triton.next_power_of_2(vocabulary)))
+    return {"block": block, "num_warps": max(1, block // (32 * PER_THREAD))}
