@@ -48,7 +48,7 @@ class Arm(NamedTuple):
     """A way to compute the objective, or, without a loss, the bare products."""
 
     name: str
-    chunk: int | None = None
+    chunk: int | str | None = None
 
 
 class Inputs(NamedTuple):
@@ -204,7 +204,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="response tokens")
     parser.add_argument("--vocabulary", type=int, default=49152, help="of student and teacher")
     parser.add_argument("--width", type=int, default=576, help="of the hidden states of both")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 256, 1024], help="of this library")
+    how = {"type": lambda text: text if text == "auto" else int(text), "default": [64, 256, 1024]}
+    parser.add_argument("--chunks", nargs="+", help="of this library; auto is its default", **how)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="which to run")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all inputs")
     parser.add_argument("--compile", action="store_true", help="also compile what turns logits into gradients")

@@ -44,7 +44,7 @@ NEEDS = {"tests": ("pytest", "peft")}
 SIZES = {
     "cuda": {
         "tests": "",
-        "loss": "--compile --dtypes bf16 --tokens 1024 4096 --width 2048 --chunks 256 1024 --losses ForwardKL "
+        "loss": "--compile --dtypes bf16 --tokens 1024 4096 --width 2048 --chunks 256 auto --losses ForwardKL "
         "JensenShannon",
         "step": "--rows 128 --batch 16 --micro-batch-tokens 16384",
         "reflection": "--rows 256 --paper-rows 48",

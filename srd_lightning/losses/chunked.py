@@ -96,7 +96,7 @@ def chunked_objective(
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    total = torch.as_tensor(max(len(targets), 1) if num_tokens is None else num_tokens, device=hidden.device)
+    total = max(len(targets), 1) if num_tokens is None else num_tokens
     if chunk == "auto":
         chunk = chunk_size(device, hidden.shape[1], dtype)
     with torch.autocast(device, enabled=False):
