@@ -36,7 +36,8 @@ import srd_lightning.losses
 
 for room in (srd_lightning.curriculum, srd_lightning.losses):
     for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
-        importlib.import_module(module.name)
+        if ".triton_" not in module.name:  # these are for GPUs, where torch brings Triton
+            importlib.import_module(module.name)
 """
 FORMER_PATHS = """
 arrangement: Arrangement EasyToHard HardToEasy RandomOrder RandomSubset
