@@ -42,9 +42,10 @@ $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-# Beside the other packages, not among them: torch for CPUs is to find none, as where it is installed.
-$(VENV)/triton: constraints.txt
-	$(BIN)/python -m pip install --constraint constraints.txt --target $@ --upgrade triton
+# Beside the other packages, not among them: torch for CPUs is to find none, as where it is installed. Not among the
+# constraints: torch for GPUs brings a version of its own.
+$(VENV)/triton: Makefile
+	$(BIN)/python -m pip install --target $@ --upgrade triton==3.9.0
 	touch $@
 
 $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
