@@ -29,6 +29,7 @@ from step import KD_WEIGHT, TEMPERATURE, choose_model, choose_rows, models_and_r
 
 from srd_lightning import ForwardKL, Pretrained
 from srd_lightning.data.batches import collate
+from srd_lightning.data.layout import FIRST
 from srd_lightning.models.split import SplitModel
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
 from srd_lightning.training.step import DistillationStep
@@ -49,14 +50,12 @@ def gradient(step: DistillationStep, batch: Any, autocast: bool) -> tuple[float,
 def cached(kind: HiddenStates | TopK, teacher: Any, batch: dict[str, Any]) -> tuple[CachedTeacher, dict[str, Any]]:
     """Return a teacher that is cached, and the batch with what it brings along."""
     parts = SplitModel(teacher)
-    head, counts = parts.head(), (batch["labels"] != -100).sum(1).tolist()
+    head = parts.head()
     with torch.no_grad():
         kept = kind.observe(parts.hidden(batch), head)
-    padded = {
-        name: torch.nn.utils.rnn.pad_sequence(torch.split(values, counts), batch_first=True)
-        for name, values in kept.items()
-    }
-    return CachedTeacher(kind, head), {**batch, **padded}
+    counts = (batch["labels"] != -100).sum(1)
+    first = counts.cumsum(0) - counts - (batch["labels"] != -100).int().argmax(1)
+    return CachedTeacher(kind, head), {**batch, **kept, FIRST: first}
 
 
 def arms(

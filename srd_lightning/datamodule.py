@@ -362,7 +362,7 @@ class SRDDataModule(LightningDataModule):
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         self._staged.refresh(epoch)
         pool, lengths = self._staged.of_epoch(epoch)
-        return self.loaders.train(pool, lengths, epoch, self.batch_size, self._ranks, self._collate)
+        return self.loaders.train(pool, lengths, epoch, self.batch_size, self._ranks, self._collate, self._on_gpu)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the ``validation`` rows, or nothing if there are none."""
@@ -378,7 +378,8 @@ class SRDDataModule(LightningDataModule):
 
     def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         if split in self.rows:
-            return self.loaders.evaluation(self.rows[split], self.eval_batch_size, self._ranks, self._collate)
+            rows = self.rows[split]
+            return self.loaders.evaluation(rows, self.eval_batch_size, self._ranks, self._collate, self._on_gpu)
         if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
             check_splits(self.rows, self.trainer.state.fn.value)
         return []
@@ -388,6 +389,10 @@ class SRDDataModule(LightningDataModule):
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         return Collate(pad, self.pad_to_multiple_of, self._batch_columns)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     @property
     def _ranks(self) -> dict[str, int]:

@@ -12,19 +12,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.checkpoints.refusals import check_optimizer
 from srd_lightning.checkpoints.resume_state import ResumeState, RunSeed
+from srd_lightning.data.layout import LaidOut
 from srd_lightning.distributed.clipping import clip
 from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh, shard_along
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.answers import answers
 from srd_lightning.evaluation.text_metrics import rouge_l
+from srd_lightning.evaluation.weighted_mean import WeightedMean
 from srd_lightning.losses.auxiliary import AuxiliaryLoss
-from srd_lightning.losses.base import DistillationLoss, response_mask
+from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.standard import ForwardKL
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding
@@ -35,7 +36,7 @@ from srd_lightning.protocols import HasCuratedRows
 from srd_lightning.teacher.handle import CacheKind, CacheSettings, TeacherHandle
 from srd_lightning.teacher.live import CachedTeacher
 from srd_lightning.training import arguments, compatibility
-from srd_lightning.training.failures import Failures, check_finite
+from srd_lightning.training.failures import Failures, Measured, read_finite
 from srd_lightning.training.hardware import Hardware
 from srd_lightning.training.hooks import TrainingHooks
 from srd_lightning.training.lr_plan import stage_steps, staged_schedule
@@ -44,8 +45,6 @@ from srd_lightning.training.student import StudentHandle
 from srd_lightning.training.token_normalizer import TokenMean
 
 Batch = Mapping[str, Tensor]
-NAN = float("nan")
-"""What `MeanMetric` takes for NaN: by default it would leave these rows out, and the mean of the others look sound."""
 
 
 class KDLightningModule(LightningModule):
@@ -151,10 +150,11 @@ class KDLightningModule(LightningModule):
         self.restart_lr_each_stage = restart_lr_each_stage
         self.decoding = decoding
         self.token_mean = TokenMean()
+        self._measured: list[Measured] = []
         self.is_set_up = False
         """Whether `setup` was called for the run that begins."""
         self.metrics = nn.ModuleDict(
-            {f"{stage}_{name}": MeanMetric(NAN) for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
+            {f"{stage}_{name}": WeightedMean() for stage in ("val", "test") for name in ("nll", "kl", "rouge_l")}
         )
 
     @property
@@ -298,7 +298,7 @@ class KDLightningModule(LightningModule):
             if self._trainer.state.fn != TrainerFn.PREDICTING:
                 self.teacher_handle.place(self)
             group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
-        self.token_mean = TokenMean(group)
+        self.token_mean, self._measured = TokenMean(group), []
         teacher = self.teacher_handle.used
         self.step.attach(self.build_student(), teacher, None if teacher is None else self.shared_vocabulary(teacher))
 
@@ -306,33 +306,63 @@ class KDLightningModule(LightningModule):
         """Return the student's logits, ``[B, T, V]``."""
         return logits_of(cast(nn.Module, self.student), batch)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch, and look at it before: to ask the device what is in it, the step would have to wait."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        self.step.inspect(batch, moved)
+        return moved
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
         step, accumulated = self.step, self.trainer.accumulate_grad_batches if self._trainer else 1
-        self._check_batch(batch, f"training batch {batch_idx}")
-        num_tokens = self.token_mean.divisor(response_mask(batch["labels"]).sum(), accumulated)
+        laid_out = self._laid_out(batch, f"training batch {batch_idx}")
+        num_tokens = self.token_mean.divisor(_number_of_tokens(laid_out), accumulated)
         auxiliary = cast("list[AuxiliaryLoss]", list(self.auxiliary))
-        objective = step.objective(batch, self.loss, self.kd_weight, num_tokens, auxiliary)
-        loss, ce, kd = self.token_mean.of_batch(torch.stack(objective).detach())
+        objective = step.objective(laid_out, self.loss, self.kd_weight, num_tokens, auxiliary)
+        means = self.token_mean.of_batch(torch.stack(objective).detach())
         trained = self._trainer is not None and self.trainer.global_step > 0
-        why = functools.partial(step.why_not_finite, batch, trained)
-        check_finite(loss, "loss", self, batch_idx, own=objective.loss, reason=why)
+        why = functools.partial(step.why_not_finite, laid_out, trained)
+        tokens = self.token_mean.tokens_of_batch
+        self._measured.append(Measured(batch_idx, means, tokens, objective.loss.detach(), why))
+        if self._trainer is None:  # nobody will say when the step is made
+            self.read_measures()
+        return objective.loss
+
+    def read_measures(self, norm: Tensor | None = None) -> None:
+        """Log what was measured for a step, and refuse to make it with what is no number; see `read_finite`.
+
+        Args:
+            norm: Of the gradient, where it is known.
+
+        Raises:
+            NonFiniteError: A loss or the norm is no number.
+        """
+        batches, self._measured = self._measured, []
+        means = read_finite(batches, norm, self)
+        if means is None:
+            return
+        loss, ce, kd = means  # on the host, so nothing that is logged makes it wait
         if self.kd_weight < 1:
             self.log("train_ce", ce)
         if self.kd_weight > 0:
             self.log("train_kd", kd)
-        if auxiliary:
+        if self.auxiliary:
             self.log("train_auxiliary", loss - (1 - self.kd_weight) * ce - self.kd_weight * kd)
         self.log("train_loss", loss, prog_bar=True)
-        return objective.loss
 
-    def _check_batch(self, batch: Batch, name: str) -> None:
+    @property
+    def reads_when_clipping(self) -> bool:
+        """Whether a step is read when its gradient is clipped, with the norm; else it is read just before."""
+        own = type(self).configure_gradient_clipping is KDLightningModule.configure_gradient_clipping
+        return own and self.automatic_optimization
+
+    def _laid_out(self, batch: Batch, name: str) -> LaidOut:
         if self.step.student is None or self.step.student is not self.student:
             raise RuntimeError(
                 f"the student of {type(self).__name__} is not the one that configure_model() has prepared; call that "
                 "before the first step, or super().configure_model() in your own, with the student in its place"
             )
-        self.step.check(batch, name)
+        return self.step.laid_out(batch, name)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val_nll`` and ``val_kl``, means over response tokens."""
@@ -361,16 +391,16 @@ class KDLightningModule(LightningModule):
         return tokenizer
 
     def _log_likelihoods(self, stage: str, batch: Batch, batch_idx: int) -> None:
-        self._check_batch(batch, f"{stage} batch {batch_idx}")
-        tokens = response_mask(batch["labels"]).sum()
+        laid_out = self._laid_out(batch, f"{stage} batch {batch_idx}")
+        tokens = _number_of_tokens(laid_out)
         with_teacher = self.teacher_handle.used is not None
-        found = self.step.objective(batch, ForwardKL(), 0.5 if with_teacher else 0.0)
+        found = self.step.objective(laid_out, ForwardKL(), 0.5 if with_teacher else 0.0)
         self._log_mean(f"{stage}_nll", found.ce, tokens)
         if with_teacher:
             self._log_mean(f"{stage}_kl", found.kd, tokens)
 
     def _log_mean(self, name: str, value: Tensor | float, weight: Tensor | int) -> None:
-        metric = cast(MeanMetric, self.metrics[name])
+        metric = cast(WeightedMean, self.metrics[name])
         metric.update(value, weight)
         self.log(name, metric, on_step=False, on_epoch=True, prog_bar=name == "val_nll")
 
@@ -385,9 +415,7 @@ class KDLightningModule(LightningModule):
         Raises:
             FloatingPointError: The norm is no number.
         """
-        norm = clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if norm is not None:
-            check_finite(norm, "norm of the gradient", self, self.trainer.fit_loop.batch_idx)
+        self.read_measures(clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm))
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and the schedule over the planned steps of the whole curriculum."""
@@ -396,3 +424,8 @@ class KDLightningModule(LightningModule):
             return optimizer
         scheduler = staged_schedule(self.lr_scheduler, optimizer, stage_steps(self.trainer), self.restart_lr_each_stage)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _number_of_tokens(batch: LaidOut) -> Tensor:
+    """Return the number of response tokens, a scalar, made on the device of the batch: to copy it there would wait."""
+    return torch.full((), len(batch.layout.targets), dtype=torch.float32, device=batch["labels"].device)

@@ -85,7 +85,7 @@ def test_a_step_is_the_same_wherever_the_padding_is(chunk, micro_batch_tokens):
 
 def test_nothing_is_added_where_padding_is_on_the_right():
     batch = collate(left_padded()[0], pad_token_id=0)
-    assert extras(gpt2(), batch["attention_mask"]) == {}
+    assert extras(gpt2(), batch["attention_mask"], right_padded=True) == {}
 
 
 def test_logits_of_a_router_are_never_made():

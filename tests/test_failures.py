@@ -12,7 +12,8 @@ from conftest import HANGS, QUIET, make_rows, of_launcher, of_project, tiny_mode
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import ByT5Tokenizer
 
-from srd_lightning import KDLightningModule, SRDDataModule
+from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule
+from srd_lightning.errors import NonFiniteError
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -89,3 +90,44 @@ def test_a_gradient_that_is_no_number_makes_no_step(precision, tmp_path):
     assert kept["global_step"] == 2
     assert kept["state_dict"].keys() == spoil.before.keys()
     assert all(torch.equal(weight, spoil.before[name]) for name, weight in kept["state_dict"].items())
+
+
+class Breaks(ForwardKL):
+    """Gives NaN where it is told to."""
+
+    broken = False
+
+    def divergence(self, teacher_logp, student_logp):
+        return super().divergence(teacher_logp, student_logp) + (torch.nan if self.broken else 0.0)
+
+
+class BreakAt(L.Callback):
+    """Breaks the loss of one batch, and keeps the weights that it has met."""
+
+    def __init__(self, batch_idx):
+        self.batch_idx = batch_idx
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.loss.broken = batch_idx == self.batch_idx
+        if pl_module.loss.broken:
+            self.before = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
+            self.rows = trainer.train_dataloader.ids(batch_idx)
+
+
+class OwnClipping(KDLightningModule):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        """Clip nothing."""
+
+
+@pytest.mark.parametrize("kind", [KDLightningModule, OwnClipping])
+@pytest.mark.parametrize(("batch_idx", "accumulate"), [(1, 1), (2, 2), (3, 2)])
+def test_of_accumulated_batches_the_broken_one_is_named_before_their_step(kind, batch_idx, accumulate, tmp_path):
+    module, spoil = kind(tiny_model(0), tiny_model(1), Breaks()), BreakAt(batch_idx)
+    data = SRDDataModule(make_rows(24), ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
+    options = {**QUIET, "accumulate_grad_batches": accumulate}
+    trainer = L.Trainer(max_epochs=1, callbacks=[spoil], default_root_dir=tmp_path, **options)
+    with pytest.raises(NonFiniteError, match=f"the loss is nan in batch {batch_idx} of epoch 0") as caught:
+        trainer.fit(module, datamodule=data)
+    assert f"its rows: {', '.join(spoil.rows)}. No step was made" in str(caught.value)
+    assert trainer.global_step == 1
+    assert all(torch.equal(weight, spoil.before[name]) for name, weight in module.state_dict().items())

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srd_lightning.data.batches import collate
+from srd_lightning.data.layout import FIRST, LaidOut, lay_out
 from srd_lightning.losses import ForwardKL
 from srd_lightning.losses.chunked import Objective
-from srd_lightning.training.micro_batches import in_parts, micro_batches
+from srd_lightning.training.micro_batches import in_parts
 from srd_lightning.training.step import DistillationStep
 
 
@@ -20,13 +21,22 @@ def test_parts_hold_every_row_once_and_stay_below_the_bound(lengths, max_tokens,
     rows = [[0] * (width - length) + [1] * length for length in lengths]
     mask = torch.tensor(rows if pads_left else [row[::-1] for row in rows])
     ids = mask * torch.arange(1, len(lengths) + 1)[:, None]
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "extra": torch.arange(len(lengths))}
-    parts = micro_batches(batch, max_tokens)
-    assert sorted(torch.cat([part["extra"] for part in parts]).tolist()) == list(range(len(lengths)))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask == 1, -100), "extra": "kept"}
+    codes = torch.arange(mask.numel()).view(mask.shape)
+    brought_along = codes[mask == 1]  # by all tokens, also those that are not learnt
+    batch[FIRST] = mask.sum(1).cumsum(0) - mask.sum(1)
+    layout = lay_out(batch, max_tokens=max_tokens)
+    parts = LaidOut(batch, layout).parts()
+    assert sorted(row for part in layout.parts for row in part.rows.tolist()) == list(range(len(lengths)))
+    assert sorted(token for part in parts for token in part.layout.tokens.tolist()) == sorted(layout.tokens.tolist())
     assert sum(int(part["attention_mask"].sum()) for part in parts) == sum(lengths)
-    for part in parts:
+    for part, (rows_of_part, width, _) in zip(parts, layout.parts, strict=True):
         assert part["input_ids"].numel() <= max_tokens or len(part["input_ids"]) == 1
-        assert torch.equal(part["input_ids"].amax(1), part["extra"] + 1)
+        assert torch.equal(part["input_ids"].amax(1), rows_of_part + 1)
+        own = codes[rows_of_part, :width].flatten()[part.layout.positions + 1]
+        assert torch.equal(part.layout.targets, ids.flatten()[own])
+        assert torch.equal(brought_along[part.layout.tokens], own)
+        assert part["extra"] == "kept"
     if not pads_left:
         assert sum(part["input_ids"].numel() for part in parts) <= mask.numel()
 
@@ -41,7 +51,7 @@ def test_parts_give_the_gradient_of_the_whole(chunk, tokenizer):
         objective = step.objective(batch, ForwardKL(1.5), 0.6)
         (objective.loss * 2).backward()  # as accumulation or a scaler would have it
         found.append((objective, [parameter.grad for parameter in student.parameters()]))
-    assert len(micro_batches(batch, 40)) > 2
+    assert len(lay_out(batch, max_tokens=40).parts) > 2
     (whole, expected), (split, gradients) = found
     torch.testing.assert_close(tuple(split), tuple(whole))
     for gradient, other in zip(gradients, expected, strict=True):

@@ -38,9 +38,14 @@ def check_batch(batch: Any, vocabulary: int | None = None, name: str = "batch") 
         >>> check_batch({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}, 8)["labels"]
         tensor([[5, 6, 7]])
     """
-    if problem := _wrong_fields(batch) or _wrong_values(batch, vocabulary):
+    if problem := problem_of(batch, vocabulary):
         raise DataError(f"{name}: {problem}")
     return batch  # type: ignore[no-any-return]
+
+
+def problem_of(batch: Any, vocabulary: int | None = None) -> str | None:
+    """Return why something is no batch, if it is none; see `check_batch`."""
+    return _wrong_fields(batch) or _wrong_values(batch, vocabulary)
 
 
 def _wrong_fields(batch: Any) -> str | None:
@@ -61,7 +66,7 @@ def _wrong_fields(batch: Any) -> str | None:
 
 
 def _wrong_values(batch: Mapping[str, Tensor], vocabulary: int | None) -> str | None:
-    input_ids, mask, labels = (batch[field] for field in FIELDS)
+    input_ids, mask, labels = (batch[field].cpu() for field in FIELDS)
     if not bool(((mask == 0) | (mask == 1)).all()):
         return "attention_mask must be 1 at tokens and 0 at padding, but holds other numbers"
     learnt = labels != IGNORE_INDEX

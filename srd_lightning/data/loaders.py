@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning import Trainer
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
@@ -32,7 +31,14 @@ class Loaders:
     sampler: MakeSampler
 
     def train(
-        self, pool: Any, lengths: Lengths, epoch: int, batch_size: int, ranks: Mapping[str, int], collate: Collate
+        self,
+        pool: Any,
+        lengths: Lengths,
+        epoch: int,
+        batch_size: int,
+        ranks: Mapping[str, int],
+        collate: Collate,
+        pin_memory: bool,
     ) -> ResumableLoader:
         """Return the rows of an epoch in a random order; the last ranks may see a row again to even out.
 
@@ -43,29 +49,34 @@ class Loaders:
             batch_size: Rows per rank and batch.
             ranks: ``rank``, and ``num_replicas`` that see different rows.
             collate: Makes batches.
+            pin_memory: Put them where a GPU can fetch them by itself.
 
         Returns:
             The loader of this rank.
         """
         sampler = sampler_of(self.sampler, pool, lengths, batch_size, ranks, self.seed)
         sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
-        return ResumableLoader(pool, **self._settings(sampler, batch_size, collate))
+        return ResumableLoader(pool, **self._settings(sampler, batch_size, collate, pin_memory))
 
-    def evaluation(self, rows: Any, batch_size: int, ranks: Mapping[str, int], collate: Collate) -> DataLoader[Any]:
+    def evaluation(
+        self, rows: Any, batch_size: int, ranks: Mapping[str, int], collate: Collate, pin_memory: bool
+    ) -> DataLoader[Any]:
         """Return rows in their order. Every rank gets as many; those that fill up have no response to count."""
         fill = -len(rows) % ranks["num_replicas"]
         blanks: Any = [{**rows[0], "prompt_length": len(rows[0]["input_ids"])}] * fill
         full: ConcatDataset[Any] = ConcatDataset([rows, blanks])
         sampler: DistributedSampler[Any] = DistributedSampler(full, ranks["num_replicas"], ranks["rank"], shuffle=False)
-        return DataLoader(full, **self._settings(sampler, batch_size, collate))
+        return DataLoader(full, **self._settings(sampler, batch_size, collate, pin_memory))
 
-    def _settings(self, sampler: DistributedSampler[Any], batch_size: int, collate: Collate) -> dict[str, Any]:
+    def _settings(
+        self, sampler: DistributedSampler[Any], batch_size: int, collate: Collate, pin_memory: bool
+    ) -> dict[str, Any]:
         return {
             "batch_size": batch_size,
             "sampler": sampler,
             "num_workers": self.num_workers,
             "collate_fn": collate,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": pin_memory,
         }
 
 

@@ -168,11 +168,21 @@ class DistillationLoss(nn.Module):
                 f"{list(teacher_logits.shape)}; distillation needs two models with the same vocabulary"
             )
         mask = response_mask(labels, self.ignore_index)
-        student_logp = log_probabilities(student_logits[:, :-1][mask], self.temperature)
-        teacher_logp = log_probabilities(teacher_logits[:, :-1][mask], self.temperature)
+        return self.of_tokens(student_logits[:, :-1][mask], teacher_logits[:, :-1][mask], mask.sum().clamp(min=1))
+
+    def of_tokens(self, student_logits: Tensor, teacher_logits: Tensor, num_tokens: Tensor) -> Tensor:
+        """Return the mean over tokens whose logits were taken out already: what `forward` does after that.
+
+        Args:
+            student_logits: ``[N, V]``.
+            teacher_logits: ``[N, V]``.
+            num_tokens: What the sum over them is divided by.
+        """
+        student_logp = log_probabilities(student_logits, self.temperature)
+        teacher_logp = log_probabilities(teacher_logits, self.temperature)
         values = self.divergence(teacher_logp, student_logp)
         values = check_values(self, values, len(student_logp), torch.is_grad_enabled() and student_logp.requires_grad)
-        return self.scale * upcast(values).sum() / mask.sum().clamp(min=1)
+        return self.scale * upcast(values).sum() / num_tokens
 
 
 def needs_all_logits(loss: DistillationLoss) -> bool:

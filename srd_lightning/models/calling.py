@@ -8,19 +8,23 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from srd_lightning.data.layout import LaidOut, pads_right
+
 
 def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Return all logits of a model, ``[B, T, V]``.
 
     Args:
         model: Takes ``input_ids`` and ``attention_mask``, and returns an object with ``logits``.
-        batch: Has both.
+        batch: Has both; of one whose layout is not known the device is asked for it.
     """
     mask = batch["attention_mask"]
-    return cast(Tensor, model(input_ids=batch["input_ids"], attention_mask=mask, **extras(model, mask)).logits)
+    on_right = batch.layout.right_padded if isinstance(batch, LaidOut) else pads_right(mask)
+    given = extras(model, mask, on_right)
+    return cast(Tensor, model(input_ids=batch["input_ids"], attention_mask=mask, **given).logits)
 
 
-def extras(model: nn.Module, attention_mask: Tensor) -> dict[str, Any]:
+def extras(model: nn.Module, attention_mask: Tensor, right_padded: bool) -> dict[str, Any]:
     """Return what else a model must be told of a batch: positions where padding is on the left, no router's logits.
 
     Models with learnt positions count from the first column unless they are told otherwise, and would take the first
@@ -29,9 +33,10 @@ def extras(model: nn.Module, attention_mask: Tensor) -> dict[str, Any]:
     Args:
         model: The model.
         attention_mask: ``[B, T]``
+        right_padded: Whether none of its tokens stands behind padding.
     """
     found: dict[str, Any] = router_off(model)
-    if not pads_right(attention_mask) and "position_ids" in _parameters(model):
+    if not right_padded and "position_ids" in _parameters(model):
         found["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return found
 
@@ -43,17 +48,6 @@ def router_off(model: Any) -> dict[str, Any]:
         if getattr(getattr(model, "config", None), "output_router_logits", False)
         else {}
     )
-
-
-def pads_right(attention_mask: Tensor) -> bool:
-    """Return whether no token of ``[B, T]`` stands behind padding.
-
-    Example:
-        >>> import torch
-        >>> pads_right(torch.tensor([[1, 1, 0]])), pads_right(torch.tensor([[0, 1, 1]]))
-        (True, False)
-    """
-    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

@@ -14,12 +14,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from srd_lightning.data.layout import Packed, layout_of
 from srd_lightning.distributed.fsdp2 import inside
 from srd_lightning.errors import ModelError, lacks_memory
 from srd_lightning.losses.auxiliary import LAST
 from srd_lightning.losses.base import response_mask
 from srd_lightning.losses.head import Head
-from srd_lightning.models.calling import extras, logits_of, pads_right, router_off
+from srd_lightning.models.calling import extras, logits_of, router_off
 from srd_lightning.models.generation import eval_mode
 
 Batch = Mapping[str, Tensor]
@@ -71,23 +72,24 @@ class SplitModel:
 
     def layers(self, batch: Batch, numbers: Collection[int]) -> dict[int, Tensor]:
         """See `BodyAndHead.layers`."""
-        mask = nn.functional.pad(response_mask(batch["labels"]), (0, 1), value=False)
-        real = batch["attention_mask"].bool()
+        layout = layout_of(batch, self.packing)
+        positions = layout.positions
         if self.packing:
-            positions = (batch["attention_mask"].cumsum(1) - 1)[real]
-            given = {"input_ids": batch["input_ids"][real][None], "position_ids": positions[None]}
-            mask = mask[real][None]
-        elif pads_right(real):  # causal attention never looks at right padding: no mask, and the fused kernel
+            tokens, position_ids, positions = cast(Packed, layout.packed)
+            input_ids = batch["input_ids"].flatten().index_select(0, tokens)
+            given = {"input_ids": input_ids[None], "position_ids": position_ids[None]}
+        elif layout.right_padded:  # causal attention never looks at right padding: no mask, and the fused kernel
             given = {"input_ids": batch["input_ids"]}
         else:
             given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            given |= extras(self.body, batch["attention_mask"])
+            given |= extras(self.body, batch["attention_mask"], layout.right_padded)
         wanted = {"output_hidden_states": True} if set(numbers) - {LAST} else {}
         output = self.body(use_cache=False, **{**router_off(self.body), **wanted, **given})
-        return {
-            number: (output.last_hidden_state if number == LAST else output.hidden_states[number])[mask]
+        found = {
+            number: output.last_hidden_state if number == LAST else output.hidden_states[number]
             for number in dict.fromkeys(numbers)
         }
+        return {number: states.flatten(0, 1).index_select(0, positions) for number, states in found.items()}
 
     @property
     def body(self) -> Any:

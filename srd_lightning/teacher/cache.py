@@ -28,7 +28,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
+from srd_lightning.data.layout import FIRST
 from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.digests import digest, file_digest
 from srd_lightning.losses.head import Head
@@ -155,8 +157,14 @@ class TeacherCache:
         order = np.argsort(keys, kind="stable")
         return keys[order], order, whole
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return what is kept of some rows, padded to the longest response: ``[B, R, width]`` each.
+    def batch(self, rows: Sequence[Row], pin_memory: bool = False) -> dict[str, Tensor]:
+        """Return what is kept of some rows, one after the other: ``[N, width]`` each, for their N response tokens.
+
+        With it comes `FIRST`, by which each token finds its own.
+
+        Args:
+            rows: Tokenised rows.
+            pin_memory: Copy it to where a GPU can fetch it by itself; a process that loads batches for another cannot.
 
         Raises:
             KeyError: A row is not there.
@@ -168,25 +176,13 @@ class TeacherCache:
         for row, key, place in zip(answered, wanted, places, strict=True):
             if place == len(keys) or keys[place] != key:
                 raise KeyError(f"row {row['id']} is not in the teacher cache in {self.folder}")
-        return {
-            name: self._padded(rows, [whole[name][int(order[place])].as_buffer() for place in places], dtype)
+        lengths = np.array(response_lengths(rows))
+        tokens, pin = int(lengths.sum()), pin_memory and get_worker_info() is None
+        before = np.cumsum(lengths) - lengths - [row["prompt_length"] for row in rows]
+        return {FIRST: torch.from_numpy(before)} | {
+            name: _joined([whole[name][int(order[place])].as_buffer() for place in places], dtype, tokens, pin)
             for name, dtype in self.kind.fields.items()
         }
-
-    @staticmethod
-    def _padded(rows: Sequence[Row], buffers: Sequence[pa.Buffer], dtype: torch.dtype) -> Tensor:
-        lengths = response_lengths(rows)
-        left = iter(buffers)
-        values = [
-            torch.frombuffer(bytearray(next(left)), dtype=dtype).view(length, -1) if length else None
-            for length in lengths
-        ]
-        width = next((value.shape[1] for value in values if value is not None), 1)
-        padded = torch.zeros(len(rows), max(lengths), width, dtype=dtype)
-        for row, value in enumerate(values):
-            if value is not None:
-                padded[row, : len(value)] = value
-        return padded
 
     def save_head(self, head: Head) -> None:
         """Keep the teacher's head; the cache is complete only with it."""
@@ -223,6 +219,14 @@ def row_key(row: Row) -> int:
 
 def _to_bytes(values: Tensor) -> bytes:
     return values.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _joined(buffers: Sequence[pa.Buffer], dtype: torch.dtype, tokens: int, pin_memory: bool) -> Tensor:
+    """Copy mapped buffers, once, to behind each other: ``[tokens, width]``."""
+    joined = torch.empty(sum(buffer.size for buffer in buffers), dtype=torch.uint8, pin_memory=pin_memory)
+    if buffers:
+        np.concatenate([np.frombuffer(buffer, np.uint8) for buffer in buffers], out=joined.numpy())
+    return joined.view(dtype).view(tokens, -1) if tokens else joined.view(dtype).view(0, 1)
 
 
 def check_same(folder: Path, made_of: Callable[[], Mapping[str, str]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,8 @@ class TeacherHandle:
             vocabulary,
             width_of(given),
         )
-        data.use_batch_columns(cache.batch)
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        data.use_batch_columns(functools.partial(cache.batch, pin_memory=on_gpu))
         if self.source is not None:  # it can be loaded again
             self.model = None
 

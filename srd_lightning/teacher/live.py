@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from srd_lightning.data.layout import layout_of
 from srd_lightning.distributed.fsdp2 import inside
 from srd_lightning.losses.auxiliary import LAST
-from srd_lightning.losses.base import FLOOR, response_mask, upcast
+from srd_lightning.losses.base import FLOOR, upcast
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.top_k import POWERS, Likeliest
@@ -61,7 +62,8 @@ class LiveTeacher:
     ) -> tuple[Logits, dict[int, Tensor]]:
         """Run the body, or the whole, which has no hidden states to give."""
         if self.parts is None:
-            logits = logits_of(self.model, batch)[:, :-1, :vocabulary][response_mask(batch["labels"])]
+            every = logits_of(self.model, batch).flatten(0, 1)
+            logits = every.index_select(0, layout_of(batch).positions)[:, :vocabulary]
             return lambda tokens: logits[tokens], {}
         found = inside(self.model, functools.partial(self.parts.layers, batch, {LAST, *numbers}))
         return by_head(self.parts.head().narrow(vocabulary), found[LAST]), found  # sharded, it keeps its head at hand
@@ -164,11 +166,8 @@ class CachedTeacher:
     def logits_and_layers(
         self, batch: Batch, vocabulary: int | None, numbers: Collection[int]
     ) -> tuple[Logits, dict[int, Tensor]]:
-        """Take the rows' tokens, ``[B, R, width]``, out of their padding; of layers there is at most the last."""
-        counts = response_mask(batch["labels"]).sum(1)
-        kept = {}
-        for name in self.kind.fields:
-            values = batch[name]
-            kept[name] = values[torch.arange(values.shape[1], device=values.device) < counts[:, None]]
+        """Take what the batch brings along of its tokens, ``[N, width]`` each; of layers there is at most the last."""
+        tokens = cast(Tensor, layout_of(batch).tokens)
+        kept = {name: batch[name].index_select(0, tokens) for name in self.kind.fields}
         layers = {LAST: kept["teacher_hidden"]} if "teacher_hidden" in kept else {}
         return self.kind.logits(kept, self.head.narrow(vocabulary)), layers

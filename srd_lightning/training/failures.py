@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -29,42 +32,80 @@ ON_ALL_PROCESSES = (NonFiniteError, SIGTERMException, KeyboardInterrupt)
 SECONDS_TO_SPEAK = 2
 
 
-def check_finite(
-    value: Tensor,
-    name: str,
-    module: LightningModule,
-    batch_idx: int,
-    own: Tensor | None = None,
-    reason: Callable[[], str | None] = lambda: None,
-) -> None:
-    """Stop a run before it makes a step with what is no number.
+@dataclass(frozen=True)
+class Measured:
+    """What was measured in a batch, still on its device.
 
     Args:
-        value: The same on all processes.
-        name: What it is.
+        batch_idx: Number of the batch within the epoch.
+        means: Loss first, over the tokens of all processes, ``[n]``; the same on each.
+        tokens: How many they are, a scalar.
+        own: The share of this process in the loss, by which its rows are found.
+        reason: Says, asked only where the loss is no number and on all processes, which model is to blame and what to
+            do, if it can tell.
+    """
+
+    batch_idx: int
+    means: Tensor
+    tokens: Tensor
+    own: Tensor
+    reason: Callable[[], str | None]
+
+
+def read_finite(batches: Sequence[Measured], norm: Tensor | None, module: LightningModule) -> Tensor | None:
+    """Fetch what was measured for a step, all at once, and stop a run before it makes the step with what is no number.
+
+    This is where the host waits for the device, once per step: when its gradients are there, before they are used.
+
+    Args:
+        batches: Of the step; none, where they have been read.
+        norm: Of its gradient, where that is known; the same on all processes.
         module: Which is trained.
-        batch_idx: Of the batch within the epoch.
-        own: The share of this process, by which the rows are found; by default those of all processes are named.
-        reason: Says, asked only then and on all processes, which model is to blame and what to do, if it can tell.
+
+    Returns:
+        The means over the tokens of the step, ``[n]``, on the host.
 
     Raises:
-        NonFiniteError: It is infinite or not a number; names the rows of the batch.
+        NonFiniteError: A loss or the norm is infinite or not a number; names the rows of the batch.
     """
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    if bool(value.isfinite().all()):
-        return
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    scalars = [] if norm is None else [norm[None]]
+    if not batches and not scalars:
+        return None
+    measured = [torch.cat([batch.means, batch.tokens[None]]) for batch in batches]
+    found = torch.tensor(torch.cat([*measured, *scalars]).tolist())
+    rows = found[: sum(map(len, measured))].view(len(batches), -1)
+    for batch, row in zip(batches, rows.tolist(), strict=True):
+        if not math.isfinite(row[0]):
+            guilty = not bool(batch.own.isfinite())
+            raise _not_finite("loss", row[0], module, batch.batch_idx, guilty, batch.reason)
+    if norm is not None and not math.isfinite(found[-1]):
+        raise _not_finite("norm of the gradient", float(found[-1]), module, module.trainer.fit_loop.batch_idx)
+    if len(batches) < 2:
+        return rows[0, :-1] if batches else None
+    return (rows[:, :-1] * rows[:, -1:]).sum(0) / rows[:, -1].sum().clamp(min=1)
+
+
+def _not_finite(
+    name: str,
+    value: float,
+    module: LightningModule,
+    batch_idx: int,
+    guilty: bool = True,
+    reason: Callable[[], str | None] = lambda: None,
+) -> NonFiniteError:
+    """Return what names the rows of the guilty processes; all must ask."""
 
     def rows_of_batch() -> list[str]:
         ids = getattr(module._trainer and module._trainer.train_dataloader, "ids", None)
-        guilty = own is None or not bool(own.isfinite().all())
         return ids(batch_idx) if ids is not None and guilty else []
 
     rows = [row for found in Team().from_all(rows_of_batch) for row in found]
     reasons = [found for found in Team().from_all(reason) if found is not None]
     advice = "look at these rows, resume from the last checkpoint with a lower gradient_clip_val or another precision, "
     advice = reasons[0] if reasons else f"{advice}or begin anew with a lower learning rate"
-    raise NonFiniteError(
-        f"the {name} is {float(value)} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
+    return NonFiniteError(
+        f"the {name} is {value} in batch {batch_idx} of epoch {module.current_epoch}; its rows: "
         f"{', '.join(rows) or 'unknown'}. No step was made with it, so what is saved is sound: {advice}"
     )
 

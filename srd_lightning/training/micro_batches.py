@@ -6,8 +6,7 @@ held at a time belongs to one part. To autograd, Lightning and DDP it is one los
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,54 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srd_lightning.losses.chunked import Objective
-
-Batch = Mapping[str, Tensor]
-COST_OF_PART = 256
-"""What a part costs besides its positions, in positions: each makes and adds up all gradients."""
-PADDED = ("input_ids", "attention_mask", "labels")
-
-
-def micro_batches(batch: Batch, max_tokens: int) -> list[dict[str, Tensor]]:
-    """Split a batch into parts of rows of like length, trimmed to their longest.
-
-    Args:
-        batch: Tensors whose first dimension is the row; those of tokens are ``[B, T]``.
-        max_tokens: Most rows times longest row of a part; a single longer row is a part of its own.
-
-    Returns:
-        The parts, longest rows first; no row is lost.
-
-    Example:
-        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
-        >>> parts = micro_batches({"input_ids": mask, "attention_mask": mask, "labels": mask}, max_tokens=4)
-        >>> [tuple(part["input_ids"].shape) for part in parts]
-        [(1, 4), (2, 2)]
-    """
-    mask = batch["attention_mask"]
-    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
-    rows = sorted(range(len(ends)), key=lambda row: -ends[row])
-    cuts = _cuts([ends[row] for row in rows], max_tokens)
-    parts = [rows[first:last] for first, last in itertools.pairwise(cuts)]
-    return [
-        {name: values[part, : ends[part[0]]] if name in PADDED else values[part] for name, values in batch.items()}
-        for part in parts
-    ]
-
-
-def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
-    """Return where to cut rows, longest first, so that positions and parts cost least; both ends included."""
-    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first so many rows: the least cost, and the last cut before
-    for last in range(1, len(lengths) + 1):
-        choices = [
-            (best[first][0] + (last - first) * lengths[first] + COST_OF_PART, first)
-            for first in range(last)
-            if (last - first) * lengths[first] <= max_tokens or last - first == 1
-        ]
-        best.append(min(choices))
-    cuts = [len(lengths)]
-    while cuts[-1]:
-        cuts.append(best[cuts[-1]][1])
-    return cuts[::-1]
 
 
 def in_parts(objectives: Sequence[Callable[[], Objective]], parameters: Iterable[nn.Parameter]) -> Objective:

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from srd_lightning.data.batches import check_batch
+from srd_lightning.data.batches import check_batch, problem_of
+from srd_lightning.data.layout import Inspected, LaidOut, Layout, lay_out, layout_of
 from srd_lightning.distributed.fsdp2 import inside, is_sharded, release
 from srd_lightning.distributed.process_group import Team
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import LAST, AuxiliaryLoss
-from srd_lightning.losses.base import DistillationLoss, cross_entropy, needs_all_logits, response_mask
+from srd_lightning.losses.base import DistillationLoss, needs_all_logits, upcast
 from srd_lightning.losses.checks import check_scalar
 from srd_lightning.losses.chunked import Objective, chunked_objective
 from srd_lightning.losses.top_k import Likeliest
@@ -25,7 +26,7 @@ from srd_lightning.models.split import BodyAndHead, NotSplit, split
 from srd_lightning.models.vocabulary import vocabulary_size
 from srd_lightning.teacher.live import CachedTeacher, LiveTeacher, Teacher
 from srd_lightning.training.diagnosis import cause_of
-from srd_lightning.training.micro_batches import in_parts, micro_batches
+from srd_lightning.training.micro_batches import in_parts
 
 Batch = Mapping[str, Tensor]
 
@@ -37,7 +38,7 @@ class DistillationStep:
         chunk: Response tokens whose logits exist at a time, by default as `chunk_size` says; ``None`` makes all logits.
         packing: See `SplitModel`.
         compile: Compile bodies, and what turns logits into gradients.
-        micro_batch_tokens: See `micro_batches`; by default batches are taken whole.
+        micro_batch_tokens: Most rows times longest row of a part, see `lay_out`; by default batches are taken whole.
     """
 
     def __init__(
@@ -69,23 +70,40 @@ class DistillationStep:
         self.student, self.source, self.vocabulary = student, teacher, vocabulary
         self.parts: BodyAndHead | None = None
         self.teacher: Teacher | None = None
-        self._looked = self._checked = self._warned = False
+        self._looked = self._warned = False
+        self._inspected: Inspected | None = None
         return self
 
-    def check(self, batch: Any, name: str) -> None:
-        """Refuse a batch that is not what it must be: each on a CPU, and the first elsewhere, where looking waits.
+    def inspect(self, batch: Any, moved: Any) -> None:
+        """Look at a batch while it is on the host, for the step that will be given it on its device.
+
+        Args:
+            batch: Any.
+            moved: The same, where the step will have it.
+        """
+        sound = self.student is not None and problem_of(batch, self._tokens) is None  # if not, the step will say so
+        self._inspected = Inspected.of(moved, self._lay_out(batch)) if sound else None
+
+    def laid_out(self, batch: Any, name: str) -> LaidOut:
+        """Return a batch with its layout, which makes the host wait where it was not inspected, or was changed since.
 
         Args:
             batch: Any.
             name: Of the batch, for the message.
 
         Raises:
-            DataError: See `check_batch`.
+            DataError: It is not what it must be; see `check_batch`.
         """
-        if self._checked and batch["input_ids"].device.type != "cpu":
-            return
-        check_batch(batch, self.vocabulary or vocabulary_size(self.student), name)
-        self._checked = True
+        if self._inspected is not None and self._inspected.is_of(batch):
+            return LaidOut(batch, self._inspected.layout)
+        return LaidOut(batch, self._lay_out(check_batch(batch, self._tokens, name)))
+
+    def _lay_out(self, batch: Batch) -> Layout:
+        return lay_out(batch, self.packing, self.micro_batch_tokens)
+
+    @property
+    def _tokens(self) -> int | None:
+        return self.vocabulary or vocabulary_size(self.student)
 
     def objective(
         self,
@@ -98,7 +116,8 @@ class DistillationStep:
         """Return the objective of a batch, taken in parts where it is large.
 
         Args:
-            batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
+            batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher;
+                see `laid_out`.
             loss: The distillation loss.
             kd_weight: Its share.
             num_tokens: What sums over tokens are divided by, a scalar; by default their number.
@@ -117,22 +136,20 @@ class DistillationStep:
         if not self._warned and self.parts is not None and kd_weight > 0 and needs_all_logits(loss):
             self._warned = True
             rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
+        if not isinstance(batch, LaidOut):
+            batch = LaidOut(batch, self._lay_out(batch))
+        if num_tokens is None:
+            num_tokens = torch.full((), max(len(batch.layout.targets), 1), device=batch["labels"].device)
         whole = self.parts is None or (kd_weight > 0 and needs_all_logits(loss))
         if auxiliary:
             self._check_hidden_states(None if whole else self.parts)
         way = self._from_all_logits if whole else functools.partial(self._from_chunks, auxiliary=auxiliary)
-        if self.micro_batch_tokens is None:
-            objective = way(batch, loss, kd_weight, num_tokens)
+        shares = [functools.partial(way, part, loss, kd_weight, num_tokens) for part in batch.parts()]
+        if len(shares) == 1:
+            objective = shares[0]()
         else:
-            if num_tokens is None:
-                num_tokens = response_mask(batch["labels"]).sum().clamp(min=1)
-            shares = [
-                functools.partial(way, part, loss, kd_weight, num_tokens)
-                for part in micro_batches(batch, self.micro_batch_tokens)
-            ]
             modules = (cast(nn.Module, self.student), loss, *auxiliary)
-            trained = itertools.chain(*(module.parameters() for module in modules))
-            objective = shares[0]() if len(shares) == 1 else in_parts(shares, trained)
+            objective = in_parts(shares, itertools.chain(*(module.parameters() for module in modules)))
         if isinstance(self.source, nn.Module):
             release(self.source)
         return objective
@@ -142,7 +159,7 @@ class DistillationStep:
         try:
             student = LiveTeacher(cast(nn.Module, self.student), self.parts).logits(batch, self.vocabulary)
             teacher = None if self.teacher is None else self.teacher.logits(batch, self.vocabulary)
-            return cause_of(student, teacher, batch["labels"][:, 1:][response_mask(batch["labels"])].long(), trained)
+            return cause_of(student, teacher, layout_of(batch).targets, trained)
         except Exception:  # what it is to explain must not be hidden by it
             return None
 
@@ -158,16 +175,16 @@ class DistillationStep:
 
     def _from_chunks(
         self,
-        batch: Batch,
+        batch: LaidOut,
         loss: DistillationLoss,
         kd_weight: float,
-        num_tokens: Tensor | None,
+        num_tokens: Tensor,
         auxiliary: Sequence[AuxiliaryLoss],
     ) -> Objective:
         parts, chunk = self.parts, self.chunk
         assert parts is not None, "without parts all logits are made"
         assert chunk is not None
-        targets = batch["labels"][:, 1:][response_mask(batch["labels"])].long()
+        targets = batch.layout.targets
         logits, theirs = None, dict[int, Tensor]()
         if self.teacher is not None and (kd_weight > 0 or auxiliary):
             numbers = {layer for other in auxiliary for layer in other.teacher_layers}
@@ -181,9 +198,8 @@ class DistillationStep:
 
         layers = (LAST, *(layer for other in auxiliary for layer in other.student_layers))
         objective, own = inside(parts.model, work) if is_sharded(parts.model) else work()
-        total = max(len(targets), 1) if num_tokens is None else num_tokens
         for other in auxiliary:
-            objective = objective._replace(loss=objective.loss + other(own, theirs) / total)
+            objective = objective._replace(loss=objective.loss + other(own, theirs) / num_tokens)
         return objective
 
     def _probe_models(self, batch: Batch) -> None:
@@ -216,34 +232,44 @@ class DistillationStep:
         return parts
 
     def _from_all_logits(
-        self, batch: Batch, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor | None
+        self, batch: LaidOut, loss: DistillationLoss, kd_weight: float, num_tokens: Tensor
     ) -> Objective:
-        labels = batch["labels"]
-        logits = logits_of(cast(nn.Module, self.student), batch)[..., : self.vocabulary]
+        positions, targets = batch.layout.positions, batch.layout.targets
+        logits = logits_of(cast(nn.Module, self.student), batch)
+        own = functools.partial(_rows_of, logits, positions, self.vocabulary)
+        count = torch.full((), max(len(targets), 1), device=logits.device)
         total = logits.new_zeros((), dtype=torch.float32)
         ce = kd = total
         if kd_weight < 1:
-            ce = cross_entropy(logits, labels)
+            ce = nn.functional.cross_entropy(upcast(own()), targets, reduction="sum") / count
             total = total + (1 - kd_weight) * ce
         if kd_weight > 0:
-            kd = check_scalar(loss, loss(logits, self._all_teacher_logits(batch, logits), labels))
+            teacher = self._all_teacher_logits(batch)
+            if needs_all_logits(loss):
+                logits = logits[..., : self.vocabulary]
+                full = teacher.new_zeros(logits.shape[:2].numel(), teacher.shape[-1])
+                full = full.index_copy_(0, positions, teacher).view(*logits.shape[:2], -1)
+                kd = check_scalar(loss, loss(logits, full, batch["labels"]))
+            else:
+                kd = loss.of_tokens(own(), teacher, count)
             total = total + kd_weight * kd
-        if num_tokens is not None:
-            share = response_mask(labels).sum() / num_tokens
-            total, ce, kd = total * share, ce * share, kd * share
-        return Objective(total, ce.detach(), kd.detach())
+        share = torch.full_like(count, len(targets)) / num_tokens
+        return Objective(total * share, (ce * share).detach(), (kd * share).detach())
 
-    def _all_teacher_logits(self, batch: Batch, like: Tensor) -> Tensor:
-        """Return ``[B, T, V]``, zero where no token of the response is predicted."""
+    def _all_teacher_logits(self, batch: Batch) -> Tensor:
+        """Return ``[N, V]``."""
         assert self.teacher is not None
         logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
         if isinstance(logits, Likeliest):
             raise SettingError(
                 "teacher_cache topk knows no logits, which this student or loss needs all of: use hidden"
             )
-        full = logits.new_zeros(*like.shape[:2], logits.shape[-1])
-        full[:, :-1][response_mask(batch["labels"])] = logits
-        return full
+        return logits
+
+
+def _rows_of(logits: Tensor, positions: Tensor, vocabulary: int | None) -> Tensor:
+    """Take ``[N, V]`` out of ``[B, T, V]``."""
+    return logits.flatten(0, 1).index_select(0, positions)[:, :vocabulary]
 
 
 def _all_logits(what: object, reason: str) -> str:

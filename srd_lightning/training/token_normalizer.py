@@ -44,6 +44,12 @@ class TokenMean:
         self._tokens.all = self._tokens.all + total
         return self._tokens.first / self.processes
 
+    @property
+    def tokens_of_batch(self) -> Tensor:
+        """Response tokens of the last batch, of all processes."""
+        assert self._tokens is not None, "divisor() comes first"
+        return self._tokens.last
+
     def of_batch(self, values: Tensor) -> Tensor:
         """Return the means over the tokens of the last batch, of all processes, from this process's values."""
         assert self._tokens is not None, "divisor() comes first"
@@ -60,9 +66,10 @@ class TokenMean:
         if tokens is None or tokens.accumulated == 1:
             return
         factor = tokens.accumulated * tokens.first / tokens.all.clamp(min=1)
-        for gradient in (parameter.grad for parameter in parameters):
-            if gradient is not None:
-                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        if own:
+            torch._foreach_mul_(own, factor)
 
     def check_learnt(self) -> None:
         """Check that some batch had a token to learn.

@@ -37,13 +37,14 @@ STAGED = {"kd_weight": {0: 0.5, 2: 0.9}, "loss.temperature": {0: 1.0, 1: 2.0}}
 
 
 class Losses(L.Callback):
-    """Keeps the loss of every batch, which is the same on all processes."""
+    """Keeps the loss of every step, which is the same on all processes."""
 
     def __init__(self):
         self.losses = []
 
     def on_train_batch_end(self, trainer, *_):
-        self.losses.append(float(trainer.callback_metrics["train_loss"]))
+        if trainer.global_step > len(self.losses):
+            self.losses.append(float(trainer.callback_metrics["train_loss"]))
 
 
 class Mute(L.Callback):
