@@ -96,10 +96,10 @@ class TestReflector:
 
     def test_a_second_run_writes_nothing_and_moves_no_model(self, score, monkeypatch, model, tmp_path):
         score()
-        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("*.*")}
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("[!.]*.*")}
         monkeypatch.setattr(model, "to", None)
         score()
-        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("*.*")} == before
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "scores").glob("[!.]*.*")} == before
 
     def test_a_criterion_added_later_takes_the_answers_that_are_there(self, score, monkeypatch, tmp_path):
         expected = score("at once", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100)

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 from srd_lightning.errors import SettingError
 
@@ -185,9 +185,11 @@ def _answer_in_rounds(
         places = torch.tensor(left, dtype=torch.int64, device=input_ids.device)
         input_ids = output.sequences[places]
         attention_mask = torch.cat([attention_mask[places], torch.ones_like(new[places])], dim=1)
-        cache = getattr(output, "past_key_values", None)  # without one, the next round begins with the whole text
-        if running and cache is not None:
-            cache.reorder_cache(places)  # meant for beams; every kind of cache knows it
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, Cache):  # there may be none, and others may not know which rows they hold
+            cache = None  # the next round begins with the whole text
+        elif running:
+            cache.reorder_cache(places)  # meant for beams
     return answers
 
 
