@@ -1,59 +1,26 @@
-"""A tiny model, a tokenizer of bytes, and rows: all that the tests need, made in memory."""
+"""Programs that tests run in processes of their own, and fixtures; what they are made of is in `tiny.py`.
+
+Nothing is imported here that takes long: with pytest-xdist, the process that reads this only hands out the tests. Its
+workers, and the programs, are forks of one process that has imported everything (`forked.py`).
+"""
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import tempfile
-
-CACHE = tempfile.TemporaryDirectory()
-os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has tokenised
-os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
-
-from functools import partial
 from pathlib import Path
 
 import pytest
-import references
-import torch
-from datasets import Dataset
-from safetensors.torch import load_file
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from srd_lightning.data.templates import PromptTemplate
-from srd_lightning.data.tokenization import tokenize
-from srd_lightning.losses import (
-    ForwardKL,
-    JensenShannon,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    TotalVariation,
-)
-
-torch.set_num_threads(1)  # tiny models only lose by more
-
-
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-"""Settings of a trainer that only trains."""
-
-
-LOSSES = {
-    "forward_kl": (ForwardKL, references.forward_kl),
-    "reverse_kl": (ReverseKL, references.reverse_kl),
-    "jensen_shannon": (partial(JensenShannon, beta=0.3), partial(references.jensen_shannon, beta=0.3)),
-    "total_variation": (TotalVariation, references.total_variation),
-    "skew_forward_kl": (partial(SkewForwardKL, alpha=0.2), partial(references.skew_forward_kl, alpha=0.2)),
-    "skew_reverse_kl": (partial(SkewReverseKL, alpha=0.2), partial(references.skew_reverse_kl, alpha=0.2)),
-}
-"""Each loss with the reference of its divergence."""
+CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has tokenised
+if "datasets" in sys.modules:  # in a fork, which has imported it
+    sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(CACHE.name)
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models only lose by more
 
 
 TESTS = Path(__file__).parent
@@ -64,8 +31,8 @@ HANGS = 600
 
 
 def pytest_configure(config):
-    if getattr(config.option, "tx", None):  # of pytest-xdist: its workers share one process that is forked
-        forks()
+    if getattr(config.option, "tx", None):  # of pytest-xdist: how each of its workers is started
+        config.option.tx = [f"popen//python={shlex.join(asking(forks()))}" for _ in config.option.tx]
 
 
 def pytest_unconfigure():
@@ -95,11 +62,16 @@ def forks():
                 )
             )
         python = path.with_name("python")
-        fork = f"{sys.executable} -I -S {TESTS / 'ask.py'} {path} 1"
+        fork = shlex.join(asking(path))
         python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexec {fork} "$@"\n')
         python.chmod(0o700)
         os.environ |= {FORKS: str(path), "SRD_TEST_PYTHON": str(python)}
     return os.environ[FORKS]
+
+
+def asking(path, ranks=1):
+    """Return the command that has a program run in forks; its own arguments come after."""
+    return list(map(str, [sys.executable, "-I", "-S", TESTS / "ask.py", path, ranks]))
 
 
 def python():
@@ -125,8 +97,8 @@ def of_program(program, *arguments, ranks=1, **environment):
     them, each a process with its rank in the environment, as launchers start them; it ends when all have, with the
     first exit code that is not 0. Variables that libraries read when they are imported come too late.
     """
-    command = [sys.executable, "-I", "-S", TESTS / "ask.py", forks(), ranks, program, *arguments]
-    return {"args": list(map(str, command)), "env": surroundings(**environment), "text": True}
+    command = [*asking(forks(), ranks), str(program), *map(str, arguments)]
+    return {"args": command, "env": surroundings(**environment), "text": True}
 
 
 def of_project(name, *arguments, ranks=1, **environment):
@@ -172,6 +144,8 @@ def records_of(folder, devices):
 
 def train_equally(folder, devices, strategy, settings, accelerator="cpu", **environment):
     """Run `projects/equal.py`; return what each process recorded, and the weights that were exported."""
+    from safetensors.torch import load_file
+
     folder.mkdir()
     run_project("equal", folder, devices, strategy, json.dumps(settings), accelerator, ranks=devices, **environment)
     return records_of(folder, devices), load_file(folder / "student" / "model.safetensors")
@@ -190,67 +164,43 @@ def remembered(train, folder):
     return of
 
 
-def tiny_model(seed=0, **options):
-    torch.manual_seed(seed)
-    config = {
-        "vocab_size": 384,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        **options,
-    }
-    return LlamaForCausalLM(LlamaConfig(**config))
-
-
-def lively_model(seed=0, **options):
-    """A model with large weights, which does not say the same to every prompt."""
-    return tiny_model(seed, initializer_range=0.3, **options)
-
-
-PLAIN = PromptTemplate("{instruction} {input}", "{instruction}")
-
-
-def tokenised(tokenizer, rows):
-    return tokenize(Dataset.from_list(rows), tokenizer, PLAIN)[0]
-
-
-def in_other_order(data):
-    return data.select([(7 * row) % len(data) for row in range(len(data))])
-
-
-def make_rows(number):
-    return [{"instruction": f"Say {row}.", "output": "ab" * (1 + row % 5) + str(row)} for row in range(number)]
-
-
 @pytest.fixture
 def student():
+    from tiny import tiny_model
+
     return tiny_model(seed=0)
 
 
 @pytest.fixture
 def teacher():
+    from tiny import tiny_model
+
     return tiny_model(seed=1)
 
 
 @pytest.fixture
 def tokenizer():
+    from transformers import ByT5Tokenizer
+
     return ByT5Tokenizer()
 
 
 @pytest.fixture
 def rows():
+    from tiny import make_rows
+
     return make_rows(16)
 
 
 @pytest.fixture
 def model():
+    from tiny import lively_model
+
     return lively_model()
 
 
 @pytest.fixture
 def data(tokenizer):
+    from tiny import make_rows, tokenised
+
     return tokenised(tokenizer, make_rows(20))

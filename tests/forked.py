@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import json
 import multiprocessing.context
 import os
@@ -19,11 +20,15 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
+import weakref
 from pathlib import Path
 
 EVERYTHING = [
+    "attrs",  # which jsonargparse looks for
+    "pytest",
     "lightning",
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
@@ -118,10 +123,27 @@ def kill(processes):
 def import_everything():
     for module in EVERYTHING:
         importlib.import_module(module)
+    parse_once()
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else threading.enumerate()
     assert len(threads) == 1, "a process with threads cannot be forked safely"
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False  # what was imported here is not taken down at the end of every fork
     gc.collect()
     gc.freeze()  # what is never looked at stays shared
+
+
+def parse_once():
+    """Have jsonargparse look at the classes of a recipe: what it finds is kept for all command lines to come."""
+    import yaml
+    from faults.fault import RECIPE
+
+    from srd_lightning.command.commandline import SRDCLI
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder, "recipe.yaml")
+        recipe.write_text(yaml.safe_dump(RECIPE))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            SRDCLI(["fit", "--config", str(recipe), "--print_config"])
 
 
 def start(program, ranks=1, become=lambda: None):
@@ -207,15 +229,19 @@ def code_of(program):
 
 
 def run_program(program, *arguments):
-    """Run a file as if an interpreter had been started with it."""
+    """Run a file as if an interpreter had been started with it, or the code of a worker of pytest-xdist."""
     import datasets
+
+    if program == "-u":
+        program, *arguments = arguments
+    if program == "-c":
+        exec(arguments[0], {"__name__": "__main__"})
+        return
 
     datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
     sys.executable = os.environ["SRD_TEST_PYTHON"]  # what launchers start are forks as well
     contexts = multiprocessing.context._concrete_contexts
     contexts["forkserver"] = contexts["fork"]  # of a process that has imported what such a server would
-    if program == "-u":
-        program, *arguments = arguments
     if "LOCAL_RANK" in os.environ:
         know_rank(int(os.environ.get("RANK", os.environ["LOCAL_RANK"])))
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)

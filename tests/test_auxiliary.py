@@ -7,8 +7,8 @@ import lightning as L
 import pytest
 import references
 import torch
-from conftest import QUIET, lively_model, make_rows, tiny_model, tokenised
 from lightning.pytorch.strategies import FSDPStrategy
+from tiny import QUIET, lively_model, make_rows, tiny_model, tokenised
 from torch.optim import SGD
 from transformers import ByT5Tokenizer
 

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from conftest import make_rows, tiny_model
 from datasets import Dataset
+from tiny import make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import ChatTemplate, Decoding, KDLightningModule, Pretrained, SRDDataModule

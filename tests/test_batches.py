@@ -1,7 +1,7 @@
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, lively_model, make_rows, tiny_model, tokenised
+from tiny import QUIET, lively_model, make_rows, tiny_model, tokenised
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer
 

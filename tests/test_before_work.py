@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PLAIN, QUIET, make_rows, tiny_model
 from lightning import Trainer
+from tiny import PLAIN, QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, KDLightningModule, Pretrained, SRDDataModule

@@ -8,9 +8,9 @@ import lightning as L
 import pytest
 import references
 import torch
-from conftest import tiny_model
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
+from tiny import tiny_model
 from torch.optim import SGD
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import lively_model, make_rows, tokenised
+from tiny import lively_model, make_rows, tokenised
 from transformers import (
     BloomConfig,
     BloomForCausalLM,

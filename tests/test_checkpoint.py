@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import QUIET, make_rows, tiny_model
 from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from tiny import QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import FSDP2, Curriculum, CurriculumCallback, ResumeCheckpoint, SRDDataModule, cli

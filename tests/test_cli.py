@@ -7,9 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import make_rows, run_cli, tiny_model
+from conftest import run_cli
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
+from tiny import make_rows, tiny_model
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, make_rows, tiny_model
 from lightning.pytorch.plugins.precision import MixedPrecision
+from tiny import QUIET, make_rows, tiny_model
 from torch import nn
 from torch.optim import SGD, AdamW
 from transformers import ByT5Tokenizer, MixtralConfig, MixtralForCausalLM

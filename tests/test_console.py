@@ -11,10 +11,11 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import HANGS, QUIET, of_program
+from conftest import HANGS, of_program
 from faults.fault import RECIPE
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny import QUIET
 
 from srd_lightning.command.console import Ending, explain
 from srd_lightning.errors import DataError, NonFiniteError, RankError, SettingError

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import references
 import torch
-from conftest import PLAIN, lively_model, make_rows, tiny_model, tokenised
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
+from tiny import PLAIN, lively_model, make_rows, tiny_model, tokenised
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 

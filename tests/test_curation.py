@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import references
 import torch
-from conftest import PLAIN, in_other_order, make_rows, tokenised
+from tiny import PLAIN, in_other_order, make_rows, tokenised
 
 from srd_lightning.criteria import (
     AnswerLength,

@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PLAIN, make_rows, tiny_model
 from rich.console import Console
+from tiny import PLAIN, make_rows, tiny_model
 
 from srd_lightning import Decoding, SRDDataModule
 from srd_lightning.criteria import Column, NegativeLogLikelihood, ResponseLength

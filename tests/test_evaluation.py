@@ -1,7 +1,7 @@
 import pytest
 import references
 import torch
-from conftest import lively_model, make_rows, tokenised
+from tiny import lively_model, make_rows, tokenised
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning.criteria.base import response_logits

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import HANGS, of_program, tiny_model
+from conftest import HANGS, of_program
 from datasets import Dataset, DatasetDict
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
 from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule

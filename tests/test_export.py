@@ -6,11 +6,11 @@ from collections import namedtuple
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, tiny_model
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
+from tiny import QUIET, tiny_model
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer

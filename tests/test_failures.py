@@ -8,8 +8,9 @@ import subprocess
 import lightning as L
 import pytest
 import torch
-from conftest import HANGS, QUIET, make_rows, of_launcher, of_project, tiny_model
+from conftest import HANGS, of_launcher, of_project
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PLAIN, in_other_order, make_rows, tiny_model, tokenised
+from tiny import PLAIN, in_other_order, make_rows, tiny_model, tokenised
 from transformers import ByT5Tokenizer
 
 from srd_lightning.curation.reflection import fingerprint

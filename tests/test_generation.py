@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import lively_model
+from tiny import lively_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM
 

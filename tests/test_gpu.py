@@ -12,9 +12,10 @@ import signal
 import lightning as L
 import pytest
 import torch
-from conftest import PLAIN, QUIET, lively_model, make_rows, remembered, run_project, tiny_model, train_equally
+from conftest import remembered, run_project, train_equally
 from test_objective import Case, each_loss, relative
 from test_step import Losses
+from tiny import PLAIN, QUIET, lively_model, make_rows, tiny_model
 from torch.optim import SGD, AdamW
 from transformers import ByT5Tokenizer
 from transformers.utils import is_flash_attn_2_available

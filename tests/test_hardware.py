@@ -4,7 +4,7 @@ import warnings
 
 import lightning as L
 import pytest
-from conftest import QUIET, make_rows, tiny_model
+from tiny import QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import Decoding, KDLightningModule, Pretrained, SRDDataModule

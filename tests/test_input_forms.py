@@ -9,8 +9,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PLAIN
 from datasets import Dataset, DatasetDict, IterableDataset
+from tiny import PLAIN
 from transformers import ByT5Tokenizer
 
 from srd_lightning import ChatTemplate, SRDDataModule

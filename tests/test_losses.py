@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import references
 import torch
-from conftest import LOSSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import LOSSES
 from torch.nn import functional as F
 
 from srd_lightning.errors import SettingError

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import lively_model, make_rows, tiny_model, tokenised
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import lively_model, make_rows, tiny_model, tokenised
 
 from srd_lightning.data.batches import collate
 from srd_lightning.data.layout import FIRST, LaidOut, lay_out

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import QUIET, tiny_model
 from lightning import Trainer
 from safetensors.torch import load_file, save_file
+from tiny import QUIET, tiny_model
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, ByT5Tokenizer, LlavaConfig
 
 from srd_lightning import CacheSettings, KDLightningModule, Pretrained, SRDDataModule

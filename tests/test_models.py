@@ -3,7 +3,7 @@ import types
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 from torch import nn
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 

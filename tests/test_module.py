@@ -4,9 +4,9 @@ import math
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, make_rows, tiny_model
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.tuner import Tuner
+from tiny import QUIET, make_rows, tiny_model
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR

@@ -5,8 +5,8 @@ import math
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, make_rows, tiny_model
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from tiny import QUIET, make_rows, tiny_model
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer
 

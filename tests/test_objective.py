@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import references
 import torch
-from conftest import LOSSES
+from tiny import LOSSES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srd_lightning.errors import SettingError

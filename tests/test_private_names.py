@@ -7,13 +7,13 @@ import signal
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, tiny_model
 from datasets import Dataset
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies.launchers import subprocess_script
+from tiny import QUIET, tiny_model
 
 
 def parameters(function):

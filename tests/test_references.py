@@ -1,7 +1,7 @@
 import pytest
 import references
 import torch
-from conftest import lively_model
+from tiny import lively_model
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9, 1], "prompt_length": 2},

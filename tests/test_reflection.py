@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import in_other_order, tokenised
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from tiny import in_other_order, tokenised
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from srd_lightning.criteria import NegativeLogLikelihood, RougeL

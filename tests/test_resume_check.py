@@ -13,9 +13,9 @@ import lightning as L
 import pyarrow as pa
 import pytest
 import torch
-from conftest import QUIET, make_rows, tiny_model
 from datasets import Dataset
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from tiny import QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, LengthGrouped, ResumeCheckpoint, SRDDataModule

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_other_order, make_rows, tokenised
 from datasets import Dataset, DatasetDict
+from tiny import in_other_order, make_rows, tokenised
 from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq
 
 from srd_lightning.data.batches import collate

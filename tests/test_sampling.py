@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import references
 import torch
-from conftest import PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import PLAIN
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from srd_lightning import SRDDataModule, cli

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import lively_model, make_rows, tokenised
 from peft import LoraConfig, get_peft_model
+from tiny import lively_model, make_rows, tokenised
 from torch import nn
 from transformers import (
     CohereConfig,

@@ -5,7 +5,7 @@ import shutil
 import pyarrow as pa
 import pytest
 import torch
-from conftest import LOSSES, in_other_order, lively_model, make_rows, tokenised
+from tiny import LOSSES, in_other_order, lively_model, make_rows, tokenised
 from transformers import ByT5Tokenizer
 
 from srd_lightning.data.batches import collate

@@ -3,8 +3,8 @@ import warnings
 
 import datasets
 import pytest
-from conftest import in_other_order, make_rows
 from datasets import Dataset
+from tiny import in_other_order, make_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

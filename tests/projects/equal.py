@@ -116,7 +116,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         "fsdp2": FSDP2,
     }
     trainer = L.Trainer(
-        max_epochs=4,
+        max_epochs=3,
         accelerator=accelerator,
         devices=int(devices),
         strategy=strategies[strategy]() if strategy in strategies else strategy,
