@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has tokenised
@@ -21,6 +22,8 @@ if "datasets" in sys.modules:  # in a fork, which has imported it
     sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(CACHE.name)
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers reads it once
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models only lose by more
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 TESTS = Path(__file__).parent

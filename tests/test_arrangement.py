@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from srd_lightning.curriculum.ranking import (
@@ -37,7 +37,6 @@ def test_hard_to_easy_turns_the_kept_rows_around():
     assert HardToEasy()(ORDER, kept=8).tolist() == [3, 4, 6, 1, 0, 7, 2, 5]
 
 
-@settings(deadline=None)
 @given(rows=ranked_rows(), seed=seeds)
 def test_every_arrangement_is_a_permutation(rows, seed):
     order, kept = rows
@@ -47,7 +46,6 @@ def test_every_arrangement_is_a_permutation(rows, seed):
         assert sorted(arranged.tolist()) == list(range(len(order)))
 
 
-@settings(deadline=None)
 @given(rows=ranked_rows(), seed=seeds)
 def test_random_order_keeps_the_easiest_rows_and_leaves_the_others(rows, seed):
     order, kept = rows
@@ -56,7 +54,6 @@ def test_random_order_keeps_the_easiest_rows_and_leaves_the_others(rows, seed):
     assert arranged[kept:] == order[kept:].tolist()
 
 
-@settings(deadline=None)
 @given(rows=ranked_rows(), seed=seeds)
 def test_random_subset_enters_easy_to_hard(rows, seed):
     order, kept = rows

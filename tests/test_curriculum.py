@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import references
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -26,7 +26,6 @@ def curricula(draw):
     )
 
 
-@settings(deadline=None)
 @given(curriculum=curricula())
 def test_every_pool_is_a_prefix_of_the_next(curriculum):
     pools = [curriculum.rows(epoch).tolist() for epoch in EPOCHS]
@@ -34,7 +33,6 @@ def test_every_pool_is_a_prefix_of_the_next(curriculum):
         assert following[: len(pool)] == pool
 
 
-@settings(deadline=None)
 @given(curriculum=curricula())
 def test_every_pool_is_the_easiest_share_of_the_order(curriculum):
     order = curriculum.order.tolist()
@@ -49,7 +47,6 @@ def test_last_pool_is_the_kept_share():
     assert Curriculum(order, {0: 0.25, 2: 0.75}).rows(epoch=1_000).tolist() == [5, 2, 7, 0, 1, 6]
 
 
-@settings(deadline=None)
 @given(
     curriculum=curricula(),
     batch_size=st.integers(1, 40),
@@ -109,7 +106,6 @@ def test_uniform_equals_the_schedule_written_out(arguments, schedule):
     assert Curriculum.uniform(torch.arange(100), **arguments).schedule == pytest.approx(schedule)
 
 
-@settings(deadline=None)
 @given(num_stages=st.integers(1, 8), kept_eighths=st.integers(1, 8))
 def test_uniform_stages_grow_by_equal_whole_shares(num_stages, kept_eighths):
     share = 7 * kept_eighths
@@ -155,7 +151,6 @@ def test_subset_holds_plain_integers_of_eight_bytes_that_pickle():
     assert list(pickle.loads(pickle.dumps(indices))) == list(range(999, 499, -1))
 
 
-@settings(deadline=None)
 @given(order=st.lists(st.integers(0, 60), min_size=1, max_size=30))
 def test_names_every_row_once_wherever_the_rows_lie(order):
     repeats = sum(row in order[:position] for position, row in enumerate(order))

@@ -9,8 +9,8 @@ import sys
 import pytest
 import references
 import torch
-from conftest import LOSSES
 from test_objective import FP32, LOSSES_AND_OWN, Case, Own, relative
+from tiny import LOSSES
 
 from srd_lightning.losses import ForwardKL, SkewForwardKL, SkewReverseKL, chunked, token_loss
 from srd_lightning.losses.head import Head

@@ -3,9 +3,9 @@
 import lightning as L
 import pytest
 import torch
-from conftest import QUIET, lively_model, make_rows, tiny_model, tokenised
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import QUIET, lively_model, make_rows, tiny_model, tokenised
 from transformers import ByT5Tokenizer
 
 from srd_lightning import KDLightningModule, SRDDataModule

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import references
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LOSSES
 from torch.nn import functional as F
@@ -165,20 +165,17 @@ def test_value_is_fp32_and_gradient_has_the_type_of_the_logits(make_loss, dtype)
 
 
 @each_divergence
-@settings(deadline=None)
 @given(pair=two_distributions())
 def test_divergence_is_never_negative(divergence, pair):
     assert divergence(*pair).item() >= -1e-12
 
 
 @each_divergence
-@settings(deadline=None)
 @given(pair=two_distributions())
 def test_divergence_is_zero_when_equal(divergence, pair):
     assert divergence(pair[0], pair[0]).item() == pytest.approx(0, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(pair=two_distributions())
 def test_jensen_shannon_at_one_half_is_symmetric_and_at_most_ln_2(pair):
     p, q = pair
@@ -187,7 +184,6 @@ def test_jensen_shannon_at_one_half_is_symmetric_and_at_most_ln_2(pair):
     assert value <= math.log(2) + 1e-12
 
 
-@settings(deadline=None)
 @given(pair=two_distributions(), beta=st.floats(0.01, 0.99))
 def test_jensen_shannon_with_the_models_swapped_is_the_other_beta(pair, beta):
     p, q = pair
@@ -195,7 +191,6 @@ def test_jensen_shannon_with_the_models_swapped_is_the_other_beta(pair, beta):
     assert divergences.jensen_shannon(p, q, beta=beta).item() == pytest.approx(swapped, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(pair=two_distributions())
 def test_total_variation_is_symmetric_and_at_most_1(pair):
     p, q = pair
@@ -204,7 +199,6 @@ def test_total_variation_is_symmetric_and_at_most_1(pair):
     assert value <= 1 + 1e-12
 
 
-@settings(deadline=None)
 @given(pair=two_distributions())
 def test_forward_kl_with_the_models_swapped_is_reverse_kl(pair):
     p, q = pair
@@ -219,7 +213,6 @@ def test_forward_kl_with_the_models_swapped_is_reverse_kl(pair):
     ],
     ids=["forward", "reverse"],
 )
-@settings(deadline=None)
 @given(pair=two_distributions())
 def test_skew_of_nothing_is_the_plain_kl(skew, plain, pair):
     assert skew(*pair, alpha=0.0).item() == pytest.approx(plain(*pair).item(), rel=1e-12, abs=1e-12)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import lively_model, make_rows, tiny_model, tokenised
 
@@ -15,7 +15,6 @@ from srd_lightning.training.step import DistillationStep
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 40), st.booleans())
-@settings(deadline=None)
 def test_parts_hold_every_row_once_and_stay_below_the_bound(lengths, max_tokens, pads_left):
     width = max(lengths)
     rows = [[0] * (width - length) + [1] * length for length in lengths]

@@ -47,7 +47,6 @@ def test_order_ties_equal_the_papers_chained_sorts_on_500_tied_cases():
 
 @pytest.mark.parametrize("weights", [(1, 1), TWO_WEIGHTS], ids=["unweighted", "weighted"])
 @pytest.mark.parametrize("k", [60, 1], ids=["paper_k", "small_k"])
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(few_values, few_values), min_size=1, max_size=40))
 def test_order_ties_equal_the_chained_sorts_for_any_k_and_weights(rows, k, weights):
     rouge_l, ease = columns(rows)
@@ -56,7 +55,6 @@ def test_order_ties_equal_the_chained_sorts_for_any_k_and_weights(rows, k, weigh
 
 
 @pytest.mark.parametrize("weights", [None, TWO_WEIGHTS])
-@settings(deadline=None)
 @given(rows=rows_of_two)
 def test_average_ties_equal_exact_fusion_of_two_criteria(rows, weights):
     ease = columns(rows)
@@ -71,7 +69,6 @@ def test_average_ties_with_a_small_k_favour_the_first_rank():
 
 
 @pytest.mark.parametrize("weights", [None, THREE_WEIGHTS])
-@settings(deadline=None)
 @given(rows=rows_of_three)
 def test_average_ties_equal_exact_fusion_of_three_criteria(rows, weights):
     ease = columns(rows)
@@ -122,7 +119,7 @@ def test_the_heavier_of_two_opposite_criteria_decides(ties, weights, expected):
 
 @both_ties
 @pytest.mark.parametrize("weight", [0.125, 1, 1024])
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows=st.lists(st.tuples(few_values, few_values, few_values), min_size=1, max_size=40))
 def test_equal_weights_are_as_good_as_none(rows, weight, ties):
     ease = columns(rows)
@@ -151,7 +148,6 @@ def test_memory_stays_below_eight_times_one_criterion():
     assert peak < 8 * rouge_l.nbytes
 
 
-@settings(deadline=None)
 @given(values=st.lists(few_values, min_size=1, max_size=40))
 def test_one_criterion_is_a_stable_descending_sort(values):
     expected = sorted(range(len(values)), key=lambda row: values[row], reverse=True)
@@ -159,14 +155,12 @@ def test_one_criterion_is_a_stable_descending_sort(values):
 
 
 @both_ties
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)), min_size=1))
 def test_is_a_permutation(rows, ties):
     order = reciprocal_rank_fusion(*columns(rows), ties=ties)
     assert sorted(order.tolist()) == list(range(len(rows)))
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(few_values, few_values), min_size=1, max_size=40), data=st.data())
 def test_average_ties_ignore_the_order_of_the_file(rows, data):
     shuffled = data.draw(st.permutations(rows))
@@ -180,7 +174,7 @@ def test_average_ties_ignore_the_order_of_the_file(rows, data):
     [math.exp, lambda value: value**3, lambda value: value / 7 - 100],
     ids=["exponential", "cube", "linear"],
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows=st.lists(st.tuples(st.integers(-6, 6), st.integers(-6, 6)), min_size=1, max_size=40))
 def test_only_the_order_within_a_criterion_matters(rows, rescale, ties):
     first, second = columns(rows)
@@ -190,7 +184,6 @@ def test_only_the_order_within_a_criterion_matters(rows, rescale, ties):
 
 
 @both_ties
-@settings(deadline=None)
 @given(rows=st.lists(st.tuples(few_values, few_values), min_size=2, max_size=40))
 def test_a_row_better_on_both_is_never_later(rows, ties):
     order = reciprocal_rank_fusion(*columns(rows), ties=ties).tolist()
@@ -200,7 +193,6 @@ def test_a_row_better_on_both_is_never_later(rows, ties):
             assert not (later[0] > earlier[0] and later[1] > earlier[1])
 
 
-@settings(deadline=None)
 @given(rows=rows_of_three, data=st.data())
 def test_the_order_of_three_criteria_moves_only_rows_of_equal_fused_score(rows, data):
     ease = columns(rows)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import references
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import PLAIN
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
@@ -35,7 +35,6 @@ def samplers(number, batch_size, world_size, epoch=0, seed=0, start=0):
 
 
 class TestOrder:
-    @settings(deadline=None)
     @given(
         lengths=st.lists(st.integers(1, 50), max_size=300),
         group=st.integers(1, 20),
@@ -80,7 +79,6 @@ class TestOrder:
 
 
 class TestLengthGrouped:
-    @settings(deadline=None)
     @given(**sizes)
     def test_rows_are_dealt(self, number, batch_size, world_size):
         order = length_grouped_order(skewed(number), batch_size * world_size, seed=0, epoch=0)
@@ -90,7 +88,6 @@ class TestLengthGrouped:
         ]
         assert found == references.deal(order.tolist(), batch_size, world_size)
 
-    @settings(deadline=None)
     @given(**sizes)
     def test_rows_and_batches_are_those_of_a_plain_shuffle(self, number, batch_size, world_size):
         plain = [DistributedSampler(range(number), world_size, rank) for rank in range(world_size)]
@@ -101,7 +98,6 @@ class TestLengthGrouped:
         assert set(seen) == set(plainly_seen) == set(range(number))
         assert sorted(seen.values()) == sorted(plainly_seen.values())
 
-    @settings(deadline=None)
     @given(**sizes, share=st.floats(0, 1))
     def test_goes_on_within_an_epoch(self, number, batch_size, world_size, share):
         for whole in samplers(number, batch_size, world_size):
@@ -133,7 +129,6 @@ class TestLengthGrouped:
 
 
 class TestShuffled:
-    @settings(deadline=None)
     @given(number=sizes["number"], world_size=sizes["world_size"], epoch=st.integers(0, 5), seed=st.integers(-2, 9))
     def test_is_the_sampler_of_torch(self, number, world_size, epoch, seed):
         for rank in range(world_size):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import lightning as L
 import pytest
-from conftest import QUIET, lively_model, make_rows, tiny_model
 from device import WAITS, OnDevice, to_device
 from lightning.pytorch.loggers import CSVLogger
+from tiny import QUIET, lively_model, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import CacheSettings, ForwardKL, KDLightningModule, SRDDataModule
