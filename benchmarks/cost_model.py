@@ -41,7 +41,7 @@ from srd_lightning import losses
 from srd_lightning.losses import chunked
 from srd_lightning.losses.chunked import chunk_size, chunked_objective
 from srd_lightning.losses.head import Head
-from srd_lightning.losses.top_k import POWERS, Likeliest
+from srd_lightning.losses.top_k import POWERS, TopKTeacher
 from srd_lightning.teacher.live import by_head
 
 BYTES_PER_S, FLOPS_PER_S = 3.35e12, 650e12
@@ -134,9 +134,9 @@ class KernelCount:
 
     def way(self, cost: Any, logits: Tensor, teacher: Any) -> Callable[..., Tensor]:
         """Return what `losses.triton_choice.way` would."""
-        return self.of_likeliest if isinstance(teacher, Likeliest) else self.to_gradient
+        return self.of_likeliest if isinstance(teacher, TopKTeacher) else self.to_gradient
 
-    def of_likeliest(self, cost: Any, logits: Tensor, teacher: Likeliest, targets: Tensor) -> Tensor:
+    def of_likeliest(self, cost: Any, logits: Tensor, teacher: TopKTeacher, targets: Tensor) -> Tensor:
         """Read the student's row for its normalisers; read it again and write the gradient; some 45 of [n, k]."""
         self.count.launches += 2 + 45
         self.count.bytes += 3 * size_of(logits) + 45 * 3 * size_of(teacher.logp)
@@ -183,13 +183,13 @@ def make(
         for tensor in (hidden, teacher_hidden, *heads):
             tensor.normal_(std=0.1)
     targets = torch.zeros(tokens, dtype=torch.int64, device=device)
-    likeliest = Likeliest(
+    likeliest = TopKTeacher(
         torch.zeros(tokens, LIKELIEST, device=device),
         torch.arange(LIKELIEST, device=device).expand(tokens, LIKELIEST).contiguous(),
         torch.zeros(tokens, len(POWERS), device=device),
     )
     live = by_head(Head(heads[1]), teacher_hidden)
-    teacher = live if name != "topk" else lambda some: Likeliest(*(values[some] for values in likeliest))
+    teacher = live if name != "topk" else lambda some: TopKTeacher(*(values[some] for values in likeliest))
     leaves = hidden.requires_grad_(), heads[0].requires_grad_()
 
     def work() -> Any:

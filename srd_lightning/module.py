@@ -42,7 +42,7 @@ from srd_lightning.training.hooks import TrainingHooks
 from srd_lightning.training.lr_plan import stage_steps, staged_schedule
 from srd_lightning.training.step import DistillationStep
 from srd_lightning.training.student import StudentHandle
-from srd_lightning.training.token_normalizer import TokenMean
+from srd_lightning.training.token_normalizer import TokenNormalizer
 
 Batch = Mapping[str, Tensor]
 
@@ -84,7 +84,7 @@ class KDLightningModule(LightningModule):
             training, with parameters of their own that are trained along; see `AuxiliaryLoss`.
         teacher_placement: Where a teacher that is not cached is: whole on each device (``replicate``), spread over the
             devices (``shard``), or over the memories of their hosts (``offload``), from where each block comes when it
-            is used. The last two need a strategy of processes.
+            is used. The last two need a strategy of ranks.
 
     Raises:
         SettingError: ``kd_weight`` is outside [0, 1], there is no teacher for it, a size is below 1, or an argument is
@@ -149,7 +149,7 @@ class KDLightningModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.restart_lr_each_stage = restart_lr_each_stage
         self.decoding = decoding
-        self.token_mean = TokenMean()
+        self.token_normalizer = TokenNormalizer()
         self._measured: list[Measured] = []
         self.is_set_up = False
         """Whether `setup` was called for the run that begins."""
@@ -298,7 +298,7 @@ class KDLightningModule(LightningModule):
             if self._trainer.state.fn != TrainerFn.PREDICTING:
                 self.teacher_handle.place(self)
             group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
-        self.token_mean, self._measured = TokenMean(group), []
+        self.token_normalizer, self._measured = TokenNormalizer(group), []
         teacher = self.teacher_handle.used
         self.step.attach(self.build_student(), teacher, None if teacher is None else self.shared_vocabulary(teacher))
 
@@ -316,26 +316,26 @@ class KDLightningModule(LightningModule):
         """Return (1 - w) CE + w KD of a batch; a part whose weight is 0 is not computed."""
         step, accumulated = self.step, self.trainer.accumulate_grad_batches if self._trainer else 1
         laid_out = self._laid_out(batch, f"training batch {batch_idx}")
-        num_tokens = self.token_mean.divisor(_number_of_tokens(laid_out), accumulated)
+        num_tokens = self.token_normalizer.divisor(_number_of_tokens(laid_out), accumulated)
         auxiliary = cast("list[AuxiliaryLoss]", list(self.auxiliary))
         objective = step.objective(laid_out, self.loss, self.kd_weight, num_tokens, auxiliary)
-        means = self.token_mean.of_batch(torch.stack(objective).detach())
+        means = self.token_normalizer.of_batch(torch.stack(objective).detach())
         trained = self._trainer is not None and self.trainer.global_step > 0
         why = functools.partial(step.why_not_finite, laid_out, trained)
-        tokens = self.token_mean.tokens_of_batch
+        tokens = self.token_normalizer.tokens_of_batch
         self._measured.append(Measured(batch_idx, means, tokens, objective.loss.detach(), why))
         if self._trainer is None:  # nobody will say when the step is made
             self.read_measures()
         return objective.loss
 
     def read_measures(self, norm: Tensor | None = None) -> None:
-        """Log what was measured for a step, and refuse to make it with what is no number; see `read_finite`.
+        """Log what was measured for a step, and refuse to make it with what is NaN or infinite; see `read_finite`.
 
         Args:
             norm: Of the gradient, where it is known.
 
         Raises:
-            NonFiniteError: A loss or the norm is no number.
+            NonFiniteError: A loss or the norm is NaN or infinite.
         """
         batches, self._measured = self._measured, []
         means = read_finite(batches, norm, self)
@@ -413,7 +413,7 @@ class KDLightningModule(LightningModule):
         """Clip as Lightning does, also where it refuses to: by the norm under FSDP1, and fused optimizers in bf16.
 
         Raises:
-            FloatingPointError: The norm is no number.
+            FloatingPointError: The norm is NaN or infinite.
         """
         self.read_measures(clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm))
 

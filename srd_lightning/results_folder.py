@@ -67,7 +67,7 @@ class ResultsFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs from writing until this process has done so, or has ended.
+        """Keep other runs from writing until this rank has done so, or has ended.
 
         Raises:
             StorageError: Another run holds the lock, for longer than one needs to look; or the folder cannot be made.

@@ -75,7 +75,7 @@ def stage_size(fraction: float, num_rows: int) -> int:
 
 
 def count_steps(sizes: Iterable[int], batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
-    """Return the optimizer steps of epochs of these sizes, by walking through the batches of the first process."""
+    """Return the optimizer steps of epochs of these sizes, by walking through the batches of rank 0."""
     steps = 0
     for size in sizes:
         rows = list(range(size))
@@ -92,7 +92,7 @@ def count_steps(sizes: Iterable[int], batch_size: int, world_size: int = 1, accu
 
 
 def deal(order: Sequence[int], batch_size: int, world_size: int) -> list[list[list[int]]]:
-    """Return the batches of each process, as if rows were cards; the first rows fill up until all have as many."""
+    """Return the batches of each rank, as if rows were cards; the first rows fill up until all have as many."""
     cards = list(order)
     while len(cards) % world_size != 0:
         cards.append(cards[len(cards) - len(order)])

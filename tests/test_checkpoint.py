@@ -331,10 +331,10 @@ class TestResumeCheckpoint:
     @pytest.mark.parametrize(("other", "said"), [(7, "after steps 0, 7"), ("b.ckpt", "from None, b.ckpt")])
     def test_processes_that_would_not_go_on_together(self, other, said, tmp_path, monkeypatch):
         together = SimpleNamespace(
-            from_all=lambda work: [work(), other if isinstance(work(), type(other)) else work()],
-            from_first=lambda work: work(),
+            all_results=lambda work: [work(), other if isinstance(work(), type(other)) else work()],
+            rank0_result=lambda work: work(),
         )
-        monkeypatch.setattr("srd_lightning.checkpoints.refusals.Team", lambda: together)
+        monkeypatch.setattr("srd_lightning.checkpoints.refusals.Ranks", lambda: together)
         with pytest.raises(ValueError, match=f"would go on {said}: they do not all see the same checkpoints"):
             project.main(folder_of(tmp_path / "run"))
 

@@ -116,7 +116,7 @@ class WholeBatch(ForwardKL):
         ({"teacher": tiny_model(1, vocab_size=448)}, "student and teacher give logits of 384 and 448 tokens"),
         ({"loss": Mean()}, "Mean.divergence must return one floating-point value per token"),
         ({"loss": Empty()}, r"Empty must define divergence\(teacher_logp, student_logp\)"),
-        ({"teacher_placement": "shard"}, "teacher_placement shard needs a strategy of several processes"),
+        ({"teacher_placement": "shard"}, "teacher_placement shard needs a strategy of several ranks"),
         ({"optimizer": lambda params: SGD(params, lr=-1)}, "optimizer cannot be made: Invalid learning rate: -1"),
         ({"teacher_cache": "topk", "loss": ForwardKL(5)}, "topk knows temperatures from 0.5 to 4, .* comes to 5"),
         ({"teacher_cache": "topk", "chunk": None}, "topk keeps no logits, but chunk null needs all of them; use"),

@@ -182,7 +182,7 @@ class TestEnding:
 
 
 class TestSeveralRanks:
-    """Each call is another process: what they share is a folder for temporary files, and their environment."""
+    """Each call is another rank: what they share is a folder for temporary files, and their environment."""
 
     @pytest.fixture(params=["launcher", "torchrun"])
     def as_rank(self, request, monkeypatch):

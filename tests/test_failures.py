@@ -1,4 +1,4 @@
-"""What stops a run names its cause and what to do, ends all processes, and leaves what is saved sound."""
+"""What stops a run names its cause and what to do, ends all ranks, and leaves what is saved sound."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 
 def run(folder, devices, strategy, what, rank, launched=False):
-    """Return what all processes wrote; all have ended, or this fails. Lightning has started the second, or we did."""
+    """Return what all ranks wrote; all have ended, or this fails. Lightning has started the second, or we did."""
     arguments = ("fail", folder, devices, strategy, what, rank)
     running = of_launcher(*arguments) if launched else of_project(*arguments, ranks=devices)
     process = subprocess.Popen(**running, stderr=subprocess.PIPE, start_new_session=True)

@@ -1,6 +1,6 @@
 """What a GPU may do otherwise: the same training on a CPU, on one GPU, and on all of them under every strategy.
 
-``SRD_TEST_DEVICE=cpu`` runs these tests on CPUs, with two processes for all GPUs, to try the tests themselves.
+``SRD_TEST_DEVICE=cpu`` runs these tests on CPUs, with two ranks for all GPUs, to try the tests themselves.
 """
 
 import copy
@@ -90,7 +90,7 @@ def test_all_devices_train_as_one_does(strategy, settings, model, alone, tmp_pat
 
 
 def resume(folder, *runs):
-    """Run one after the other; return how each ended, and what its first process saw."""
+    """Run one after the other; return how each ended, and what its rank 0 saw."""
     folder.mkdir()
     run_project("resume", folder, json.dumps(runs), **SURROUNDINGS)
     seen = []

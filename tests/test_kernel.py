@@ -15,7 +15,7 @@ from tiny import LOSSES
 from srd_lightning.losses import ForwardKL, SkewForwardKL, SkewReverseKL, chunked, token_loss
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.token_loss import TokenLoss
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.teacher.live import TopK
 
 pytestmark = [
@@ -162,7 +162,7 @@ class TestLikeliest:
             ce, kd = ce - references.softmax(row)[target].log(), kd + reference(p, q) * temperature**2
         ((1 - kd_weight) * ce + kd_weight * kd).backward()
         cost = TokenLoss(make_loss(temperature=temperature), kd_weight, scale)
-        values = top_k.to_gradient(cost, logits, Likeliest(best, ids.long(), rest), targets)
+        values = top_k.to_gradient(cost, logits, TopKTeacher(best, ids.long(), rest), targets)
         assert relative(values, torch.stack([ce * (kd_weight < 1), kd]).detach()) < FP32
         assert relative(logits, leaf.grad) < FP32
 
@@ -172,8 +172,8 @@ class TestLikeliest:
         best, ids, rest = TopK(3)._observe(teacher)
         kept, targets[0] = logits[0, ids[0].long()], ids[0, 0]
         logits.fill_(-torch.inf)[0, ids[0].long()] = kept
-        exact, cost, likeliest = logits.double(), TokenLoss(make_loss(), 0.5), Likeliest(best, ids.long(), rest)
-        expected = token_loss.to_gradient(cost, exact, Likeliest(best.double(), ids.long(), rest.double()), targets)
+        exact, cost, likeliest = logits.double(), TokenLoss(make_loss(), 0.5), TopKTeacher(best, ids.long(), rest)
+        expected = token_loss.to_gradient(cost, exact, TopKTeacher(best.double(), ids.long(), rest.double()), targets)
         found = top_k.to_gradient(cost, logits, likeliest, targets)
         assert relative(found, expected) < 1e-3  # they are e^-10000 together, not each
         assert logits.isfinite().all()  # the plain way gives some to tokens that are forbidden
@@ -228,7 +228,7 @@ class TestObjective:
         case = Case()
         best, ids, rest = TopK(4)._observe(case.teacher.float())
         (loss, gradients), (plain, expected) = (
-            chunked_by(case, Likeliest(best, ids.long(), rest), dtype) for dtype in (torch.float32, torch.float64)
+            chunked_by(case, TopKTeacher(best, ids.long(), rest), dtype) for dtype in (torch.float32, torch.float64)
         )
         assert (calls, ran) == ([], [3, 20, 1])
         assert relative(loss, plain) < FP32
@@ -254,13 +254,13 @@ class TestObjective:
 def chunked_by(case, likeliest, dtype):
     """Return the loss and the gradients of a case whose teacher is known by some tokens."""
     leaves = case.leaves(dtype)
-    teacher = Likeliest(likeliest.logp.to(dtype), likeliest.ids, likeliest.rest.to(dtype))
+    teacher = TopKTeacher(likeliest.logp.to(dtype), likeliest.ids, likeliest.rest.to(dtype))
     loss = chunked.chunked_objective(
         leaves[0],
         Head(*leaves[1:]),
         case.targets,
         ForwardKL(1.5),
-        lambda some: Likeliest(*(values[some] for values in teacher)),
+        lambda some: TopKTeacher(*(values[some] for values in teacher)),
         0.6,
         chunk=20,
     ).loss

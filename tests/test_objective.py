@@ -17,7 +17,7 @@ from srd_lightning.losses import (
 )
 from srd_lightning.losses.chunked import chunked_objective
 from srd_lightning.losses.head import Head
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.teacher.live import TopK
 
 
@@ -261,7 +261,7 @@ class TestLikeliest:
         teacher[:, :3] += 10  # these are kept
         student[:, 3:] = others
         best, ids, rest = TopK(3)._observe(teacher)
-        found = Likeliest(best, ids.long(), rest).at(temperature, log_probabilities(student, temperature))
+        found = TopKTeacher(best, ids.long(), rest).at(temperature, log_probabilities(student, temperature))
         torch.testing.assert_close(found.exp().sum(-1), torch.ones(5), rtol=1e-5, atol=0)
         value, gradient = ForwardKL().value_and_gradient(found, log_probabilities(student, temperature))
         assert (value > 0).all()
@@ -275,7 +275,7 @@ class TestLikeliest:
         logits = torch.randn(8, 5000, generator=generator) - 0.6 * torch.arange(1, 5001).log()
         logits = sharpness * logits
         best, ids, rest = TopK(16)._observe(logits)
-        likeliest = Likeliest(best, ids.long(), rest)
+        likeliest = TopKTeacher(best, ids.long(), rest)
         found = likeliest.at(temperature, torch.zeros(8, 5000).log_softmax(-1)).double()
         true = (logits.double() / temperature).log_softmax(-1)
         kept = torch.zeros(8, 5000, dtype=torch.bool).scatter_(1, likeliest.ids, True)
@@ -285,7 +285,7 @@ class TestLikeliest:
     @pytest.mark.parametrize("temperature", [0.4, 4.5])
     def test_other_temperatures_are_refused(self, temperature):
         best, ids, rest = TopK(2)._observe(torch.zeros(1, 4))
-        likeliest = Likeliest(best, ids.long(), rest)
+        likeliest = TopKTeacher(best, ids.long(), rest)
         with pytest.raises(SettingError, match=f"from 0.5 to 4, but the loss is at {temperature}"):
             likeliest.at(temperature, torch.zeros(1, 4).log_softmax(-1))
 

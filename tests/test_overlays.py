@@ -1,4 +1,4 @@
-"""What is put on top of a recipe, through the real command line, on two processes."""
+"""What is put on top of a recipe, through the real command line, on two ranks."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def trained(folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process makes of the same rows per step."""
+    """What one rank makes of the same rows per step."""
     folder = tmp_path_factory.mktemp("alone")
     run(folder, *arguments(), "--data.batch_size=4", devices=1)
     return trained(folder)

@@ -1,4 +1,4 @@
-"""Whole projects, run as their owners would, on one process and on two (DDP over gloo)."""
+"""Whole projects, run as their owners would, on one rank and on two (DDP over gloo)."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("devices", [1, 2], ids=["one_process", "two_proce
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return a function that runs a project once; it returns what each process saw, and the folder of the run."""
+    """Return a function that runs a project once; it returns what each rank saw, and the folder of the run."""
     known = {}
 
     def of(project, devices):
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 
 def rows_by_epoch(records):
-    """Return the rows of each epoch over all processes, each row once, and the number of rows with repeats."""
+    """Return the rows of each epoch over all ranks, each row once, and the number of rows with repeats."""
     seen = {}
     for record in records:
         for epoch, rows in record["epochs"].items():

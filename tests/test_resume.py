@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("processes")
 LAST_BATCHES = [1, 5, 9, 14]
 """Of the epochs, which have 2, 4, 4 and 5 batches."""
 SAME = 100 * torch.finfo(torch.float32).eps
-"""How far sizes of weights may be apart that other numbers of processes have trained."""
+"""How far sizes of weights may be apart that other numbers of ranks have trained."""
 
 
 def run(folder, runs):
@@ -26,7 +26,7 @@ def run(folder, runs):
 
 
 def seen_by(folder, devices=1):
-    """Return what each process saw in each of the runs."""
+    """Return what each rank saw in each of the runs."""
     processes = []
     for rank in range(devices):
         runs = []

@@ -202,7 +202,7 @@ class TestAFolderOfCheckpoints:
         monkeypatch.setattr("srd_lightning.checkpoints.run_folder.PATIENCE", 0.01)
         monkeypatch.setattr(SRDDataModule, "read_rows", forbidden("rows were read"))
         before = {path.name: path.read_bytes() for path in (run / "checkpoints").iterdir()}
-        lock = filelock.FileLock(run / ".checkpoints.lock")  # as another process has it
+        lock = filelock.FileLock(run / ".checkpoints.lock")  # as another rank has it
         lock.acquire()
         with pytest.raises(StorageError, match=f"another run saves to {run}/checkpoints; wait until it has ended"):
             project.main(str(run))

@@ -13,7 +13,7 @@ from tiny import PLAIN
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from srd_lightning import SRDDataModule, cli
-from srd_lightning.data.samplers import LengthGrouped, Shuffled, length_grouped_order, of_like_length
+from srd_lightning.data.samplers import LengthGrouped, Shuffled, batches_by_token_budget, length_grouped_order
 from srd_lightning.errors import SettingError
 
 sizes = {"number": st.integers(1, 300), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 5)}
@@ -146,7 +146,7 @@ class TestShuffled:
 
 def test_batches_are_of_like_length():
     lengths = np.random.default_rng(0).integers(1, 50, 200)
-    batches = list(of_like_length(lengths, 120))
+    batches = list(batches_by_token_budget(lengths, 120))
     assert sorted(np.concatenate(batches)) == list(range(200))
     assert all(len(batch) * lengths[batch].max() <= 120 for batch in batches)
 
@@ -163,7 +163,7 @@ def test_batches_are_of_like_length():
     ids=str,
 )
 def test_a_batch_holds_as_many_rows_as_fit(lengths, tokens, expected):
-    assert [batch.tolist() for batch in of_like_length(np.array(lengths), tokens)] == expected
+    assert [batch.tolist() for batch in batches_by_token_budget(np.array(lengths), tokens)] == expected
 
 
 class ShortFirst(LengthGrouped):

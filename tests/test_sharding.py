@@ -1,4 +1,4 @@
-"""Sharded models in one process: what is whole when. That two processes train as one does, test_strategies.py shows."""
+"""Sharded models in one process: what is whole when. That two ranks train as one does, test_strategies.py shows."""
 
 import copy
 from types import SimpleNamespace

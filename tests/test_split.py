@@ -20,7 +20,7 @@ from transformers import (
 
 from srd_lightning.data.batches import collate
 from srd_lightning.losses import response_mask
-from srd_lightning.models.split import NotSplit, split
+from srd_lightning.models.split import CannotSplit, split
 
 SIZE = {
     "vocab_size": 384,
@@ -158,7 +158,7 @@ def with_dora():
     ],
 )
 def test_a_model_that_cannot_be_taken_apart_says_why(make, reason, batch):
-    with pytest.raises(NotSplit, match=reason):
+    with pytest.raises(CannotSplit, match=reason):
         split(make(), batch)
 
 

@@ -22,7 +22,7 @@ from srd_lightning import (
     SRDDataModule,
 )
 from srd_lightning.data.batches import collate
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import NonFiniteError, SettingError
 from srd_lightning.training.step import DistillationStep
 
@@ -331,7 +331,7 @@ def test_losses_that_need_all_logits_say_so_once(make_loss, times, caplog):
 
 def test_one_rank_that_cannot_take_a_model_apart_decides_for_all(monkeypatch):
     """Else ranks would gather sharded weights at unlike times."""
-    monkeypatch.setattr(Team, "from_all", lambda self, work: [work(), "body and head give other logits"])
+    monkeypatch.setattr(Ranks, "all_results", lambda self, work: [work(), "body and head give other logits"])
     step = DistillationStep().attach(lively_model(0), lively_model(1))
     with pytest.warns(UserWarning, match="because of LlamaForCausalLM: body and head give other logits"):
         step.objective(batch_of(), ForwardKL(), 0.5)

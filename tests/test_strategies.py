@@ -1,4 +1,4 @@
-"""The same training on one process and on two, under every strategy: real processes, over gloo."""
+"""The same training on one rank and on two, under every strategy: real processes, over gloo."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def run(folder, devices, strategy, **settings):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process does under some settings."""
+    """What one rank does under some settings."""
     return remembered(run, tmp_path_factory.mktemp("alone"))
 
 
@@ -94,5 +94,5 @@ def test_a_sharded_student_cannot_go_in_parts(tmp_path):
 
 
 def test_a_teacher_cannot_be_spread_over_one_process(tmp_path):
-    with pytest.raises(AssertionError, match=r"teacher_placement shard needs a strategy of several processes"):
+    with pytest.raises(AssertionError, match=r"teacher_placement shard needs a strategy of several ranks"):
         run(tmp_path / "one", 1, "auto", teacher_placement="shard")

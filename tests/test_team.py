@@ -74,7 +74,7 @@ class TestAFailingProcess:
         assert f"RankError: process {number} failed: OSError: no space left on the disk" in errors
 
     def test_that_is_killed_is_missed_by_the_other(self, tmp_path):
-        """The first process is nobody's child, so nobody but the second can notice."""
+        """Rank 0 is nobody's child, so nobody but the second can notice."""
         code, _ = run(tmp_path, 2, "ddp", "killed_in_the_first_process")
         assert code == -signal.SIGKILL
         assert "process 0 is gone: it was killed" in (tmp_path / "error1.txt").read_text()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from srd_lightning.training.token_normalizer import TokenMean
+from srd_lightning.training.token_normalizer import TokenNormalizer
 
 batches = st.lists(st.lists(st.floats(-9, 9, width=32), max_size=6), min_size=1, max_size=5)
 
@@ -14,7 +14,7 @@ batches = st.lists(st.lists(st.floats(-9, 9, width=32), max_size=6), min_size=1,
 def test_every_token_of_a_step_weighs_the_same(values, missing):
     """``missing`` batches lack at the end of an epoch, but Lightning divides as if they were there."""
     accumulated = len(values) + missing
-    weight, mean = nn.Parameter(torch.ones(())), TokenMean()
+    weight, mean = nn.Parameter(torch.ones(())), TokenNormalizer()
     for batch in values:
         tokens = torch.tensor(batch)
         total = (weight * tokens).sum()
@@ -29,7 +29,7 @@ def test_every_token_of_a_step_weighs_the_same(values, missing):
 
 
 def test_a_step_begins_anew_after_each_correction_and_without_accumulation():
-    mean = TokenMean()
+    mean = TokenNormalizer()
     assert [float(mean.divisor(torch.tensor(tokens))) for tokens in (3, 5)] == [3, 5]
     assert [float(mean.divisor(torch.tensor(tokens), accumulated=2)) for tokens in (7, 9)] == [7, 7]
     mean.correct([])

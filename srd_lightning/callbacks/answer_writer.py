@@ -20,7 +20,7 @@ class AnswerWriter(BasePredictionWriter):
     """Writes what ``predict`` answers, one JSON object with prompt, response and answer a line.
 
     Args:
-        path: The file; answers of an earlier run are replaced when the first batch comes. With several processes each
+        path: The file; answers of an earlier run are replaced when the first batch comes. With several ranks each
             writes its own, ``NAME.RANK.jsonl``.
 
     Raises:
@@ -33,7 +33,7 @@ class AnswerWriter(BasePredictionWriter):
         self.path = Path(path).expanduser()
 
     def file(self, trainer: Trainer) -> Path:
-        """Return the file of this process.
+        """Return the file of this rank.
 
         Args:
             trainer: Of the run.

@@ -46,7 +46,7 @@ class HyperparameterScheduler(Callback):
         """Give every attribute every value once, and then the one that it had.
 
         Raises:
-            SettingError: An attribute is not there, is no number, is scheduled twice, or does not take a value.
+            SettingError: An attribute is not there, is not a number, is scheduled twice, or does not take a value.
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return

@@ -32,7 +32,7 @@ class RuntimeBenchmark(Callback):
 
     Attributes:
         report: ``curation`` (``rows, kept, scored, seconds``), ``refresh_seconds``, ``stages`` (``first_epoch, rows,
-            steps, tokens, positions, padding, seconds, waiting_seconds``: rows of the pool, and what this process did
+            steps, tokens, positions, padding, seconds, waiting_seconds``: rows of the pool, and what this rank did
             and took, validation left out), ``validation_seconds``, ``peak_memory_bytes`` (of the
             GPU since the curation, where the run has one; else of the process since it was started).
 

@@ -14,7 +14,7 @@ from srd_lightning.storage import put_in_place
 
 
 def consolidate(sharded: Path, file: Path) -> None:
-    """Write a checkpoint file that any number of processes resume from, and that ``load_from_checkpoint`` takes.
+    """Write a checkpoint file that any number of ranks resume from, and that ``load_from_checkpoint`` takes.
 
     Args:
         sharded: Folder that `FSDP2`, or another ``ModelParallelStrategy``, has written.

@@ -17,7 +17,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import StorageError
 from srd_lightning.storage import put_in_place
 
@@ -65,7 +65,7 @@ def is_cut_off(path: Path) -> bool:
 
 
 def damaged_part(path: Path) -> str | None:
-    """Compare a checkpoint with its checksums: about a second for each GB, once per process.
+    """Compare a checkpoint with its checksums: about a second for each GB, once per rank.
 
     Args:
         path: A file of ``torch.save``, or a folder that `FSDP2` has written; one without checksums is only read.
@@ -120,11 +120,11 @@ def write(trainer: Trainer, path: Path, weights_only: bool = False) -> None:
     Raises:
         StorageError: The disk is full, or does not let it be written.
     """
-    temporary, team = path.with_name(f".{path.name}.partial"), Team()
+    temporary, team = path.with_name(f".{path.name}.partial"), Ranks()
     with _straight_to_disk(trainer.strategy), _naming_the_disk(path):
         trainer.save_checkpoint(temporary, weights_only)
-        checksums = team.from_all(lambda: checksums_of_rank(temporary, team.rank))
-        team.from_first(lambda: finish(temporary, path, checksums))
+        checksums = team.all_results(lambda: checksums_of_rank(temporary, team.rank))
+        team.rank0_result(lambda: finish(temporary, path, checksums))
 
 
 class _StraightToDisk(TorchCheckpointIO):

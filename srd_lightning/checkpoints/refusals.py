@@ -29,7 +29,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srd_lightning.checkpoints import files
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ResumeError
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import FindsLast
@@ -75,7 +75,7 @@ def outline_to_resume(trainer: Trainer | None) -> dict[str, Any]:
     path = None if trainer is None else checkpoint_to_resume(trainer)
     if path is None:
         return {}
-    Team().from_first(lambda: check_intact(path))
+    Ranks().rank0_result(lambda: check_intact(path))
     outline = files.read_outline(path)
     if not isinstance(outline, dict) or "pytorch-lightning_version" not in outline:
         raise ResumeError(f"ckpt_path: {path} is not a checkpoint of Lightning; give one that a Trainer has saved")
@@ -93,7 +93,7 @@ def description_of(setting: object) -> str:
         >>> description_of(RandomOrder(seed=3))
         'RandomOrder(seed=3)'
     """
-    plain = (bool, int, float, str, type(None))  # of the rest every process has another description
+    plain = (bool, int, float, str, type(None))  # of the rest every rank has another description
     own = sorted(getattr(setting, "__dict__", {}).items())
     values = ", ".join(f"{name}={value!r}" for name, value in own if isinstance(value, plain))
     return f"{type(setting).__name__}({values})"
@@ -222,7 +222,7 @@ def check_alike(how: str, place: object, folder: Path) -> None:
     Raises:
         ResumeError: They would.
     """
-    places = Team().from_all(lambda: place)
+    places = Ranks().all_results(lambda: place)
     if len(set(places)) > 1:
         raise ResumeError(
             f"the ranks would go on {how} {', '.join(map(str, places))}: they do not all see the same "

@@ -20,7 +20,7 @@ from srd_lightning.checkpoints.refusals import check_alike, check_found, check_i
 from srd_lightning.checkpoints.resume_state import ResumeState
 from srd_lightning.checkpoints.run_folder import RunLock, clean, put_aside
 from srd_lightning.distributed.launcher import TERMINATED, children_of
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import SettingError
 from srd_lightning.storage import check_folder
 
@@ -94,10 +94,10 @@ class ResumeCheckpoint(ModelCheckpoint):
             )
         folder, found = self._folder(trainer), self._found
         check_alike("from", str(found), folder)
-        Team().from_first(RunLock(folder).check)
+        Ranks().rank0_result(RunLock(folder).check)
         check_folder(folder, "ResumeCheckpoint.dirpath")
         if found is not None:
-            Team().from_first(lambda: check_intact(found))
+            Ranks().rank0_result(lambda: check_intact(found))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the folder for this run, and clear away what a run that was killed has left half-written."""
@@ -107,7 +107,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         self._stepped, self._terminated = True, False
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined] # which saves nothing
             self._taken = True
-            Team().from_first(lambda: self._take(folder))
+            Ranks().rank0_result(lambda: self._take(folder))
         if stage == "fit":
             ResumeState.attach_to(trainer)
         super().setup(trainer, pl_module, stage)
@@ -146,7 +146,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         return removed or previous == str(self._found) != current
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Write beside the place where the checkpoint belongs, and put it there when all processes have written."""
+        """Write beside the place where the checkpoint belongs, and put it there when all ranks have written."""
         if trainer.is_global_zero:
             clean(Path(filepath).parent, self.FILE_EXTENSION)
         trainer.strategy.barrier("no partial checkpoints")
@@ -157,7 +157,7 @@ class ResumeCheckpoint(ModelCheckpoint):
             logger.after_save_checkpoint(weakref.proxy(self))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of SIGTERM from now on: Lightning would speak to the other processes at once, and may hang."""
+        """Take note of SIGTERM from now on: Lightning would speak to the other ranks at once, and may hang."""
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._note:
             self._former_handler = signal.signal(signal.SIGTERM, self._note)
 
@@ -169,7 +169,7 @@ class ResumeCheckpoint(ModelCheckpoint):
         """
         check_alike("after steps", trainer.global_step, self._folder(trainer))
         if trainer.global_step == 0 and not trainer.ckpt_path and self._taken:
-            Team().from_first(lambda: put_aside(self._folder(trainer), self.FILE_EXTENSION))
+            Ranks().rank0_result(lambda: put_aside(self._folder(trainer), self.FILE_EXTENSION))
         super().on_train_start(trainer, pl_module)
         self.on_sanity_check_start(trainer, pl_module)
 
@@ -196,7 +196,7 @@ class ResumeCheckpoint(ModelCheckpoint):
             self._end_if_terminated(trainer)
 
     def _end_if_terminated(self, trainer: Trainer) -> None:
-        """Ask all processes, so that all save and end at the same step, whoever was told."""
+        """Ask all ranks, so that all save and end at the same step, whoever was told."""
         if not trainer.strategy.reduce_boolean_decision(self._terminated, all=False):
             return
         if not self._should_skip_saving_checkpoint(trainer):

@@ -28,7 +28,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from srd_lightning.checkpoints.refusals import check_rows
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import HasResumeState
 
@@ -73,7 +73,7 @@ class ResumeState(Callback):
 class RunSeed(Callback):
     """Seeds each batch, so that a resumed run draws the same: by the run's seed, the batch's number and the rank.
 
-    The seed is that of the first process when the run began, also where it is resumed under another one.
+    The seed is that of rank 0 when the run began, also where it is resumed under another one.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class RunSeed(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the seed of the run that is resumed, else the one that is set."""
-        seed = Team().from_first(torch.initial_seed)
+        seed = Ranks().rank0_result(torch.initial_seed)
         self._seed, self._loaded = seed if self._loaded is None else self._loaded, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -12,7 +12,7 @@ from srd_lightning.checkpoints.files import is_complete
 from srd_lightning.storage import older_of, remove, take
 
 PATIENCE = 10.0
-"""Seconds in which the processes of a run that was killed let go of its folder."""
+"""Seconds in which the ranks of a run that was killed let go of its folder."""
 
 
 class RunLock:

@@ -37,7 +37,7 @@ SECONDS_TO_SPEAK = 1.5
 SECONDS_APART = 10
 """How much later a rank that says the same is one of another run."""
 RUN = "SRD_RUN"
-"""Environment variable that the processes of a run have in common; the first one hands it on to those it starts."""
+"""Environment variable that the ranks of a run have in common; the first one hands it on to those it starts."""
 REMEDIES = {
     errno.ENOSPC: "make room, or let the run write to another disk",
     errno.EDQUOT: "make room, or let the run write to another disk",

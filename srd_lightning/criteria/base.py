@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.batches import collate
-from srd_lightning.data.samplers import of_like_length
+from srd_lightning.data.samplers import batches_by_token_budget
 from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.digests import weights_digest
 from srd_lightning.errors import SettingError
@@ -194,7 +194,7 @@ class ReflectionBatch:
         """
         rows = self.rows if rows is None else rows
         parts: dict[int, Tensor] = {}
-        for chosen in of_like_length(np.array([len(row["input_ids"]) for row in rows]), SCORED_AT_ONCE):
+        for chosen in batches_by_token_budget(np.array([len(row["input_ids"]) for row in rows]), SCORED_AT_ONCE):
             some = [rows[row] for row in chosen]
             batch = {name: values.to(self.device) for name, values in collate(some, pad_token_id=0).items()}
             tokens = batch["labels"][batch["labels"] != IGNORE_INDEX]

@@ -25,7 +25,7 @@ from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of, vocabulary_digest
 from srd_lightning.digests import bytes_digest, weights_digest
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding, end_tokens
 from srd_lightning.progress import progress_bar
@@ -89,7 +89,7 @@ class Reflector:
             SettingError: The ranks have different students.
         """
         settings = (student.tokenizer, student.template, self.decoding, SCORING_VERSION)
-        return _same_in_all(Team().from_all(lambda: fingerprint(rows, model, *settings)))
+        return _same_in_all(Ranks().all_results(lambda: fingerprint(rows, model, *settings)))
 
     def scores(
         self, rows: Dataset, model: nn.Module, student: ReflectingStudent, folder: Path, made_of: Mapping[str, str]
@@ -110,7 +110,7 @@ class Reflector:
             StorageError: The folder holds scores made of something else, cannot be written, or another run has it.
             RankError: Another rank has failed.
         """
-        team, ids = Team(), ids_of(rows)
+        team, ids = Ranks(), ids_of(rows)
         names = [criterion.column for criterion in self.criteria]
         device = student.device or next(model.parameters()).device
 
@@ -128,15 +128,15 @@ class Reflector:
             return store.columns(ids, names)
 
         with ExitStack() as stack:
-            store, columns, todo = team.from_first(begin)
+            store, columns, todo = team.rank0_result(begin)
             if todo:
                 with (
-                    team.sharing(store.folder) as check,
+                    team.work_then_wait(store.folder) as check,
                     _placed(model, device),
                     pinned_threads(self.threads, device),
                 ):
                     self._reflect(rows, todo[team.rank :: team.size], model, student, store, check)
-                columns = team.from_first(finish)
+                columns = team.rank0_result(finish)
         return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
 
     def _reflect(
@@ -151,7 +151,7 @@ class Reflector:
         """Score the batches of this rank, and store each as soon as it is scored; their numbers seed the sampling."""
         mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
         known = store.answers(ids_of(rows.select(mine))) if len(mine) else {}
-        progress = progress_bar(len(mine), "reflection", Team().rank == 0 and len(batches) > 0)
+        progress = progress_bar(len(mine), "reflection", Ranks().rank == 0 and len(batches) > 0)
         try:
             for number, batch in batches:
                 check()

@@ -75,7 +75,7 @@ class ScoreStore:
     @classmethod
     @contextmanager
     def locked(cls, folder: Path, made_of: Mapping[str, str], criteria: Mapping[str, str]) -> Iterator[ScoreStore]:
-        """Open a folder to write to it; other runs are kept from it until this process has done so, or has ended.
+        """Open a folder to write to it; other runs are kept from it until this rank has done so, or has ended.
 
         Raises:
             StorageError: Another run holds the lock, for longer than one needs to read; or the folder cannot be made.

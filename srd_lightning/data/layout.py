@@ -189,7 +189,7 @@ def _packed(mask: Tensor, predicts: Tensor) -> Packed:
 
 
 def _parts(batch: Mapping[str, Tensor], packing: bool, max_tokens: int) -> tuple[Part, ...]:
-    """Return parts of rows of like length, longest rows first; no row is lost."""
+    """Return parts of rows of similar length, longest rows first; no row is lost."""
     mask = batch["attention_mask"]
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
     order = sorted(range(len(ends)), key=lambda row: -ends[row])

@@ -1,4 +1,4 @@
-"""Loaders of tokenised rows for training and evaluation, sharded over the processes."""
+"""Loaders of tokenised rows for training and evaluation, sharded over the ranks."""
 
 from __future__ import annotations
 

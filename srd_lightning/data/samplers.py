@@ -1,10 +1,10 @@
-"""Which rows each process sees in an epoch, and in which order: plain, or with rows of like length together.
+"""Which rows each rank sees in an epoch, and in which order: plain, or with rows of similar length together.
 
 Another grouping is one class: a `LengthGrouped` with an ``order`` of its own, or any `MakeSampler`, given to
 ``SRDDataModule(sampler=...)``.
 
 Rows are dealt like cards: of a global order, process ``r`` of ``R`` takes places ``r``, ``r + R``, … So what stands
-together in the order, one *global* batch of ``batch_size * R`` rows, is one training step of all processes.
+together in the order, one *global* batch of ``batch_size * R`` rows, is one training step of all ranks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ PIECE = 65_536
 
 
 def length_grouped_order(lengths: Lengths, group: int, seed: int, epoch: int, window: int = 50) -> Ints:
-    """Return a random order in which rows of like length stand together.
+    """Return a random order in which rows of similar length stand together.
 
     All rows are shuffled and cut into windows; within a window they are sorted by length and cut into groups, and then
     the groups are shuffled. So the company of a row changes from epoch to epoch, and lengths do not drift within one.
 
     Args:
         lengths: Of the rows, in tokens, ``[N]``.
-        group: Rows that stand together: those of one step of all processes.
+        group: Rows that stand together: those of one step of all ranks.
         seed: Of the order.
         epoch: Another epoch, another order.
         window: Groups that are sorted together: more pads less, and mixes less.
@@ -63,11 +63,11 @@ def length_grouped_order(lengths: Lengths, group: int, seed: int, epoch: int, wi
     return order
 
 
-def of_like_length(lengths: Lengths, tokens: int) -> Iterator[Ints]:
+def batches_by_token_budget(lengths: Lengths, tokens: int) -> Iterator[Ints]:
     """Yield row numbers, short rows first, as many as make so many tokens with their padding.
 
     Example:
-        >>> [batch.tolist() for batch in of_like_length(np.array([5, 1, 2, 1]), tokens=4)]
+        >>> [batch.tolist() for batch in batches_by_token_budget(np.array([5, 1, 2, 1]), tokens=4)]
         [[1, 3], [2], [0]]
     """
     order = np.argsort(lengths, kind="stable")
@@ -84,10 +84,10 @@ class Shuffled(DistributedSampler[Any]):
 
     Args:
         dataset: Has a length.
-        num_replicas: Processes that see different rows; the first rows of the order fill up what they lack.
+        num_replicas: Ranks that see different rows; the first rows of the order fill up what they lack.
         rank: This process.
         seed: Of the order, with the epoch (``set_epoch``).
-        start: Rows that this process has already seen of the epoch. They are left out; the length stays.
+        start: Rows that this rank has already seen of the epoch. They are left out; the length stays.
 
     Example:
         >>> list(Shuffled(range(5), num_replicas=2, rank=0)), list(Shuffled(range(5), num_replicas=2, rank=1))
@@ -99,12 +99,12 @@ class Shuffled(DistributedSampler[Any]):
         self.start = start
 
     def order(self) -> Ints:
-        """Return the row numbers of all processes, ``[N]``."""
+        """Return the row numbers of all ranks, ``[N]``."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return torch.randperm(len(self.dataset), generator=generator).numpy()  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
-        """Deal the rows of this process."""
+        """Deal the rows of this rank."""
         order = self.order()
         for first in range(self.start, self.num_samples, PIECE):
             places = self.rank + self.num_replicas * np.arange(first, min(first + PIECE, self.num_samples))
@@ -112,14 +112,14 @@ class Shuffled(DistributedSampler[Any]):
 
 
 class LengthGrouped(Shuffled):
-    """A shuffle that pads less: the rows of one step, of all processes, are of like length.
+    """A shuffle that pads less: the rows of one step, of all ranks, are of similar length.
 
     Every epoch has the rows of a plain shuffle, and as many batches; see `length_grouped_order`.
 
     Args:
         dataset: Has a length.
         lengths: Of its rows, in tokens, ``[N]``.
-        batch_size: Rows per process and step.
+        batch_size: Rows per rank and step.
         num_replicas: As for `Shuffled`.
         rank: As for `Shuffled`.
         seed: As for `Shuffled`.
@@ -146,7 +146,7 @@ class LengthGrouped(Shuffled):
         self.group = batch_size * num_replicas
 
     def order(self) -> Ints:
-        """Return the row numbers of all processes, ``[N]``, those of like length together."""
+        """Return the row numbers of all ranks, ``[N]``, those of similar length together."""
         return length_grouped_order(self.lengths, self.group, self.seed, self.epoch)
 
 

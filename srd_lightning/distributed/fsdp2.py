@@ -37,7 +37,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype | None = None, offload: bool = False) -> None:
-    """Spread the weights of a model over processes, in place; all begin with those of the first process.
+    """Spread the weights of a model over processes, in place; all begin with those of rank 0.
 
     Args:
         model: Its blocks become units that are gathered one after the other; the rest, with the head, is one more.
@@ -121,7 +121,7 @@ def _copy(model: nn.Module, device: torch.device) -> nn.Module:
 
 @torch.no_grad()
 def send_from_first(model: nn.Module, device: torch.device) -> None:
-    """Give the model the weights of the first process, as DDP does; each tensor goes over the device."""
+    """Give the model the weights of rank 0, as DDP does; each tensor goes over the device."""
     for tensor in (*model.parameters(), *model.buffers()):
         value = tensor.to(device).contiguous()
         dist.broadcast(value, src=0)
@@ -137,9 +137,9 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 
 class FSDP2(ModelParallelStrategy):
-    """Shards student and teacher over all processes; without it, Lightning's own would split layers within a node.
+    """Shards student and teacher over all ranks; without it, Lightning's own would split layers within a node.
 
-    Takes what `ModelParallelStrategy` takes. With ``save_distributed_checkpoint``, which is the default, each process
+    Takes what `ModelParallelStrategy` takes. With ``save_distributed_checkpoint``, which is the default, each rank
     writes its shard into a folder; else the first writes one file.
 
     Raises:
@@ -156,7 +156,7 @@ class FSDP2(ModelParallelStrategy):
         processes = self.num_nodes * self.num_processes
         if self._data_parallel_size not in ("auto", processes) or self._tensor_parallel_size not in ("auto", 1):
             raise SettingError(
-                f"FSDP2 shards over all processes, here {processes}, and splits no layers, but data_parallel_size is "
+                f"FSDP2 shards over all ranks, here {processes}, and splits no layers, but data_parallel_size is "
                 f"{self._data_parallel_size} and tensor_parallel_size {self._tensor_parallel_size}; leave them out, or "
                 "use Lightning's ModelParallelStrategy with a configure_model of your own"
             )

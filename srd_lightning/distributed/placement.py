@@ -26,7 +26,7 @@ def shards_student(trainer: Trainer) -> bool:
 
 
 def data_parallel_mesh(module: LightningModule) -> DeviceMesh:
-    """Return the processes that see different rows."""
+    """Return the ranks that see different rows."""
     if module.device_mesh is not None:
         return module.device_mesh["data_parallel"]
     strategy = module.trainer.strategy
@@ -69,7 +69,7 @@ def shard_along(other: nn.Module, module: LightningModule) -> None:
 
 
 def place_teacher(teacher: nn.Module, module: LightningModule, placement: TeacherPlacement) -> None:
-    """Put the teacher on the device, or spread it over the processes.
+    """Put the teacher on the device, or spread it over the ranks.
 
     Args:
         teacher: Frozen.
@@ -97,18 +97,18 @@ def check_placement(trainer: Trainer, placement: TeacherPlacement) -> None:
     """
     if placement != "replicate" and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise SettingError(
-            f"teacher_placement {placement} needs a strategy of several processes, such as ddp (on one device too), "
+            f"teacher_placement {placement} needs a strategy of several ranks, such as ddp (on one device too), "
             f"but this is {type(trainer.strategy).__name__}; choose one, or replicate"
         )
 
 
 def whole_weights(module: LightningModule, part: str, only_first: bool = False) -> Mapping[str, Tensor]:
-    """Return the state dict of a part of a module, gathered from all processes; all of them must ask.
+    """Return the state dict of a part of a module, gathered from all ranks; all of them must ask.
 
     Args:
         module: Under any strategy.
         part: Its name.
-        only_first: On the CPU of the first process; others need not get any.
+        only_first: On the CPU of rank 0; others need not get any.
     """
     strategy = module.trainer.strategy
     # from CPU to CPU, FSDP1 would not copy what it then frees

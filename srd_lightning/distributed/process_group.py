@@ -1,4 +1,4 @@
-"""Processes that share a task: one prepares, all work, all hear of a failure, nobody waits in vain."""
+"""Work of rank 0, results of all ranks, and waiting without a time limit; a failure on one rank ends all."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ POLL = 0.05
 """Seconds between two looks at whether the others are done."""
 
 
-class Team:
+class Ranks:
     """The processes of ``torch.distributed``; one alone where that is not in use."""
 
     def __init__(self) -> None:
         in_use = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if in_use else (0, 1)
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """Let the first process work; return its result in all, or raise its error in all.
+    def rank0_result(self, work: Callable[[], T]) -> T:
+        """Let rank 0 work; return its result in all, or raise its error in all.
 
         Args:
-            work: Runs in the first process only; its result must be picklable.
+            work: Runs in rank 0 only; its result must be picklable.
         """
         if self.size == 1:
             return work()
@@ -44,8 +44,8 @@ class Team:
         (result,) = _results(outcomes, error)
         return cast(T, result)
 
-    def from_all(self, work: Callable[[], T]) -> list[T]:
-        """Let all processes work; return all results in all, or raise an error in all: one's own, else the first."""
+    def all_results(self, work: Callable[[], T]) -> list[T]:
+        """Let all ranks work; return all results in all, or raise an error in all: one's own, else the first."""
         if self.size == 1:
             return [work()]
         outcome, error = _attempt(self.rank, work)
@@ -54,7 +54,7 @@ class Team:
         return _results(outcomes, error)
 
     @contextmanager
-    def sharing(self, folder: Path) -> Iterator[Callable[[], None]]:
+    def work_then_wait(self, folder: Path) -> Iterator[Callable[[], None]]:
         """Work on one's share, then wait for the others, however long they take.
 
         A collective operation would time out, and would not say why. Signs are files in a folder that all see; each
@@ -64,7 +64,7 @@ class Team:
             folder: For the signs.
 
         Yields:
-            A function to call now and then: it raises when another process has failed or is gone.
+            A function to call now and then: it raises when another rank has failed or is gone.
 
         Raises:
             RankError: Another process has failed, with its reason, or is gone.
@@ -72,7 +72,7 @@ class Team:
         if self.size == 1:
             yield lambda: None
             return
-        signs = Signs(self.from_first(lambda: _new_folder(folder)), self.rank, self.size)
+        signs = Signs(self.rank0_result(lambda: _new_folder(folder)), self.rank, self.size)
         with signs.life(self.rank):
             dist.barrier()
             try:
@@ -106,7 +106,7 @@ def tell_failure(error: BaseException) -> str | None:
     Returns:
         Nothing where the error is this rank's own.
     """
-    team, words = Team(), str(error).lower()
+    team, words = Ranks(), str(error).lower()
     lost = isinstance(error, RuntimeError) and any(sign in words for sign in PEER_IS_GONE)
     if team.size == 1:
         return None
@@ -135,7 +135,7 @@ def _gone(ranks: Sequence[int]) -> str:
 
 
 class Signs:
-    """Signs of the processes of a team, in a folder."""
+    """Signs of the ranks of a team, in a folder."""
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
         self.folder = folder
@@ -152,11 +152,11 @@ class Signs:
         write_atomically(self.folder / f"{sign}-{self.rank}", text.encode())
 
     def missing(self) -> list[int]:
-        """Return the other processes that are not done."""
+        """Return the other ranks that are not done."""
         return [other for other in self.others if not (self.folder / f"done-{other}").exists()]
 
     def check(self) -> None:
-        """Raise if another process has failed, or is gone without a sign."""
+        """Raise if another rank has failed, or is gone without a sign."""
         for failure in sorted(self.folder.glob("failed-*")):
             raise RankError(failure.read_text())
         for other in self.missing():
@@ -175,7 +175,7 @@ def _new_folder(folder: Path) -> Path:
 
 
 def _attempt(rank: int, work: Callable[[], T]) -> tuple[tuple[T | None, str | None], Exception | None]:
-    """Return what other processes are told, a result or the reason why there is none, and the error itself."""
+    """Return what other ranks are told, a result or the reason why there is none, and the error itself."""
     try:
         return (work(), None), None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A mean over tokens or rows of all batches and all processes, for which no batch waits."""
+"""A mean over tokens or rows of all batches and all ranks, for which no batch waits."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.token_loss import TokenLoss, to_gradient
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 
 CHUNK = 256
 """Response tokens whose logits exist at a time on a CPU."""
@@ -63,7 +63,7 @@ def chunked_objective(
     head: Head,
     targets: Tensor,
     loss: DistillationLoss,
-    teacher_logits: Callable[[slice], Tensor | Likeliest] | None,
+    teacher_logits: Callable[[slice], Tensor | TopKTeacher] | None,
     kd_weight: float,
     num_tokens: Tensor | int | None = None,
     chunk: int | Literal["auto"] = "auto",
@@ -113,7 +113,7 @@ class _Work:
     head: Head
     targets: Tensor
     cost: TokenLoss
-    teacher_logits: Callable[[slice], Tensor | Likeliest] | None
+    teacher_logits: Callable[[slice], Tensor | TopKTeacher] | None
     chunk: int
     compile: bool
 
@@ -126,7 +126,7 @@ class _Work:
             sums += self._in_pieces(logits[some], teacher, self.targets[tokens])
         return torch.stack(sums).sum(0)
 
-    def _in_pieces(self, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor) -> Iterator[Tensor]:
+    def _in_pieces(self, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Iterator[Tensor]:
         way, size = _kernel(self.cost, logits, teacher), len(logits)
         if way is None:
             way = _compiled() if self.compile else to_gradient
@@ -140,7 +140,7 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -> Callable[..., Tensor] | None:
+def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -> Callable[..., Tensor] | None:
     if not has_kernel(logits.device):
         return None
     from srd_lightning.losses import triton_choice
@@ -152,9 +152,9 @@ def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, length)) for first in range(0, length, size))
 
 
-def _some(teacher: Tensor | Likeliest | None, tokens: slice) -> Tensor | Likeliest | None:
-    if isinstance(teacher, Likeliest):
-        return Likeliest(*(values[tokens] for values in teacher))
+def _some(teacher: Tensor | TopKTeacher | None, tokens: slice) -> Tensor | TopKTeacher | None:
+    if isinstance(teacher, TopKTeacher):
+        return TopKTeacher(*(values[tokens] for values in teacher))
     return None if teacher is None else teacher[tokens]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from srd_lightning.losses.base import FLOOR, DistillationLoss, log_probabilities, upcast
 from srd_lightning.losses.checks import check_gradient
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TokenLoss:
         return self.kd_weight * self.loss.scale / self.loss.temperature
 
 
-def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None, targets: Tensor) -> Tensor:
+def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
     """Overwrite the products of a head with the gradient by them.
 
     Args:
@@ -69,7 +69,7 @@ def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | N
         loss = cost.loss
         shared = own is not None and loss.temperature == 1
         logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, loss.temperature)
-        if isinstance(teacher, Likeliest):
+        if isinstance(teacher, TopKTeacher):
             teacher_logp = teacher.at(loss.temperature, logp)
         else:
             teacher_logp = log_probabilities(teacher, loss.temperature)

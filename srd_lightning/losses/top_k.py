@@ -13,7 +13,7 @@ from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import FLOOR
 
 
-class Likeliest(NamedTuple):
+class TopKTeacher(NamedTuple):
     """What is known of a teacher by its k likeliest tokens; all others are one, whose mass is split as by the student.
 
     Every divergence that is a sum of ``q f(p / q)``, as all six are, then has value and gradient of distributions over

@@ -16,12 +16,12 @@ from torch import Tensor
 from srd_lightning.losses import token_loss, triton_kernel, triton_top_k
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.token_loss import TokenLoss
-from srd_lightning.losses.top_k import POWERS, Likeliest
+from srd_lightning.losses.top_k import POWERS, TopKTeacher
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -> Callable[..., Tensor] | None:
+def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -> Callable[..., Tensor] | None:
     """Return the kernel for some logits, or nothing where operations of torch must do.
 
     Args:
@@ -32,7 +32,7 @@ def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | Likeliest | None) -> 
     if triton_kernel.terms_of(cost.loss) is None or logits.dtype not in DTYPES:
         return None
     of_teacher: torch.dtype | int | None
-    if isinstance(teacher, Likeliest):
+    if isinstance(teacher, TopKTeacher):
         fits, of_teacher = cost.soft_cap is None, teacher.ids.shape[1]
     elif teacher is not None:
         fits = teacher.shape == logits.shape and teacher.dtype in DTYPES and teacher.stride(1) == 1
@@ -76,10 +76,12 @@ def _tried(
     return None
 
 
-def _likeliest(logits: Tensor, k: int) -> Likeliest:
+def _likeliest(logits: Tensor, k: int) -> TopKTeacher:
     """Return what a cache would keep of a teacher's logits."""
     logp, ids = logits.log_softmax(-1).sort(descending=True)
-    return Likeliest(logp[:, :k], ids[:, :k], torch.stack([(power * logp[:, k:]).logsumexp(-1) for power in POWERS], 1))
+    return TopKTeacher(
+        logp[:, :k], ids[:, :k], torch.stack([(power * logp[:, k:]).logsumexp(-1) for power in POWERS], 1)
+    )
 
 
 def _warn(why: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srd_lightning.losses.base import FLOOR
 from srd_lightning.losses.token_loss import TokenLoss
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.losses.triton_kernel import LOWEST, exp, shape_of_block
 
 
@@ -73,7 +73,7 @@ def overwrite(
         tl.store(row + at, (gradient * scale).to(students.dtype.element_ty), mask=at < vocabulary)
 
 
-def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Likeliest, targets: Tensor) -> Tensor:
+def to_gradient(cost: TokenLoss, logits: Tensor, teacher: TopKTeacher, targets: Tensor) -> Tensor:
     """See `token_loss.to_gradient`; only where `triton_choice.way` says so."""
     temperature, scale, ids = cost.loss.temperature, float(cost.scale), teacher.ids
     ce_weight = 1.0 - cost.kd_weight

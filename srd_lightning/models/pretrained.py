@@ -141,7 +141,7 @@ class Pretrained:
         if self.lora is not None:
             config = self._lora()
             with torch.random.fork_rng():
-                torch.manual_seed(0)  # the same adapters in every process and every run
+                torch.manual_seed(0)  # the same adapters on every rank and in every run
                 try:
                     model = _extra("peft", "lora").get_peft_model(model, config)
                 except ValueError as error:

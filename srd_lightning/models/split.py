@@ -28,7 +28,7 @@ SAMPLE = 32
 """Most tokens in each of the two rows that the parts are tried on."""
 
 
-class NotSplit(ValueError):
+class CannotSplit(ValueError):
     """Why a model cannot be used in two parts."""
 
 
@@ -124,17 +124,17 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         The parts.
 
     Raises:
-        NotSplit: They do not, with the reason.
+        CannotSplit: They do not, with the reason.
         ModelError: Packed rows do not get the states that they get alone.
     """
     parts = SplitModel(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
-        raise NotSplit(f"{type(model).__name__} has no output head that get_output_embeddings() returns")
+        raise CannotSplit(f"{type(model).__name__} has no output head that get_output_embeddings() returns")
     if any(isinstance(part, nn.Dropout) and part.p > 0 for part in head.modules()):
-        raise NotSplit("there is dropout in the output head")
+        raise CannotSplit("there is dropout in the output head")
     if getattr(head, "lora_variant", None):  # untrained, it looks like plain LoRA
-        raise NotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
+        raise CannotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
         logits = logits_of(model, sample)[:, :-1][response_mask(sample["labels"])]  # what fails here, fails as a whole
@@ -143,9 +143,9 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         except (AttributeError, TypeError, RuntimeError) as error:
             if lacks_memory(error):  # all logits would take more still
                 raise
-            raise NotSplit(f"{type(model).__name__} cannot be used in parts: {error}") from error
+            raise CannotSplit(f"{type(model).__name__} cannot be used in parts: {error}") from error
         if found.shape != logits.shape or _difference(found, logits) > _tolerance(logits):
-            raise NotSplit(f"body and head of {type(model).__name__} give other logits than the whole")
+            raise CannotSplit(f"body and head of {type(model).__name__} give other logits than the whole")
         if packing:
             _check_packing(parts, SplitModel(model, packing=True), sample)
     return SplitModel(model, packing)
@@ -171,7 +171,7 @@ def _check_packing(alone: SplitModel, packed: SplitModel, sample: Batch) -> None
 
 
 def _difference(values: Tensor, expected: Tensor) -> float:
-    """Return the largest difference over the largest value; what is no number must be so in both."""
+    """Return the largest difference over the largest value; what is NaN or infinite must be so in both."""
     values, expected, finite = values.float(), expected.float(), expected.isfinite()
     if not torch.equal(values.isfinite(), finite):
         return math.inf

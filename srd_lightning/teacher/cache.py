@@ -119,7 +119,7 @@ class TeacherCache:
         return np.flatnonzero(~np.isin(np.array(keys, dtype=np.uint64), self._index[0]))
 
     def reread(self) -> None:
-        """Look again at what is there: other processes may have written."""
+        """Look again at what is there: other ranks may have written."""
         vars(self).pop("_index", None)
 
     def append(self, rows: Sequence[Row], kept: Mapping[str, Tensor]) -> None:

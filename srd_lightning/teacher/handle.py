@@ -14,7 +14,7 @@ from torch import nn
 from srd_lightning.digests import digest, weights_digest
 from srd_lightning.distributed.fsdp2 import is_sharded
 from srd_lightning.distributed.placement import TeacherPlacement, compute_dtype, place_teacher
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.models.pretrained import Pretrained, dtype_named
 from srd_lightning.protocols import HasCuratedRows
@@ -34,7 +34,7 @@ class CacheSettings:
         kind: ``hidden``: its final hidden states. ``topk``: its likeliest tokens; smaller, and not exact.
         k: Tokens that ``topk`` keeps of each distribution; 64 by default.
         dtype: Type in which ``hidden`` keeps them; bfloat16 by default.
-        dir: Folder that all processes see; by default one in the trainer's ``default_root_dir``, named after what the
+        dir: Folder that all ranks see; by default one in the trainer's ``default_root_dir``, named after what the
             cache depends on.
 
     Example:
@@ -105,7 +105,7 @@ class TeacherHandle:
         folder, own = self._folder(trainer, {}), self.cache is not None and self.cache.dir is not None
         check_folder(folder, "teacher_cache.dir" if own else "default_root_dir")
         if own:  # else it is named after what it is made of
-            Team().from_first(lambda: check_same(folder, self._made_of))
+            Ranks().rank0_result(lambda: check_same(folder, self._made_of))
 
     def fill_cache(self, data: object, trainer: Trainer, vocabulary: Callable[[nn.Module], int | None]) -> None:
         """Let the teacher see all rows that its cache lacks; batches carry the rest from now on.
@@ -125,7 +125,7 @@ class TeacherHandle:
             raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
         if is_sharded(self.model):
             raise ModelError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
-        made_of, given = Team().from_first(self._made_of), cast("Pretrained | nn.Module", self.given)
+        made_of, given = Ranks().rank0_result(self._made_of), cast("Pretrained | nn.Module", self.given)
         cache, self.cached = cache_teacher(
             data.rows_to_cache(),
             self._folder(trainer, made_of),

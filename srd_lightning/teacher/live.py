@@ -19,12 +19,12 @@ from srd_lightning.losses.auxiliary import LAST
 from srd_lightning.losses.base import FLOOR, upcast
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.head import Head
-from srd_lightning.losses.top_k import POWERS, Likeliest
+from srd_lightning.losses.top_k import POWERS, TopKTeacher
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.split import BodyAndHead
 
 Batch = Mapping[str, Tensor]
-Logits = Callable[[slice], Tensor | Likeliest]
+Logits = Callable[[slice], Tensor | TopKTeacher]
 """Gives the logits ``[n, V]``, or the likeliest tokens, of a slice of a batch's response tokens."""
 
 
@@ -108,7 +108,7 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keeps the likeliest tokens, and the mass of all others at several temperatures; see `Likeliest`.
+    """Keeps the likeliest tokens, and the mass of all others at several temperatures; see `TopKTeacher`.
 
     Args:
         k: How many tokens.
@@ -140,7 +140,7 @@ class TopK:
     def logits(self, kept: Batch, head: Head) -> Logits:
         """See `HiddenStates.logits`; the head is not needed."""
         logp, ids, rest = kept["teacher_logp"], kept["teacher_ids"].long(), kept["teacher_rest"]
-        return lambda tokens: Likeliest(logp[tokens], ids[tokens], rest[tokens])
+        return lambda tokens: TopKTeacher(logp[tokens], ids[tokens], rest[tokens])
 
 
 @dataclass(frozen=True)

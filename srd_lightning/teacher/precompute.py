@@ -1,4 +1,4 @@
-"""The teacher is run once over all rows, by all processes, before training; after that it need not be there."""
+"""The teacher is run once over all rows, by all ranks, before training; after that it need not be there."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from srd_lightning.data.batches import collate
-from srd_lightning.data.samplers import of_like_length
+from srd_lightning.data.samplers import batches_by_token_budget
 from srd_lightning.data.tokenization import lengths_of, response_lengths
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses.head import Head
 from srd_lightning.models.pretrained import Pretrained
-from srd_lightning.models.split import BodyAndHead, NotSplit, split
+from srd_lightning.models.split import BodyAndHead, CannotSplit, split
 from srd_lightning.progress import progress_bar
 from srd_lightning.teacher.cache import TeacherCache
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
@@ -45,7 +45,7 @@ def cache_teacher(
 
     Args:
         rows: Tokenised rows.
-        folder: Which all processes see.
+        folder: Which all ranks see.
         kind: What to keep.
         made_of: What it depends on, by name of the part.
         load: Gives the teacher, on the device where it is to run; called only where a row or the head is missing.
@@ -59,18 +59,18 @@ def cache_teacher(
         StorageError: The folder was made of something else, another run writes to it, or the disk is too small.
         ModelError: The teacher has no head that can be taken off, or says NaN or inf.
     """
-    team = Team()
+    team = Ranks()
     with ExitStack() as stack:
 
         def begin() -> tuple[TeacherCache, NDArray[np.int64]]:
             cache = stack.enter_context(TeacherCache.locked(folder, kind, made_of))
             missing = cache.missing(rows)
-            cache.reread()  # nothing is mapped when it is sent to the other processes
+            cache.reread()  # nothing is mapped when it is sent to the other ranks
             if len(missing) and width is not None:
                 check_room(cache, rows.select(missing), width)
             return cache, missing
 
-        cache, missing = team.from_first(begin)
+        cache, missing = team.rank0_result(begin)
         head = cache.head()
         if len(missing) or head is None:
             chosen = rows.select(missing if len(missing) else [0])
@@ -79,11 +79,11 @@ def cache_teacher(
             head = parts.head().narrow(vocabulary(model))
             if len(missing) and width is None:
                 found = head.weight.shape[1]
-                team.from_first(lambda: check_room(cache, chosen, found))
-            batches = list(of_like_length(lengths_of(chosen), TOKENS_AT_ONCE)) if len(missing) else []
-            with team.sharing(folder) as check:
+                team.rank0_result(lambda: check_room(cache, chosen, found))
+            batches = list(batches_by_token_budget(lengths_of(chosen), TOKENS_AT_ONCE)) if len(missing) else []
+            with team.work_then_wait(folder) as check:
                 _fill(cache, chosen, parts, head, batches[team.rank :: team.size], check, show=team.rank == 0)
-            team.from_first(functools.partial(cache.save_head, head))
+            team.rank0_result(functools.partial(cache.save_head, head))
             cache.reread()
             head = cast(Head, cache.head())  # the model's own would keep the file of all its weights in memory
     return cache, CachedTeacher(kind, head)
@@ -142,7 +142,7 @@ def _text_config(source: Pretrained | nn.Module) -> Any:
 def _take_apart(model: nn.Module, rows: Dataset) -> BodyAndHead:
     try:
         return split(model, _batch([rows[0]], model))
-    except NotSplit as error:
+    except CannotSplit as error:
         raise ModelError(f"this teacher cannot be cached, set teacher_cache to none: {error}") from error
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from srd_lightning.losses.chunked import CHUNK
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.teacher.live import Logits
 
 WEIGHTS = "check its weights, and load it in float32 or bfloat16, for float16 overflows"
@@ -44,8 +44,8 @@ def cause_of(student: Logits, teacher: Logits | None, targets: Tensor, trained: 
     return None
 
 
-def _values(found: Tensor | Likeliest) -> Tensor:
-    return found.logp if isinstance(found, Likeliest) else found
+def _values(found: Tensor | TopKTeacher) -> Tensor:
+    return found.logp if isinstance(found, TopKTeacher) else found
 
 
 def _broken(logits: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from srd_lightning.distributed.launcher import TERMINATED, children_of
-from srd_lightning.distributed.process_group import Team, tell_failure
+from srd_lightning.distributed.process_group import Ranks, tell_failure
 from srd_lightning.errors import NonFiniteError, RankError, lacks_memory
 
 MEMORY_HINT = """
@@ -28,7 +28,7 @@ This may help, the first ones at no cost in what is computed:
 - precision: bf16-mixed, or strategy FSDP2 on several devices
 - max_length of the data"""
 ON_ALL_PROCESSES = (NonFiniteError, SIGTERMException, KeyboardInterrupt)
-"""Exceptions that come to all processes at the same place."""
+"""Exceptions that come to all ranks at the same place."""
 SECONDS_TO_SPEAK = 2
 
 
@@ -38,10 +38,10 @@ class Measured:
 
     Args:
         batch_idx: Number of the batch within the epoch.
-        means: Loss first, over the tokens of all processes, ``[n]``; the same on each.
+        means: Loss first, over the tokens of all ranks, ``[n]``; the same on each.
         tokens: How many they are, a scalar.
-        own: The share of this process in the loss, by which its rows are found.
-        reason: Says, asked only where the loss is no number and on all processes, which model is to blame and what to
+        own: The share of this rank in the loss, by which its rows are found.
+        reason: Says, asked only where the loss is NaN or infinite and on all ranks, which model is to blame and what to
             do, if it can tell.
     """
 
@@ -53,13 +53,13 @@ class Measured:
 
 
 def read_finite(batches: Sequence[Measured], norm: Tensor | None, module: LightningModule) -> Tensor | None:
-    """Fetch what was measured for a step, all at once, and stop a run before it makes the step with what is no number.
+    """Fetch what was measured for a step, all at once, and stop a run before a step with a NaN or an infinity.
 
     This is where the host waits for the device, once per step: when its gradients are there, before they are used.
 
     Args:
         batches: Of the step; none, where they have been read.
-        norm: Of its gradient, where that is known; the same on all processes.
+        norm: Of its gradient, where that is known; the same on all ranks.
         module: Which is trained.
 
     Returns:
@@ -100,8 +100,8 @@ def _not_finite(
         ids = getattr(module._trainer and module._trainer.train_dataloader, "ids", None)
         return ids(batch_idx) if ids is not None and guilty else []
 
-    rows = [row for found in Team().from_all(rows_of_batch) for row in found]
-    reasons = [found for found in Team().from_all(reason) if found is not None]
+    rows = [row for found in Ranks().all_results(rows_of_batch) for row in found]
+    reasons = [found for found in Ranks().all_results(reason) if found is not None]
     advice = "look at these rows, resume from the last checkpoint with a lower gradient_clip_val or another precision, "
     advice = reasons[0] if reasons else f"{advice}or begin anew with a lower learning rate"
     return NonFiniteError(
@@ -114,7 +114,7 @@ class Failures(Callback):
     """Says what helps when memory is out, and lets no process wait for one that has failed."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add the hint to the message, and end the other processes where Lightning would not."""
+        """Add the hint to the message, and end the other ranks where Lightning would not."""
         message = str(exception)
         if lacks_memory(exception) and MEMORY_HINT not in message:
             arguments: Any = (message + MEMORY_HINT,)  # Python 3.10 has no notes, and another error would hide this one
@@ -126,10 +126,10 @@ class Failures(Callback):
             children = children_of(trainer)
             if (reason := tell_failure(exception)) is not None:
                 exception.__cause__ = RankError(reason)
-            for callback in trainer.checkpoint_callbacks:  # to save, this process would wait for the others
+            for callback in trainer.checkpoint_callbacks:  # to save, this rank would wait for the others
                 if isinstance(callback, ModelCheckpoint):
                     callback.save_on_exception = False  # Lightning asks nothing else, and this run is over
             if children:
-                time.sleep(SECONDS_TO_SPEAK)  # perhaps it was another process that failed, and has something to say
+                time.sleep(SECONDS_TO_SPEAK)  # perhaps it was another rank that failed, and has something to say
             for child in children:
                 child.kill()

@@ -57,10 +57,10 @@ class TrainingHooks(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""
-        pl_module.token_mean.correct(pl_module.parameters())
+        pl_module.token_normalizer.correct(pl_module.parameters())
         if not pl_module.reads_when_clipping:
             pl_module.read_measures()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Check that a token of the epoch was trained on."""
-        pl_module.token_mean.check_learnt()
+        pl_module.token_normalizer.check_learnt()

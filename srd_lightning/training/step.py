@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from srd_lightning.data.batches import check_batch, problem_of
 from srd_lightning.data.layout import Inspected, LaidOut, Layout, lay_out, layout_of
 from srd_lightning.distributed.fsdp2 import inside, is_sharded, release
-from srd_lightning.distributed.process_group import Team
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import LAST, AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss, needs_all_logits, upcast
 from srd_lightning.losses.checks import check_scalar
 from srd_lightning.losses.chunked import Objective, chunked_objective
-from srd_lightning.losses.top_k import Likeliest
+from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.models.calling import logits_of
-from srd_lightning.models.split import BodyAndHead, NotSplit, split
+from srd_lightning.models.split import BodyAndHead, CannotSplit, split
 from srd_lightning.models.vocabulary import vocabulary_size
 from srd_lightning.teacher.live import CachedTeacher, LiveTeacher, Teacher
 from srd_lightning.training.diagnosis import cause_of
@@ -219,11 +219,11 @@ class DistillationStep:
         def reason() -> str | None:
             try:
                 found.append(split(model, batch, self.packing))
-            except NotSplit as error:
+            except CannotSplit as error:
                 return str(error)
             return None
 
-        if reasons := [why for why in Team().from_all(reason) if why is not None]:
+        if reasons := [why for why in Ranks().all_results(reason) if why is not None]:
             rank_zero_warn(_all_logits(model, reasons[0]))
             return None
         (parts,) = found
@@ -260,7 +260,7 @@ class DistillationStep:
         """Return ``[N, V]``."""
         assert self.teacher is not None
         logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
-        if isinstance(logits, Likeliest):
+        if isinstance(logits, TopKTeacher):
             raise SettingError(
                 "teacher_cache topk knows no logits, which this student or loss needs all of: use hidden"
             )

@@ -50,7 +50,7 @@ class StudentHandle:
         Args:
             student: Of the module.
             module: With its trainer.
-            only_first: The copy is on the CPU of the first process, and nothing on others. All of them must ask.
+            only_first: The copy is on the CPU of rank 0, and nothing on others. All of them must ask.
         """
         if self._skeleton is None:
             return student

@@ -1,4 +1,4 @@
-"""One optimizer step is the mean over the response tokens of all its batches and all processes, whoever holds them."""
+"""One optimizer step is the mean over the response tokens of all its batches and all ranks, whoever holds them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 from srd_lightning.errors import DataError
 
 
-class TokenMean:
+class TokenNormalizer:
     """What sums over tokens are divided by.
 
     Strategies average gradients over processes, and Lightning divides the loss by the number of accumulated batches;
     both would give tokens in batches with few of them a larger weight.
 
     Args:
-        group: Processes that see different rows; by default all.
+        group: Ranks that see different rows; by default all.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -30,10 +30,10 @@ class TokenMean:
         self._learnt: Tensor | None = None
 
     def divisor(self, tokens: Tensor, accumulated: int = 1) -> Tensor:
-        """Return what to divide the sum of a batch by: mean tokens per process, of the first batch of the step.
+        """Return what to divide the sum of a batch by: mean tokens per rank, of the first batch of the step.
 
         Args:
-            tokens: Response tokens of this process's batch.
+            tokens: Response tokens of this rank's batch.
             accumulated: Batches of a step, by which Lightning divides the loss.
         """
         total = self._over_processes(tokens)
@@ -46,12 +46,12 @@ class TokenMean:
 
     @property
     def tokens_of_batch(self) -> Tensor:
-        """Response tokens of the last batch, of all processes."""
+        """Response tokens of the last batch, of all ranks."""
         assert self._tokens is not None, "divisor() comes first"
         return self._tokens.last
 
     def of_batch(self, values: Tensor) -> Tensor:
-        """Return the means over the tokens of the last batch, of all processes, from this process's values."""
+        """Return the means over the tokens of the last batch, of all ranks, from this rank's values."""
         assert self._tokens is not None, "divisor() comes first"
         factor = self._tokens.first / self._tokens.last.clamp(min=1)
         return self._over_processes(values) / self.processes * factor
@@ -92,7 +92,7 @@ class TokenMean:
 
 @dataclass
 class _Tokens:
-    """Response tokens of all processes: in the first batch of a step, in the last so far, and in all."""
+    """Response tokens of all ranks: in the first batch of a step, in the last so far, and in all."""
 
     accumulated: int
     first: Tensor

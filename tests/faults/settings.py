@@ -76,7 +76,7 @@ FAULTS = [
     ),
     Fault(
         id="scheduled_what_is_no_number",
-        done="`HyperparameterScheduler` of what is no number",
+        done="`HyperparameterScheduler` of something that is not a number",
         settings=scheduled(optimizer={0: 1.0}),
         says="optimizer of KDLightningModule is a partial, not a number that can be scheduled",
     ),
@@ -176,7 +176,7 @@ FAULTS = [
         id="placement_on_one_device",
         done="`--model.teacher_placement shard` on one device",
         argv=("fit", "--model.teacher_placement", "shard"),
-        says="teacher_placement shard needs a strategy of several processes, such as ddp (on one device too), but this is "
+        says="teacher_placement shard needs a strategy of several ranks, such as ddp (on one device too), but this is "
         "SingleDeviceStrategy; choose one, or replicate",
     ),
     Fault(
@@ -185,7 +185,7 @@ FAULTS = [
         settings={
             "trainer": {"strategy": {"class_path": "srd_lightning.FSDP2", "init_args": {"tensor_parallel_size": 2}}}
         },
-        says="FSDP2 shards over all processes, here 1, and splits no layers, but data_parallel_size is auto and "
+        says="FSDP2 shards over all ranks, here 1, and splits no layers, but data_parallel_size is auto and "
         "tensor_parallel_size 2; leave them out, or use Lightning's ModelParallelStrategy with a configure_model of your "
         "own",
     ),

@@ -1,4 +1,4 @@
-"""Runs one project on some processes and writes down what each process saw: ``drive.py PROJECT DEVICES FOLDER``."""
+"""Runs one project on some processes and writes down what each rank saw: ``drive.py PROJECT DEVICES FOLDER``."""
 
 import importlib
 import json

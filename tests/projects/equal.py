@@ -1,6 +1,6 @@
 """The same training under any strategy: ``equal.py FOLDER DEVICES STRATEGY [JSON]``.
 
-Each process writes its losses and last measures (``rank0.json``, …), the first one exports the student (``student``).
+Each rank writes its losses and last measures (``rank0.json``, …), the first one exports the student (``student``).
 """
 
 import json
@@ -37,7 +37,7 @@ STAGED = {"kd_weight": {0: 0.5, 2: 0.9}, "loss.temperature": {0: 1.0, 1: 2.0}}
 
 
 class Losses(L.Callback):
-    """Keeps the loss of every step, which is the same on all processes."""
+    """Keeps the loss of every step, which is the same on all ranks."""
 
     def __init__(self):
         self.losses = []
@@ -62,7 +62,7 @@ class Mute(L.Callback):
 
 
 class Distillation(KDLightningModule):
-    """Begins with other weights on each process but the first, whose weights all are to take."""
+    """Begins with other weights on each rank but the first, whose weights all are to take."""
 
     def configure_model(self):
         if self.global_rank and not is_sharded(self.student):

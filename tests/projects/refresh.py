@@ -33,7 +33,7 @@ class Module(KDLightningModule):
 
 
 class Recorder(L.Callback):
-    """Keeps the order of the rows at each epoch, and (in one process) the student that reflected."""
+    """Keeps the order of the rows at each epoch, and (in one rank) the student that reflected."""
 
     def __init__(self):
         self.orders = {}

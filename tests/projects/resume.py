@@ -1,6 +1,6 @@
 """Runs that are stopped and resumed, one after the other: ``resume.py FOLDER '[{"stop": {"step": 5}}, {}]'``.
 
-Each run is a process, or several, of its own. Writes ``ends.json``: how the processes of each run ended.
+Each run is a process, or several, of its own. Writes ``ends.json``: how the ranks of each run ended.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from srd_lightning.distributed.fsdp2 import FSDP2
 from srd_lightning.distributed.placement import whole_weights
 
 BATCH = 6
-"""Rows in a batch of all processes; 41 rows make 2, 4, 4 and 5 batches in the epochs, and 1, 2, 2 and 3 steps."""
+"""Rows in a batch of all ranks; 41 rows make 2, 4, 4 and 5 batches in the epochs, and 1, 2, 2 and 3 steps."""
 STAGED = {"kd_weight": {0: 0.5, 2: 1.0}, "loss.temperature": {0: 1.0, 1: 2.0}}
 
 
@@ -185,5 +185,5 @@ if __name__ == "__main__":
     if sys.argv[2:]:
         runs = json.loads(sys.argv[2])
         Path(sys.argv[1], "ends.json").write_text(json.dumps([processes(sys.argv[1], run) for run in runs]))
-    else:  # started by Lightning's launcher, which only tells the first process
+    else:  # started by Lightning's launcher, which only tells rank 0
         main(sys.argv[1], devices=2, strategy="ddp", stop={"at": {"step": 3}, "how": "TERM"})
