@@ -32,6 +32,10 @@ PIECE_LOGITS = 2**25
 """Logits that are turned into gradients at a time on other devices, where no kernel does it: 128 MiB a tensor."""
 
 
+ToGradient = Callable[[TokenLoss, Tensor, Tensor | TopKTeacher | None, Tensor], Tensor]
+"""`to_gradient`, or what does the same in one kernel."""
+
+
 class Objective(NamedTuple):
     """The loss, which has the gradient, and its two parts as they are before weighting; scalars in fp32."""
 
@@ -117,22 +121,24 @@ class _Work:
     chunk: int
     compile: bool
 
-    def to_gradient(self, logits: Tensor, first: int) -> Tensor:
-        """Overwrite the logits of the tokens from the first on; return the sums of CE and KD, ``[2]``."""
-        sums: list[Tensor] = []
+    def pieces(
+        self, logits: Tensor, first: int
+    ) -> Iterator[tuple[ToGradient, Tensor, Tensor | TopKTeacher | None, Tensor]]:
+        """Yield the logits of the tokens from the first on, a few at a time, and what turns these into gradients.
+
+        Args:
+            logits: Of tokens that stand together, ``[n, V]``.
+            first: Where the first of them stands among all.
+        """
         for some in _slices(len(logits), TEACHER_TOKENS):
             tokens = slice(first + some.start, first + some.stop)
             teacher = None if self.teacher_logits is None else self.teacher_logits(tokens)
-            sums += self._in_pieces(logits[some], teacher, self.targets[tokens])
-        return torch.stack(sums).sum(0)
-
-    def _in_pieces(self, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Iterator[Tensor]:
-        way, size = _kernel(self.cost, logits, teacher), len(logits)
-        if way is None:
-            way = _compiled() if self.compile else to_gradient
-            size = PIECE if logits.device.type == "cpu" else max(1, PIECE_LOGITS // logits.shape[1])
-        for some in _slices(len(logits), size):
-            yield way(self.cost, logits[some], _some(teacher, some), targets[some])
+            way, size = _kernel(self.cost, logits[some], teacher), TEACHER_TOKENS
+            if way is None:
+                way = _compiled() if self.compile else to_gradient
+                size = PIECE if logits.device.type == "cpu" else max(1, PIECE_LOGITS // logits.shape[1])
+            for piece in _slices(some.stop - some.start, size):
+                yield way, logits[some][piece], _some(teacher, piece), self.targets[tokens][piece]
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -140,7 +146,7 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -> Callable[..., Tensor] | None:
+def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -> ToGradient | None:
     if not has_kernel(logits.device):
         return None
     from srd_lightning.losses import triton_choice
@@ -159,7 +165,7 @@ def _some(teacher: Tensor | TopKTeacher | None, tokens: slice) -> Tensor | TopKT
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> ToGradient:
     return torch.compile(to_gradient)
 
 
@@ -177,7 +183,10 @@ class _Chunked(torch.autograd.Function):
         sums = hidden.new_zeros(2, dtype=wide)
         for tokens in _slices(len(hidden), work.chunk):
             logits = torch.nn.functional.linear(hidden[tokens], head.weight, head.bias)
-            sums += work.to_gradient(logits, tokens.start)
+            costs = []
+            for way, piece, teacher, targets in work.pieces(logits, tokens.start):
+                costs.append(way(work.cost, piece, teacher, targets))  # overwrites the logits
+            sums += torch.stack(costs).sum(0)
             if grad_hidden is not None:
                 torch.mm(logits, head.weight, out=grad_hidden[tokens])
             if ctx.needs_input_grad[1]:
