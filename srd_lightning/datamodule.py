@@ -208,6 +208,7 @@ class SRDDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
+        self._batch_columns = None  # of a run that failed
         self.set_up_for(self.trainer and self.trainer.lightning_module, self.trainer, stage)
         if stage == "fit" and self.trainer is not None:
             self._every_epoch.begin(self.trainer)
@@ -303,7 +304,7 @@ class SRDDataModule(LightningDataModule):
 
     def rows_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer of the rows, if it is not left to the module."""
-        return load_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+        return load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
 
     def use_batch_columns(self, columns: BatchColumns | None) -> None:
         """Let the batches of loaders made from now on carry what these make of their rows."""

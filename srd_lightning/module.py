@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -256,6 +257,8 @@ class KDLightningModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Begin anew; before training, let the teacher be cached, where that is asked for."""
+        # for then the module's is used, which is what is wanted: only it can look at batches before they move
+        warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device` in `LightningModule` but")
         self.preflight(self.trainer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         self.teacher_handle.begin()
@@ -308,8 +311,9 @@ class KDLightningModule(LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch, and look at it before: to ask the device what is in it, the step would have to wait."""
+        layout = self.step.inspect(batch)  # some batches move in place
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        self.step.inspect(batch, moved)
+        self.step.expect(moved, layout)
         return moved
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -320,11 +324,13 @@ class KDLightningModule(LightningModule):
         auxiliary = cast("list[AuxiliaryLoss]", list(self.auxiliary))
         objective = step.objective(laid_out, self.loss, self.kd_weight, num_tokens, auxiliary)
         means = self.token_normalizer.of_batch(torch.stack(objective).detach())
+        if self._trainer is not None and not self.trainer.training:  # asked for by an evaluation: no step comes of it
+            return objective.loss
         trained = self._trainer is not None and self.trainer.global_step > 0
-        why = functools.partial(step.why_not_finite, laid_out, trained)
+        why = functools.partial(step.why_not_finite, laid_out.without_columns(), trained)
         tokens = self.token_normalizer.tokens_of_batch
         self._measured.append(Measured(batch_idx, means, tokens, objective.loss.detach(), why))
-        if self._trainer is None:  # nobody will say when the step is made
+        if self._trainer is None or not self.automatic_optimization:  # nobody will say when the step is made
             self.read_measures()
         return objective.loss
 

@@ -76,12 +76,16 @@ class Spoil(L.Callback):
             pl_module.student.model.norm.weight.register_hook(lambda gradient: gradient + torch.inf)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_gradient_that_is_no_number_makes_no_step(precision, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "clipping"),
+    [("32-true", {"gradient_clip_val": 1.0}), ("bf16-mixed", {"gradient_clip_val": 1.0}), ("32-true", {})],
+    ids=str,
+)
+def test_a_gradient_that_is_no_number_makes_no_step(precision, clipping, tmp_path):
     spoil, keep = Spoil(), ModelCheckpoint(tmp_path, "kept", save_on_exception=True)
     module = KDLightningModule(tiny_model(0), tiny_model(1))
     data = SRDDataModule(make_rows(16), ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
-    options = {**QUIET, "enable_checkpointing": True, "gradient_clip_val": 1.0, "precision": precision}
+    options = {**QUIET, "enable_checkpointing": True, "precision": precision, **clipping}
     trainer = L.Trainer(max_epochs=1, callbacks=[spoil, keep], default_root_dir=tmp_path, **options)
     with pytest.raises(
         FloatingPointError, match=r"the norm of the gradient is inf in batch 2 of epoch 0; its rows: \w+"
@@ -118,6 +122,56 @@ class BreakAt(L.Callback):
 class OwnClipping(KDLightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         """Clip nothing."""
+
+
+class ClipsTwice(KDLightningModule):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        super().configure_gradient_clipping(optimizer, 1.0, "norm")
+
+
+class OwnStep(KDLightningModule):
+    """Measures nothing, so that there is a norm and no loss to read."""
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).square().mean()
+
+
+@pytest.mark.parametrize("kind", [ClipsTwice, OwnStep])
+def test_a_subclass_that_clips_or_steps_for_itself_trains(kind, tmp_path):
+    module = kind(tiny_model(0), tiny_model(1))
+    data = SRDDataModule(make_rows(8), ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
+    trainer = L.Trainer(max_epochs=1, gradient_clip_val=1.0, default_root_dir=tmp_path, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert (trainer.global_step, module._measured) == (2, [])
+
+
+class StepsByHand(KDLightningModule):
+    """With an optimizer of torch, of whose steps Lightning hears nothing; validates by training steps."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+    def validation_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+def test_steps_by_hand_are_logged_and_stop_at_a_loss_that_is_nan(tmp_path):
+    module, spoil = StepsByHand(tiny_model(0), tiny_model(1), Breaks()), BreakAt(3)
+    rows = {"train": make_rows(24), "validation": make_rows(4)}
+    data = SRDDataModule(rows, ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
+    trainer = L.Trainer(
+        max_epochs=1, val_check_interval=2, callbacks=[spoil], default_root_dir=tmp_path, log_every_n_steps=1, **QUIET
+    )
+    with pytest.raises(NonFiniteError, match="the loss is nan in batch 3 of epoch 0"):
+        trainer.fit(module, datamodule=data)
+    assert module._measured == []
+    assert trainer.logged_metrics["train_loss"].isfinite()
+    assert all(torch.equal(weight, spoil.before[name]) for name, weight in module.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", [KDLightningModule, OwnClipping])

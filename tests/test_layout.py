@@ -71,7 +71,7 @@ def test_a_batch_that_was_changed_is_looked_at_again(change):
 def test_labels_that_are_changed_late_are_those_that_are_learnt():
     batch = batch_of()
     step = DistillationStep().attach(tiny_model(), None)
-    step.inspect(batch, batch)
+    step.expect(batch, step.inspect(batch))
     batch["labels"][1:] = -100
     found = step.laid_out(batch, "batch").layout
     assert found.targets.tolist() == batch["labels"][0][batch["labels"][0] != -100].tolist()
@@ -80,8 +80,7 @@ def test_labels_that_are_changed_late_are_those_that_are_learnt():
 def test_every_batch_is_looked_at_before_it_leaves_the_host():
     """Also where another device would have to be asked for what is in it."""
     step, batch = DistillationStep().attach(tiny_model(), None), batch_of()
-    step.inspect({**batch, "input_ids": batch["input_ids"] + 300}, batch)
-    assert step._inspected is None
+    assert step.inspect({**batch, "input_ids": batch["input_ids"] + 300}) is None
     with pytest.raises(DataError, match="batch 7: input_ids holds"):
         step.laid_out({**batch, "input_ids": batch["input_ids"] + 300}, "batch 7")
 
@@ -98,10 +97,35 @@ def test_a_mean_counts_each_token_once(parts):
     assert mean.compute().isnan()
 
 
+def test_a_mean_stays_exact_in_a_module_of_half_precision():
+    module = torch.nn.ModuleList([WeightedMean()]).to(torch.bfloat16)
+    for value in (2.0, 3.0):
+        for _ in range(300):
+            module[0].update(torch.tensor(value), 300)
+    assert module[0].compute() == 2.5
+
+
+class MovesInPlace(dict):
+    """As `transformers.BatchEncoding` does."""
+
+    def to(self, device, **_):
+        self["moved"] = torch.ones(())
+        return self
+
+
+def test_a_batch_that_moves_in_place_is_looked_at_before(monkeypatch):
+    module, batch = KDLightningModule(tiny_model(0), lively_model(1)), MovesInPlace(batch_of())
+    module.configure_model()
+    seen = []
+    monkeypatch.setattr(module.step, "inspect", lambda batch: seen.append("moved" in batch))
+    module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+    assert (seen, "moved" in batch) == ([False], True)
+
+
 def test_memory_is_pinned_for_the_accelerator_of_the_trainer(monkeypatch, tmp_path):
     """Not because there happens to be a GPU, which would be woken up."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     data = SRDDataModule({"train": make_rows(6), "validation": make_rows(2)}, ByT5Tokenizer(), schedule={0: 1.0})
     trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET)
     trainer.fit(KDLightningModule(tiny_model(0), lively_model(1)), datamodule=data)
-    assert not trainer.train_dataloader.pin_memory
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not data.train_dataloader().pin_memory

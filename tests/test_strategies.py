@@ -7,7 +7,8 @@ from conftest import remembered, train_equally
 pytestmark = pytest.mark.xdist_group("processes")
 
 SAME = 100 * torch.finfo(torch.float32).eps
-"""Between losses of each step, and between weights at the end: sums of a hundred terms in another order."""
+"""Between losses of each step, and between weights at the end: sums of a hundred terms in another order; a share of
+numbers above one."""
 NEAR = 2 * torch.finfo(torch.bfloat16).eps
 """The same in bf16-mixed: a product or two that is rounded the other way."""
 TRAINER = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2}
@@ -29,9 +30,9 @@ def check(alone, found, tolerance):
     records, found_weights = found
     assert one["in_parts"]
     for record in records:
-        assert record["losses"] == pytest.approx(one["losses"], abs=tolerance)
+        assert record["losses"] == pytest.approx(one["losses"], abs=tolerance, rel=tolerance)
         expected = {name: one["metrics"][name] for name in record["metrics"]}
-        assert record["metrics"] == pytest.approx(expected, abs=tolerance)
+        assert record["metrics"] == pytest.approx(expected, abs=tolerance, rel=tolerance)
         assert record["in_parts"]
         assert record["auxiliary"] == pytest.approx(one["auxiliary"], abs=tolerance)
     if "answers" in records[0]:

@@ -98,7 +98,8 @@ class RunSeed(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take that of the run that is resumed; older checkpoints have none."""
-        self._loaded = checkpoint.get("run_seed")
+        if trainer.state.fn == "fit":
+            self._loaded = checkpoint.get("run_seed")
 
 
 def batch_seed(run_seed: int, batch: int, rank: int) -> int:

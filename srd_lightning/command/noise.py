@@ -22,7 +22,6 @@ WARNINGS = {
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning calls torch so",
     r"Checkpoint directory .* exists and is not empty": "a run that goes on finds its own checkpoints there",
     r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint": "ResumeCheckpoint says that the run begins",
-    r"You have overridden `transfer_batch_to_device` in `LightningModule` but": "the module looks at batches there",
 }
 """Beginnings of warnings, each with the reason why it is left out."""
 LOGGED = {

@@ -97,6 +97,10 @@ class LaidOut(dict[str, Any]):
         super().__init__(fields)
         self.layout = layout
 
+    def without_columns(self) -> LaidOut:
+        """Return its fields alone: what is cached of the teacher is large."""
+        return LaidOut({name: self[name] for name in FIELDS}, self.layout)
+
     def parts(self) -> list[LaidOut]:
         """Return the parts in which it is to be taken, or nothing but itself; what is no field stays whole."""
         return [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
@@ -23,20 +25,28 @@ def clip(
         algorithm: ``norm``, the default, or ``value``.
 
     Returns:
-        The norm before clipping, if it was needed and no scaler has left infinities in it that it will deal with.
+        The norm before clipping; nothing where a scaler has left infinities in it that it will deal with, where only
+        FSDP1 could tell it, and where nothing has a gradient.
     """
     plugin = module.trainer.precision_plugin
-    if not value:
-        return None
     scaled = getattr(plugin, "scaler", None) is not None
     root = module.trainer.strategy.model
-    if algorithm != "value" and isinstance(root, FullyShardedDataParallel):  # only it knows the norm of all shards
+    if value and algorithm != "value" and isinstance(root, FullyShardedDataParallel):  # only it knows it of all shards
         norm = root.clip_grad_norm_(value)
         return None if scaled else norm
     if scaled:
-        module.clip_gradients(optimizer, value, algorithm)
+        if value:
+            module.clip_gradients(optimizer, value, algorithm)
         return None
-    if algorithm == "value":
+    if value and algorithm != "value":
+        return torch.nn.utils.clip_grad_norm_(plugin.main_params(optimizer), value)
+    seen = None if isinstance(root, FullyShardedDataParallel) else _norm(plugin.main_params(optimizer))
+    if value:
         Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType.VALUE)
-        return None
-    return torch.nn.utils.clip_grad_norm_(plugin.main_params(optimizer), value)
+    return seen
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """Return the norm of all gradients: one that is NaN or infinite is seen though nothing is clipped by it."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else None

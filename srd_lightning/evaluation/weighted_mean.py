@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -11,7 +14,8 @@ class WeightedMean(Metric):
     """Mean of values with weights.
 
     `torchmetrics.MeanMetric` asks of each value whether it is NaN, for which a GPU must finish all work before it, and
-    where that is disabled it takes all weights for 1 (seen in torchmetrics 1.9.0). Here NaN makes the mean NaN.
+    where that is disabled it takes all weights for 1 (seen in torchmetrics 1.9.0). Here NaN makes the mean NaN, and the
+    sums stay fp32 in a module of half precision, in which they would soon stand still.
 
     Example:
         >>> mean = WeightedMean()
@@ -28,6 +32,9 @@ class WeightedMean(Metric):
         super().__init__()
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
+        return super()._apply(lambda values: fn(values).to(values.dtype), *args, **options)
 
     def update(self, value: Tensor | float, weight: Tensor | float) -> None:
         """Add a mean of some tokens or rows.

@@ -166,7 +166,15 @@ def _some(teacher: Tensor | TopKTeacher | None, tokens: slice) -> Tensor | TopKT
 
 @functools.cache
 def _compiled() -> ToGradient:
-    return torch.compile(to_gradient)
+    compiled = torch.compile(to_gradient)
+
+    def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
+        gradients = torch.empty_like(logits)  # in place, the compiler of torch 2.9 reads logits after they are written
+        sums = compiled(cost, logits, teacher, targets, gradients)
+        logits.copy_(gradients)
+        return sums
+
+    return way
 
 
 class _Chunked(torch.autograd.Function):

@@ -34,7 +34,13 @@ class TokenLoss:
         return self.kd_weight * self.loss.scale / self.loss.temperature
 
 
-def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
+def to_gradient(
+    cost: TokenLoss,
+    logits: Tensor,
+    teacher: Tensor | TopKTeacher | None,
+    targets: Tensor,
+    gradients: Tensor | None = None,
+) -> Tensor:
     """Overwrite the products of a head with the gradient by them.
 
     Args:
@@ -42,6 +48,7 @@ def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher |
         logits: Before they are scaled and capped, ``[n, V]``.
         teacher: Its logits, ``[n, V]``, its likeliest tokens, or nothing where w is 0.
         targets: The tokens of the response, ``[n]``.
+        gradients: Where the gradient goes instead, ``[n, V]``.
 
     Returns:
         The sums over tokens of CE and of T² D, ``[2]``, at least fp32.
@@ -84,5 +91,6 @@ def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher |
     assert gradient is not None, "without a teacher kd_weight must be below 1"
     if cap is not None:
         gradient = gradient * (1 - (student / cap) ** 2)
-    logits.copy_(gradient if cost.scale == 1 else gradient * cost.scale)
+    place = logits if gradients is None else gradients
+    place.copy_(gradient if cost.scale == 1 else gradient * cost.scale)
     return torch.stack([ce, kd])

@@ -40,16 +40,19 @@ def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -
     else:
         fits, of_teacher = True, None
     make_loss: Callable[..., DistillationLoss] = type(cost.loss)
-    return _tried(make_loss, logits.dtype, of_teacher, logits.shape[1], cost.soft_cap, logits.device) if fits else None
+    shares = tuple((name, getattr(cost.loss, name)) for name in ("alpha", "beta") if hasattr(cost.loss, name))
+    head = cost.scale, cost.soft_cap
+    return _tried(make_loss, shares, logits.dtype, of_teacher, logits.shape[1], head, logits.device) if fits else None
 
 
 @functools.cache
 def _tried(
     make_loss: Callable[..., DistillationLoss],
+    shares: tuple[tuple[str, float], ...],
     dtype: torch.dtype,
     of_teacher: torch.dtype | int | None,
     vocabulary: int,
-    soft_cap: float | None,
+    head: tuple[float, float | None],
     device: torch.device,
 ) -> Callable[..., Tensor] | None:
     """Try a kernel on three random tokens, given the type of a teacher's logits or the number of its likeliest."""
@@ -61,7 +64,7 @@ def _tried(
     taught: Any = (
         _likeliest(teacher, of_teacher) if isinstance(of_teacher, int) else of_teacher and teacher.to(of_teacher)
     )
-    cost = TokenLoss(make_loss(temperature=1.5), 0.0 if taught is None else 0.5, soft_cap=soft_cap)
+    cost = TokenLoss(make_loss(temperature=1.5, **dict(shares)), 0.0 if taught is None else 0.5, *head)
     targets = torch.zeros(3, dtype=torch.int64, device=device)
     try:
         values = kernel(cost, found, taught, targets)

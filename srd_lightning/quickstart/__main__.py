@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
-import transformers
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +18,7 @@ from srd_lightning.callbacks import HyperparameterScheduler
 from srd_lightning.callbacks.runtime import RuntimeBenchmark
 from srd_lightning.cli import SRDCLI, find_config, parse
 from srd_lightning.command.console import Ending
+from srd_lightning.command.noise import quiet
 from srd_lightning.models.generation import generate
 from srd_lightning.quickstart import fetch
 from srd_lightning.storage import write_atomically
@@ -38,7 +37,7 @@ def main() -> None:
 def _run() -> None:
     start = time.perf_counter()
     console = Console()
-    _quiet()
+    quiet("quickstart")
     fetch.question_answer_pairs(RUN / "data")
     weights = str(fetch.smollm2())
     config, names = str(find_config("quickstart.yaml")), ("--model.student.name", "--model.teacher.name")
@@ -56,13 +55,6 @@ def _run() -> None:
     _show_numbers(console, summary)
     _show_answers(console, cli, answers_before, answers_after)
     console.print(f"The student is in {RUN / 'student'}, these numbers are in {RUN / 'summary.json'}.")
-
-
-def _quiet() -> None:
-    """Leave out remarks of other libraries that a newcomer can do nothing about."""
-    warnings.filterwarnings("ignore", module="(lightning|torch)")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _measure(cli: SRDCLI) -> dict[str, float]:

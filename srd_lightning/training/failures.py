@@ -74,7 +74,8 @@ def read_finite(batches: Sequence[Measured], norm: Tensor | None, module: Lightn
         return None
     measured = [torch.cat([batch.means, batch.tokens[None]]) for batch in batches]
     found = torch.tensor(torch.cat([*measured, *scalars]).tolist())
-    rows = found[: sum(map(len, measured))].view(len(batches), -1)
+    width = len(measured[0]) if measured else 0
+    rows = found[: len(batches) * width].view(len(batches), width)
     for batch, row in zip(batches, rows.tolist(), strict=True):
         if not math.isfinite(row[0]):
             guilty = not bool(batch.own.isfinite())
@@ -94,7 +95,7 @@ def _not_finite(
     guilty: bool = True,
     reason: Callable[[], str | None] = lambda: None,
 ) -> NonFiniteError:
-    """Return what names the rows of the guilty processes; all must ask."""
+    """Return what names the rows of the guilty ranks; all must ask."""
 
     def rows_of_batch() -> list[str]:
         ids = getattr(module._trainer and module._trainer.train_dataloader, "ids", None)

@@ -74,15 +74,14 @@ class DistillationStep:
         self._inspected: Inspected | None = None
         return self
 
-    def inspect(self, batch: Any, moved: Any) -> None:
-        """Look at a batch while it is on the host, for the step that will be given it on its device.
+    def inspect(self, batch: Any) -> Layout | None:
+        """Return the layout of a batch, if it is sound, while it is on the host; if not, the step will say so."""
+        sound = self.student is not None and problem_of(batch, self._tokens) is None
+        return self._lay_out(batch) if sound else None
 
-        Args:
-            batch: Any.
-            moved: The same, where the step will have it.
-        """
-        sound = self.student is not None and problem_of(batch, self._tokens) is None  # if not, the step will say so
-        self._inspected = Inspected.of(moved, self._lay_out(batch)) if sound else None
+    def expect(self, batch: Any, layout: Layout | None) -> None:
+        """Keep the layout of the batch, now on its device, that the next step will be given."""
+        self._inspected = None if layout is None else Inspected.of(batch, layout)
 
     def laid_out(self, batch: Any, name: str) -> LaidOut:
         """Return a batch with its layout, which makes the host wait where it was not inspected, or was changed since.
@@ -158,7 +157,8 @@ class DistillationStep:
         """Return which model makes the loss of a batch NaN or infinite, if one does; see `cause_of`."""
         try:
             student = LiveTeacher(cast(nn.Module, self.student), self.parts).logits(batch, self.vocabulary)
-            teacher = None if self.teacher is None else self.teacher.logits(batch, self.vocabulary)
+            live = self.teacher if isinstance(self.teacher, LiveTeacher) else None  # what is kept was looked at
+            teacher = None if live is None else live.logits(batch, self.vocabulary)
             return cause_of(student, teacher, layout_of(batch).targets, trained)
         except Exception:  # what it is to explain must not be hidden by it
             return None
