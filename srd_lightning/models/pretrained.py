@@ -21,6 +21,9 @@ from srd_lightning.models.files import ADAPTER, CONFIG, check_files
 from srd_lightning.models.soundness import check_causal, check_decoder, check_weights
 from srd_lightning.models.vocabulary import check_ends, check_tokens
 
+ON_CPUS = ("eager", "sdpa")
+"""Attention that a CPU has too."""
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -131,7 +134,7 @@ class Pretrained:
         check_weights(model, self.name)
         check_causal(model, self.name)
         if self.keep_layers is not None:
-            model = keep_layers(model, self.keep_layers)  # tried on the CPU, which has not every attention
+            model = keep_layers(model, self.keep_layers)  # tried on the CPU, so with an attention that is there
             self._set_attention(model)
         if self.liger:
             # Not its losses: they would take the place of ours, and of the logits.
@@ -150,7 +153,7 @@ class Pretrained:
 
     def _load(self) -> Any:
         options: dict[str, Any] = {"dtype": dtype_named(self.dtype), "trust_remote_code": self.trust_remote_code}
-        if self.attn_implementation is not None and self.keep_layers is None:
+        if self.attn_implementation is not None and (self.keep_layers is None or self.attn_implementation in ON_CPUS):
             options["attn_implementation"] = self.attn_implementation
         if self.gguf_file is not None:
             from transformers import GgufConfig  # transformers >= 5 only

@@ -12,12 +12,12 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     PretrainedConfig,
-    RwkvConfig,
-    RwkvForCausalLM,
 )
 
 from faults.fault import Fault
@@ -109,10 +109,11 @@ def bert(folder: Path) -> None:
     BertLMHeadModel(BertConfig(vocab_size=384, **SIZES)).save_pretrained(folder / "student")
 
 
-def rwkv(folder: Path) -> None:
+def inverse_gpt2(folder: Path) -> None:
+    sizes = {"vocab_size": 384, "n_embd": 16, "n_layer": 4, "n_head": 1, "initializer_range": 0.3}
     torch.manual_seed(0)
-    sizes = {"vocab_size": 384, "hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4}
-    RwkvForCausalLM(RwkvConfig(**sizes, initializer_range=0.3)).save_pretrained(folder / "student")
+    model = GPT2LMHeadModel(GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True))
+    model.save_pretrained(folder / "student")
 
 
 def two_tokenizers(folder: Path) -> None:
@@ -251,9 +252,9 @@ FAULTS: list[Fault] = [
     Fault(
         id="model_layers_refused",
         done="`keep_layers` of a model whose layers depend on their place",
-        prepare=rwkv,
-        settings=of(keep_layers=[1, 3]),
-        says="keep_layers [1, 3] cannot be used with RwkvForCausalLM: its layers depend on their place, so "
+        prepare=inverse_gpt2,
+        settings=of(keep_layers=[1, 3], attn_implementation="eager"),
+        says="keep_layers [1, 3] cannot be used with GPT2LMHeadModel: its layers depend on their place, so "
         "the cut, saved and loaded again, would be another model; keep all layers, or choose another "
         "student",
     ),
