@@ -207,7 +207,7 @@ def test_the_quickstart_says_what_is_missing_in_one_paragraph(tmp_path, monkeypa
 
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
-    monkeypatch.setattr(quickstart, "_quiet", lambda: None)
+    monkeypatch.setattr(quickstart, "quiet", lambda name: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         quickstart.main()
