@@ -183,6 +183,13 @@ class TestTheOptimizer:
             check_same_optimizer(self.groups(self.adamw(), steps=2), self.groups(self.adamw(**changed)))
 
 
+def test_a_learning_rate_that_was_planned_for_other_epochs_is_told(run):
+    project.main(str(run), max_steps=2)  # where it is the same, nothing is said: that would be an error here
+    said = "the learning rate goes on as it was planned for max_epochs 4, which is 5 now"
+    with pytest.warns(UserWarning, match=said):
+        project.main(str(run), max_epochs=5, max_steps=3)
+
+
 def test_digests_see_which_rows_there_are_and_their_tokens():
     assert len({digest_of_rows(pa.array(ids)) for ids in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", "c"])}) == 4
     rows = [{"input_ids": [1, 2, 3], "prompt_length": 1}, {"input_ids": [4], "prompt_length": 0}]

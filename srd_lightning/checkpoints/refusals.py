@@ -52,6 +52,8 @@ ADVICE = {
 """What decides which rows come when, and what to do where it differs."""
 DIGESTS = {"rows", "tokens", "ranking", "order"}
 """Parts of which only digests are known."""
+PLANNED_EPOCHS = "planned_epochs"
+"""Where a checkpoint keeps the ``max_epochs`` that a schedule of the learning rate was planned for."""
 NOT_COMPARED = {"params", "lr", "fused", "foreach", "capturable", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 """Of a group of parameters: what is no setting of it, or a schedule's own; ``lr`` is compared as it was at first."""
 
@@ -161,11 +163,20 @@ def check_same_optimizer(saved: Sequence[Mapping[str, Any]], now: Sequence[Mappi
 def check_optimizer(trainer: Trainer, make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
     """Compare the optimizer of a run with that of the checkpoint from which it goes on; see `check_same_optimizer`.
 
+    A schedule of the learning rate goes on as it was planned; where that was for other epochs, a warning says so.
+
     Args:
         trainer: That sets up its data.
         make: Makes the optimizer of some parameters.
     """
-    states = outline_to_resume(trainer).get("optimizer_states")
+    outline = outline_to_resume(trainer)
+    planned = outline.get(PLANNED_EPOCHS)
+    if outline.get("lr_schedulers") and planned not in (None, trainer.max_epochs):
+        rank_zero_warn(
+            f"the learning rate goes on as it was planned for max_epochs {planned}, which is {trainer.max_epochs} now; "
+            "to plan it anew, begin a new run, without ckpt_path"
+        )
+    states = outline.get("optimizer_states")
     if states:
         example = make([nn.Parameter(torch.zeros(2, 2))])
         check_same_optimizer(states[0]["param_groups"], example.state_dict()["param_groups"])

@@ -8,6 +8,7 @@ epoch, step, batch, validation             ``loops``                         Lig
 batches of the epoch that were delivered   ``loops``, of the loader          `ResumableLoader`
 seed of the run                            ``run_seed``                      `RunSeed`
 which rows come when, and refreshments     named after the data module       `ResumeState`, for a `HasResumeState`
+epochs that the run was planned for        ``planned_epochs``                `ResumeState`; only compared
 =========================================  ================================  =======================================
 
 Stage, temperature and weight follow from the epoch, and randomness from seed, batch and rank: they are nowhere. Whether
@@ -27,7 +28,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from srd_lightning.checkpoints.refusals import check_rows
+from srd_lightning.checkpoints.refusals import PLANNED_EPOCHS, check_rows
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import HasResumeState
@@ -50,7 +51,8 @@ class ResumeState(Callback):
             callbacks_of(trainer).append(ResumeState())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep which rows are still to come."""
+        """Keep which rows are still to come, and for how many epochs the run was planned."""
+        checkpoint[PLANNED_EPOCHS] = trainer.max_epochs
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, HasResumeState):
             checkpoint.setdefault(type(data).__qualname__, {}).update(data.resume_state())

@@ -142,7 +142,7 @@ def main(
     module, rows = parts(folder, devices, dropout, **data)
     L.seed_everything(seed)
     trainer = L.Trainer(
-        max_epochs=4,
+        max_epochs=options.pop("max_epochs", 4),
         accelerator=accelerator,
         devices=devices,
         strategy=SHARDED[strategy]() if strategy in SHARDED else strategy,
