@@ -359,8 +359,7 @@ class KDLightningModule(LightningModule):
     @property
     def reads_when_clipping(self) -> bool:
         """Whether a step is read when its gradient is clipped, with the norm; else it is read just before."""
-        own = type(self).configure_gradient_clipping is KDLightningModule.configure_gradient_clipping
-        return own and self.automatic_optimization
+        return type(self).configure_gradient_clipping is KDLightningModule.configure_gradient_clipping
 
     def _laid_out(self, batch: Batch, name: str) -> LaidOut:
         if self.step.student is None or self.step.student is not self.student:

@@ -40,10 +40,10 @@ def clip(
         return None
     if value and algorithm != "value":
         return torch.nn.utils.clip_grad_norm_(plugin.main_params(optimizer), value)
-    seen = None if isinstance(root, FullyShardedDataParallel) else _norm(plugin.main_params(optimizer))
+    unclipped = None if isinstance(root, FullyShardedDataParallel) else _norm(plugin.main_params(optimizer))
     if value:
         Precision.clip_gradients(plugin, optimizer, value, GradClipAlgorithmType.VALUE)
-    return seen
+    return unclipped
 
 
 def _norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:

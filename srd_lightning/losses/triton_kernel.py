@@ -120,7 +120,13 @@ def terms_of(loss: DistillationLoss) -> tuple[Any, float] | None:
 
 
 @triton.jit
-def _student(
+def add_exp(total: tl.tensor, so_far: tl.tensor, top: tl.tensor, logits: tl.tensor, power: tl.tensor) -> tl.tensor:
+    """Add exponentials to a total from which the largest logit so far was taken out; from now on it is ``top``."""
+    return total * exp((so_far - top) * power) + exp((logits - top) * power)
+
+
+@triton.jit
+def student_logits(
     row: tl.tensor, at: tl.tensor, inside: tl.tensor, scale: tl.tensor, cap: tl.tensor, capped: tl.constexpr
 ) -> tl.tensor:
     """Logits of some tokens, scaled and capped; -inf behind the last."""
@@ -183,17 +189,15 @@ def one_token(
     teacher_sum = tl.zeros((block,), tl.float32)
     for number in range(blocks):
         at = number * block + lanes
-        logits = _student(student, at, at < vocabulary, scale, cap, capped)
+        logits = student_logits(student, at, at < vocabulary, scale, cap, capped)
         top = tl.maximum(student_top, tl.max(logits, 0))
-        plain = plain * exp(student_top - top) + exp(logits - top)
-        student_sum = student_sum * exp((student_top - top) * inverse_temperature)
-        student_sum += exp((logits - top) * inverse_temperature)
+        plain = add_exp(plain, student_top, top, logits, 1.0)
+        student_sum = add_exp(student_sum, student_top, top, logits, inverse_temperature)
         student_top = top
         if taught:
             logits = _teacher(teacher, at, at < vocabulary)
             top = tl.maximum(teacher_top, tl.max(logits, 0))
-            teacher_sum = teacher_sum * exp((teacher_top - top) * inverse_temperature)
-            teacher_sum += exp((logits - top) * inverse_temperature)
+            teacher_sum = add_exp(teacher_sum, teacher_top, top, logits, inverse_temperature)
             teacher_top = top
     plain_normaliser = student_top + tl.log(tl.sum(plain, 0))
     student_normaliser = student_top * inverse_temperature + tl.log(tl.sum(student_sum, 0))
@@ -205,7 +209,7 @@ def one_token(
         weighted_sum = tl.zeros((block,), tl.float32)
         for number in range(blocks):
             at = (blocks - 1 - number) * block + lanes
-            logits = _student(student, at, at < vocabulary, scale, cap, capped)
+            logits = student_logits(student, at, at < vocabulary, scale, cap, capped)
             log_q = _log_probability(logits, inverse_temperature, student_normaliser)
             log_p = _log_probability(_teacher(teacher, at, at < vocabulary), inverse_temperature, teacher_normaliser)
             _, weighted = terms(log_p, log_q, share)
@@ -216,7 +220,7 @@ def one_token(
     value = tl.zeros((block,), tl.float32)
     for number in range(blocks):
         at = number * block + lanes
-        logits = _student(student, at, at < vocabulary, scale, cap, capped)
+        logits = student_logits(student, at, at < vocabulary, scale, cap, capped)
         gradient = ce_weight * (exp(logits - plain_normaliser) - tl.where(at == target.to(tl.int32), 1.0, 0.0))
         if taught:
             log_q = _log_probability(logits, inverse_temperature, student_normaliser)

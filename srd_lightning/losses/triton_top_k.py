@@ -15,7 +15,7 @@ from torch import Tensor
 from srd_lightning.losses.base import FLOOR
 from srd_lightning.losses.token_loss import TokenLoss
 from srd_lightning.losses.top_k import TopKTeacher
-from srd_lightning.losses.triton_kernel import LOWEST, exp, shape_of_block
+from srd_lightning.losses.triton_kernel import LOWEST, add_exp, exp, shape_of_block, student_logits
 
 
 @triton.jit
@@ -35,12 +35,10 @@ def sum_up(
     plain_sum, tempered_sum = tl.zeros((block,), tl.float32), tl.zeros((block,), tl.float32)
     for first in range(0, vocabulary, block):
         at = first + lanes
-        logits = tl.load(row + at, mask=at < vocabulary, other=0.0).to(tl.float32) * scale
-        logits = tl.where(at < vocabulary, logits, -float("inf"))
+        logits = student_logits(row, at, at < vocabulary, scale, scale, False)
         top = tl.maximum(so_far, tl.max(logits, 0))
-        plain_sum = plain_sum * exp(so_far - top) + exp(logits - top)
-        tempered_sum = tempered_sum * exp((so_far - top) * inverse_temperature)
-        tempered_sum += exp((logits - top) * inverse_temperature)
+        plain_sum = add_exp(plain_sum, so_far, top, logits, 1.0)
+        tempered_sum = add_exp(tempered_sum, so_far, top, logits, inverse_temperature)
         so_far = top
     tl.store(plain + token, so_far + tl.log(tl.sum(plain_sum, 0)))
     tl.store(tempered + token, so_far * inverse_temperature + tl.log(tl.sum(tempered_sum, 0)))
