@@ -74,9 +74,13 @@ def test_debug_recipe_runs_as_it_stands(tmp_path, monkeypatch):
     assert [(stage["rows"], stage["steps"]) for stage in stages] == [(2, 2), (4, 4), (6, 6)]
 
 
+def _recipe_of_debug():
+    return yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
+
+
 def base(*more):
     """Return the debug recipe with models that are loaded from folders."""
-    recipe = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
+    recipe = _recipe_of_debug()
     recipe["model"] |= {
         "student": {"name": "student"},
         "teacher": {"name": "teacher"},
@@ -92,6 +96,19 @@ def test_short_names_and_layers(tiny):
     loss = cli.parse(base("--model.loss", "ReverseKL", "--config", "later.yaml")).model.loss
     assert isinstance(loss, JensenShannon)
     assert loss.beta == 0.1
+
+
+@pytest.mark.parametrize("setting", ["config.hidden_size", "init_args.config.init_args.hidden_size"])
+def test_setting_within_a_recipe_leaves_the_others_as_they_were(setting):
+    recipe = str(ROOT / "configs" / "debug.yaml")
+    student, teacher = cli.parse(["--config", recipe, f"--model.student.{setting}=64"]).model.models_by_name().values()
+    assert student.config.to_dict() == {**teacher.config.to_dict(), "hidden_size": 64, "head_dim": 32}
+
+
+def test_another_recipe_with_another_kind_of_student_takes_its_place(tiny):
+    (tiny / "later.yaml").write_text(yaml.safe_dump({"model": {"student": _recipe_of_debug()["model"]["student"]}}))
+    student = cli.parse(base("--config", "later.yaml")).model.student
+    assert student.config.vocab_size == 384
 
 
 def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):

@@ -158,11 +158,12 @@ def _of_union(errors: list[str], value: str, typehint: Any) -> str:
     expected = [found["type"] for error in errors if (found := EXPECTED.fullmatch(error))]
     if any(LITERAL.fullmatch(kind) for kind in expected):  # one of several words: who wants a class writes more
         return f"expected {_types(expected)}, but got {_short(value)}"
+    others = [error for error in errors if not EXPECTED.fullmatch(error) and not NO_CLASS.fullmatch(error)]
     for error in errors:
-        if NO_CLASS.fullmatch(error):
+        found = NO_CLASS.fullmatch(error)
+        if found and not (found["path"] and others):  # of a class that refuses for itself
             named = f"Expected a dot import path string: {value}"
             return of_value(named if error.startswith("Import path does") else error, typehint)
-    others = [error for error in errors if not EXPECTED.fullmatch(error)]
     if others:
         return in_one_line(others[0])
     return f"expected {_types(expected)}, but got {_short(value)}"

@@ -6,12 +6,17 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srd_lightning.command.parse_errors import plain, unknown
 from srd_lightning.command.settings_help import AllHelp, first_help
 from srd_lightning.errors import SettingError
+from srd_lightning.models.pretrained import Pretrained
+
+# As a dataclass among others it would be tried first for every setting of a model, and what the tries take from the
+# settings given before is lost: `--model.student.config.hidden_size` would reset all others to their defaults.
+set_parsing_settings(subclasses_enabled=[Pretrained])
 
 
 class SRDParser(LightningArgumentParser):

@@ -261,7 +261,7 @@ FAULTS = [
         id="misspelt_setting_of_student",
         done="`--model.student.nam gpt2`",
         argv=("fit", "--model.student.nam", "gpt2"),
-        says="model.student: Pretrained: there is no setting nam; did you mean name?",
+        says="model.student: LlamaForCausalLM: there is no setting nam; there are config",
     ),
     Fault(
         id="unknown_strategy",
