@@ -151,6 +151,139 @@ def skew_reverse_kl(p: Tensor, q: Tensor, alpha: float = 0.1) -> Tensor:
     return (q * (q / m).log()).sum()
 
 
+def alpha_beta(p: Tensor, q: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+    """Return the sum over tokens of what ABKD writes for one, and of its limits where a power is 0."""
+    total = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(p, q, strict=True):
+        if alpha == 0:
+            total = total + (b**beta * (b**beta / a**beta).log() - b**beta + a**beta) / beta**2
+        elif beta == 0:
+            total = total + (a**alpha * (a**alpha / b**alpha).log() - a**alpha + b**alpha) / alpha**2
+        else:
+            both = alpha + beta
+            term = a**alpha * b**beta - alpha / both * a**both - beta / both * b**both
+            total = total - term / (alpha * beta)
+    return total
+
+
+def adaptive_kl(p: Tensor, q: Tensor, head: float = 0.5) -> Tensor:
+    """Return both KLs, weighted by what the head and the tail of the teacher miss, walking down the likeliest."""
+    missed = {"head": 0.0, "tail": 0.0}
+    mass = 0.0
+    for place, token in enumerate(sorted(range(len(p)), key=lambda token: -float(p[token]))):
+        mass += float(p[token])
+        missed["head" if mass <= head or place == 0 else "tail"] += abs(float(p[token]) - float(q.detach()[token]))
+    share = missed["head"] / (missed["head"] + missed["tail"])
+    return share * forward_kl(p, q) + (1 - share) * reverse_kl(p, q)
+
+
+def taid(p: Tensor, q: Tensor, t: float = 0.4) -> Tensor:
+    """Return KL(r ‖ q), where r is proportional to q^(1 - t) p^t and is not differentiated."""
+    mixed = q.detach() ** (1 - t) * p**t
+    return forward_kl(mixed / mixed.sum(), q)
+
+
+def hellinger(p: Tensor, q: Tensor) -> float:
+    """Return the Hellinger distance."""
+    return math.sqrt(sum((math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in zip(p.tolist(), q.tolist(), strict=True)) / 2)
+
+
+def entropy(p: Tensor, q: Tensor) -> float:
+    """Return the entropy of the student."""
+    return -sum(b * math.log(b) for b in q.tolist())
+
+
+def chosen_by_row(
+    divergence: Callable[[Tensor, Tensor], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    rows: Sequence[int],
+    temperature: float,
+    share: float = 1.0,
+    by: Callable[[Tensor, Tensor], float] = entropy,
+    strength: float = 0.0,
+) -> Tensor:
+    """Return the mean over N tokens of what is distilled of each row: its best by a score, each at a temperature.
+
+    Args:
+        divergence: Of one token.
+        student_logits: ``[N, V]``.
+        teacher_logits: ``[N, V]``.
+        rows: Tokens of each row.
+        temperature: At which tokens are scored.
+        share: Of a row.
+        by: Scores a token.
+        strength: Of the temperatures of hard and easy tokens, which are told apart by Hellinger distance.
+    """
+    total, first = torch.zeros((), dtype=torch.float64), 0
+    for length in rows:
+        tokens = list(range(first, first + length))
+        first += length
+        pairs = {n: (softmax(teacher_logits[n], temperature), softmax(student_logits[n], temperature)) for n in tokens}
+        scores = {n: by(p.detach(), q.detach()) for n, (p, q) in pairs.items()}
+        best = sorted(tokens, key=lambda n: -scores[n])[: math.ceil(share * length)]
+        distances = {n: hellinger(pairs[n][0].detach(), pairs[n][1].detach()) for n in best}
+        for n in best:
+            median = sorted(distances.values())[(len(best) - 1) // 2]
+            own = temperature * math.exp(-strength * math.tanh(math.log(distances[n] / median)))
+            value = divergence(softmax(teacher_logits[n], own), softmax(student_logits[n], own))
+            total = total + length / len(best) * own**2 * value
+    return total / sum(rows)
+
+
+def paper_loss(name: str, p: Tensor, q: Tensor, temperature: float) -> Tensor:
+    """Return what the authors' code minimises of a token, p and q being at the temperature."""
+    squared = temperature * temperature
+    if name == "tfkl":
+        return -squared * (p * q.log()).sum()
+    if name == "trkl":
+        return (q * (q.log() - p.log())).sum()
+    if name == "tjsd":
+        m = (1 - 0.9) * p + 0.9 * q
+        return squared * (0.9 * (q * (q / m).log()).sum() + (1 - 0.9) * (p * (p / m).log()).sum())
+    if name == "ttvd":
+        return 0.5 * (p - q).abs().sum()
+    if name == "tsfkl":
+        return -(p * (0.1 * p + (1 - 0.1) * q).log()).sum()
+    assert name == "tsrkl"
+    return squared * (q * (q.log() - ((1 - 0.1) * p + 0.1 * q).log())).sum()
+
+
+def following_t(losses: Sequence[float], start: float, end: float, alpha: float, momentum: float) -> list[float]:
+    """Return TAID's t of each step, from the losses of all steps."""
+    ts, trend = [start], 0.0
+    for step in range(1, len(losses)):
+        hastened = 0.0
+        if step > 1:
+            change = (losses[step - 2] - losses[step - 1]) / losses[step - 2]
+            trend = momentum * trend + (1 - momentum) * change
+            hastened = alpha * (1 - ts[-1]) / (1 + math.exp(-trend))
+        linear = start + (end - start) * step / len(losses)
+        ts.append(min(end, max(linear, ts[-1] + hastened)))
+    return ts
+
+
+def mapped_layers_mse(student: Sequence[Tensor], teacher: Sequence[Tensor], projections: Sequence[Tensor]) -> Tensor:
+    """Return the mean over tokens and pairs of layers of the mean squared difference; ``[N, d]`` and ``[e, d]``."""
+    total = torch.zeros((), dtype=torch.float64)
+    for own, other, projection in zip(student, teacher, projections, strict=True):
+        for state, target in zip(own, other, strict=True):
+            for unit in range(len(target)):
+                total = total + ((projection[unit] * state).sum() - target[unit]) ** 2 / len(target)
+    return total / (len(student) * len(student[0]))
+
+
+def hidden_state_cosine(student: Tensor, teacher: Tensor, projection: Tensor) -> Tensor:
+    """Return the mean over tokens of one minus the cosine; ``[N, d]``, ``[N, e]`` and ``[e, d]``."""
+    total = torch.zeros((), dtype=torch.float64)
+    for state, target in zip(student, teacher, strict=True):
+        made = [(row * state).sum() for row in projection]
+        dot = sum(one * other for one, other in zip(made, target, strict=True))
+        lengths = sum(one * one for one in made).sqrt() * sum(other * other for other in target).sqrt()
+        total = total + 1 - dot / lengths
+    return total / len(student)
+
+
 def response_positions(labels: Tensor, ignore_index: int = -100) -> list[tuple[int, int]]:
     """Return (row, position) of every position whose next token belongs to the response."""
     positions = []

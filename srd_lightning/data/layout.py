@@ -49,6 +49,7 @@ class Layout(NamedTuple):
         tokens: Where what the batch brings along of these tokens stands among all that it brings along, ``[N]``; see
             `FIRST`.
         parts: In which the batch is to be taken, longest rows first; without, it is taken whole.
+        rows: How many of the N each row has, numbers of the host.
     """
 
     positions: Tensor
@@ -57,6 +58,7 @@ class Layout(NamedTuple):
     packed: Packed | None = None
     tokens: Tensor | None = None
     parts: tuple[Part, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Layout:
         """Return it on a device, where it goes in one copy, for which the host does not wait."""
@@ -164,8 +166,9 @@ def lay_out(batch: Mapping[str, Tensor], packing: bool = False, max_tokens: int 
     positions = predicts.flatten().nonzero()[:, 0]
     targets = labels.flatten()[positions + 1].long()
     tokens = (batch[FIRST][:, None] + mask.cumsum(1)).flatten()[positions] if FIRST in batch else None
-    layout = Layout(positions, targets, pads_right(mask), _packed(mask, predicts) if packing else None, tokens)
-    return layout if max_tokens is None else layout._replace(parts=_parts(batch, packing, max_tokens))
+    packed, rows = _packed(mask, predicts) if packing else None, tuple(predicts.sum(1).tolist())
+    parts = () if max_tokens is None else _parts(batch, packing, max_tokens)
+    return Layout(positions, targets, pads_right(mask), packed, tokens, parts, rows)
 
 
 def layout_of(batch: Mapping[str, Tensor], packing: bool = False) -> Layout:

@@ -9,6 +9,9 @@ Shift, mask, temperature and mean are written once, in `DistillationLoss`; a los
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,15 +61,20 @@ def upcast(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+def log_probabilities(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Return log-softmax of ``logits / temperature``, ``[N, V]``, at least `FLOOR`, so finite where a logit is -inf.
+
+    Args:
+        logits: ``[N, V]``.
+        temperature: One for all tokens, or one for each, ``[N, 1]``.
 
     Example:
         >>> log_probabilities(torch.tensor([[0.0, 0.0, -torch.inf]]), temperature=1.0)
         tensor([[-6.9315e-01, -6.9315e-01, -1.0000e+04]])
     """
     logits = upcast(logits)
-    logp = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    whole = not isinstance(temperature, Tensor) and temperature == 1
+    logp = (logits if whole else logits / temperature).log_softmax(-1)
     # the backward pass of log-softmax needs its output; where there is none, no second copy is made
     return logp.clamp(min=FLOOR) if logp.requires_grad else logp.clamp_(min=FLOOR)
 
@@ -146,7 +154,19 @@ class DistillationLoss(nn.Module):
     @property
     def scale(self) -> float:
         """What the mean divergence is multiplied by: temperature squared, or 1."""
-        return self.temperature**2 if self.scale_by_temperature else 1.0
+        return float(self.scale_at(self.temperature))
+
+    def scale_at(self, temperature: Any) -> Any:
+        """Return what divergences at a temperature, or at one of each token ``[N]``, are multiplied by."""
+        return temperature**2 if self.scale_by_temperature else 1.0
+
+    def for_batch(self, own_text: bool) -> DistillationLoss:
+        """Return the loss of a batch; itself, unless text that the student wrote has another.
+
+        Args:
+            own_text: Whether the student wrote the responses of the batch.
+        """
+        return self
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the mean over the tokens of the response.
@@ -168,15 +188,19 @@ class DistillationLoss(nn.Module):
                 f"{list(teacher_logits.shape)}; distillation needs two models with the same vocabulary"
             )
         mask = response_mask(labels, self.ignore_index)
-        return self.of_tokens(student_logits[:, :-1][mask], teacher_logits[:, :-1][mask], mask.sum().clamp(min=1))
+        rows = mask.sum(1).tolist()
+        return self.of_tokens(student_logits[:, :-1][mask], teacher_logits[:, :-1][mask], mask.sum().clamp(min=1), rows)
 
-    def of_tokens(self, student_logits: Tensor, teacher_logits: Tensor, num_tokens: Tensor) -> Tensor:
+    def of_tokens(
+        self, student_logits: Tensor, teacher_logits: Tensor, num_tokens: Tensor, rows: Sequence[int] | None = None
+    ) -> Tensor:
         """Return the mean over tokens whose logits were taken out already: what `forward` does after that.
 
         Args:
             student_logits: ``[N, V]``.
             teacher_logits: ``[N, V]``.
             num_tokens: What the sum over them is divided by.
+            rows: How many of the tokens each row has; asked for by losses that choose among them.
         """
         student_logp = log_probabilities(student_logits, self.temperature)
         teacher_logp = log_probabilities(teacher_logits, self.temperature)

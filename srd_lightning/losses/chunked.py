@@ -8,8 +8,8 @@ is kept for the backward pass has the size of the inputs, whatever the number of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, cast
 
@@ -18,19 +18,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from srd_lightning.losses.base import DistillationLoss
+from srd_lightning.losses.by_token import ByToken
 from srd_lightning.losses.head import Head
+from srd_lightning.losses.look_ahead import look_ahead, of_places
+from srd_lightning.losses.pieces import Logits, size_of_piece, slices, some_of
 from srd_lightning.losses.token_loss import TokenLoss, to_gradient
 from srd_lightning.losses.top_k import TopKTeacher
 
 CHUNK = 256
 """Response tokens whose logits exist at a time on a CPU."""
-PIECE = 16
-"""Tokens of these that are turned into gradients at a time there: few enough to stay in its cache."""
 TEACHER_TOKENS = 2048
 """Tokens whose teacher's logits exist at a time: enough for a product at full speed."""
-PIECE_LOGITS = 2**25
-"""Logits that are turned into gradients at a time on other devices, where no kernel does it: 128 MiB a tensor."""
-
 
 ToGradient = Callable[[TokenLoss, Tensor, Tensor | TopKTeacher | None, Tensor], Tensor]
 """`to_gradient`, or what does the same in one kernel."""
@@ -67,11 +65,12 @@ def chunked_objective(
     head: Head,
     targets: Tensor,
     loss: DistillationLoss,
-    teacher_logits: Callable[[slice], Tensor | TopKTeacher] | None,
+    teacher_logits: Logits | None,
     kd_weight: float,
     num_tokens: Tensor | int | None = None,
     chunk: int | Literal["auto"] = "auto",
     compile: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> Objective:
     r"""Return :math:`(1 - w) \, \mathrm{CE} + w \, T^2 D_T(\text{teacher} \| \text{student})`, chunk by chunk.
 
@@ -86,6 +85,8 @@ def chunked_objective(
         num_tokens: What the sums over tokens are divided by; by default N, or 1 where there is none.
         chunk: Tokens whose logits exist at a time; by default as `chunk_size` says.
         compile: Compile what turns logits into gradients, where no kernel does it.
+        rows: How many of the N tokens each row has, for losses that choose among the tokens of a row, see `ByToken`; by
+            default all are of one.
 
     Returns:
         The loss and its parts; the loss is connected to the graph also where there is no token.
@@ -104,9 +105,17 @@ def chunked_objective(
     if chunk == "auto":
         chunk = chunk_size(device, hidden.shape[1], dtype)
     with torch.autocast(device, enabled=False):
-        cost = TokenLoss(loss, kd_weight, head.scale, head.soft_cap)
-        work = _Work(head, targets, cost, teacher_logits if kd_weight > 0 else None, chunk, compile)
-        sums = cast(Any, _Chunked).apply(hidden.to(dtype), head.weight, head.bias, work)
+        cost, hidden = TokenLoss(loss, kd_weight, head.scale, head.soft_cap), hidden.to(dtype)
+        taught = len(targets) if kd_weight > 0 and teacher_logits is not None else 0
+        if isinstance(loss, ByToken) and taught and teacher_logits is not None:
+            plan = look_ahead(loss, hidden, head, teacher_logits, rows or [len(targets)], chunk)
+            places = plan.order() if kd_weight < 1 else plan.order()[: plan.chosen]
+            temperatures = None if plan.temperatures is None else plan.temperatures[places]
+            cost = replace(cost, weights=plan.weights[places], temperatures=temperatures)
+            hidden, targets, taught = hidden[places], targets[places], plan.chosen
+            teacher_logits = of_places(teacher_logits, places)
+        work = _Work(head, targets, cost, teacher_logits, taught, chunk, compile)
+        sums = cast(Any, _Chunked).apply(hidden, head.weight, head.bias, work)
     return Objective(*(part / total for part in sums))
 
 
@@ -117,28 +126,31 @@ class _Work:
     head: Head
     targets: Tensor
     cost: TokenLoss
-    teacher_logits: Callable[[slice], Tensor | TopKTeacher] | None
+    teacher_logits: Logits | None
+    taught: int
+    """How many tokens, the first, the teacher is asked for."""
     chunk: int
     compile: bool
 
     def pieces(
         self, logits: Tensor, first: int
-    ) -> Iterator[tuple[ToGradient, Tensor, Tensor | TopKTeacher | None, Tensor]]:
+    ) -> Iterator[tuple[ToGradient, TokenLoss, Tensor, Tensor | TopKTeacher | None, Tensor]]:
         """Yield the logits of the tokens from the first on, a few at a time, and what turns these into gradients.
 
         Args:
             logits: Of tokens that stand together, ``[n, V]``.
             first: Where the first of them stands among all.
         """
-        for some in _slices(len(logits), TEACHER_TOKENS):
+        for some in slices(len(logits), TEACHER_TOKENS, border=self.taught - first):
             tokens = slice(first + some.start, first + some.stop)
-            teacher = None if self.teacher_logits is None else self.teacher_logits(tokens)
-            way, size = _kernel(self.cost, logits[some], teacher), TEACHER_TOKENS
+            teacher = self.teacher_logits(tokens) if self.teacher_logits and tokens.start < self.taught else None
+            cost = self.cost.of(tokens)
+            way, size = _kernel(cost, logits[some], teacher), TEACHER_TOKENS
             if way is None:
-                way = _compiled() if self.compile else to_gradient
-                size = PIECE if logits.device.type == "cpu" else max(1, PIECE_LOGITS // logits.shape[1])
-            for piece in _slices(some.stop - some.start, size):
-                yield way, logits[some][piece], _some(teacher, piece), self.targets[tokens][piece]
+                way = _compiled() if self.compile and cost.weights is None else to_gradient
+                size = size_of_piece(logits)
+            for piece in slices(some.stop - some.start, size):
+                yield way, cost.of(piece), logits[some][piece], some_of(teacher, piece), self.targets[tokens][piece]
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -152,16 +164,6 @@ def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | Non
     from srd_lightning.losses import triton_choice
 
     return triton_choice.way(cost, logits, teacher)
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(first, min(first + size, length)) for first in range(0, length, size))
-
-
-def _some(teacher: Tensor | TopKTeacher | None, tokens: slice) -> Tensor | TopKTeacher | None:
-    if isinstance(teacher, TopKTeacher):
-        return TopKTeacher(*(values[tokens] for values in teacher))
-    return None if teacher is None else teacher[tokens]
 
 
 @functools.cache
@@ -189,11 +191,11 @@ class _Chunked(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = grad_bias = None
         sums = hidden.new_zeros(2, dtype=wide)
-        for tokens in _slices(len(hidden), work.chunk):
+        for tokens in slices(len(hidden), work.chunk):
             logits = torch.nn.functional.linear(hidden[tokens], head.weight, head.bias)
             costs = []
-            for way, piece, teacher, targets in work.pieces(logits, tokens.start):
-                costs.append(way(work.cost, piece, teacher, targets))  # overwrites the logits
+            for way, cost, piece, teacher, targets in work.pieces(logits, tokens.start):
+                costs.append(way(cost, piece, teacher, targets))  # overwrites the logits
             sums += torch.stack(costs).sum(0)
             if grad_hidden is not None:
                 torch.mm(logits, head.weight, out=grad_hidden[tokens])

@@ -178,6 +178,119 @@ def skew_reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: 
     return value, _to_logits(weighted, student)
 
 
+def alpha_beta(teacher_logp: Tensor, student_logp: Tensor, alpha: float, beta: float) -> Tensor:
+    r"""Return the :math:`\alpha`-:math:`\beta` divergence, ``[N]`` (Cichocki et al. 2011; ABKD, arXiv 2505.04560).
+
+    .. math:: -\frac{1}{\alpha\beta} \sum_v \Big( p^\alpha q^\beta - \frac{\alpha}{\alpha+\beta} p^{\alpha+\beta}
+        - \frac{\beta}{\alpha+\beta} q^{\alpha+\beta} \Big)
+
+    and its limits, where one of the two is 0:
+    :math:`\beta^{-2} \sum_v (q^\beta \log (q^\beta / p^\beta) - q^\beta + p^\beta)` for :math:`\alpha = 0`, and the
+    same with :math:`p` and :math:`q` exchanged for :math:`\beta = 0`. So (1, 0) is the forward KL, (0, 1) the reverse
+    KL, (½, ½) twice the summed squared difference of square roots, and (1, 1) half that of probabilities.
+
+    Args:
+        teacher_logp: ``[N, V]``.
+        student_logp: ``[N, V]``.
+        alpha: Power of the teacher, at least 0.
+        beta: Power of the student, at least 0, and not 0 where alpha is.
+
+    Example:
+        >>> alpha_beta(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log(), alpha=1.0, beta=1.0)
+        tensor([0.1600])
+    """
+    if beta == 0:
+        return alpha_beta(student_logp, teacher_logp, 0.0, alpha)
+    if alpha == 0:
+        of_teacher, of_student = beta * teacher_logp, beta * student_logp
+        return (of_student.exp() * (of_student - of_teacher - 1) + of_teacher.exp()).sum(-1) / beta**2
+    total = alpha + beta
+    of_both = (alpha * teacher_logp + beta * student_logp).exp()
+    of_each = alpha / total * (total * teacher_logp).exp() + beta / total * (total * student_logp).exp()
+    return (of_each - of_both).sum(-1) / (alpha * beta)
+
+
+def alpha_beta_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    r"""Return `alpha_beta` and its gradient: :math:`q h = (q^{\alpha+\beta} - p^\alpha q^\beta) / \alpha`.
+
+    For :math:`\alpha = 0` that is :math:`q h = q^\beta \log (q / p)`.
+
+    Example:
+        >>> alpha_beta_gradient(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log(), 1.0, 1.0)[1]
+        tensor([[ 0.0720, -0.0720]])
+    """
+    value = alpha_beta(teacher_logp, student_logp, alpha, beta)
+    if alpha == 0:
+        weighted = (student_logp - teacher_logp).mul_((beta * student_logp).exp_())
+    else:
+        of_both = torch.add(beta * student_logp, teacher_logp, alpha=alpha).exp_()
+        weighted = ((alpha + beta) * student_logp).exp_().sub_(of_both).div_(alpha)
+    return value, _to_logits(weighted, student_logp.exp())
+
+
+def adaptive_kl(teacher_logp: Tensor, student_logp: Tensor, head: float) -> Tensor:
+    r"""Return :math:`w \, \mathrm{KL}(p \| q) + (1 - w) \, \mathrm{KL}(q \| p)`, ``[N]`` (AKL, arXiv 2404.02657).
+
+    :math:`w` is the share of the head in :math:`\sum_v |p - q|`, and has no gradient. The head of a token is made of
+    what the teacher finds likeliest: tokens whose probabilities sum to at most ``head``, and at least one.
+
+    Args:
+        teacher_logp: ``[N, V]``.
+        student_logp: ``[N, V]``.
+        head: Most probability of the head.
+
+    Example:
+        >>> teacher, student = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.4, 0.2, 0.4]]).log()
+        >>> adaptive_kl(teacher, student, head=0.5)  # the head misses 0.1 of 0.4: 0.25 * 0.0946 + 0.75 * 0.1069
+        tensor([0.1038])
+    """
+    share = _share_of_head(teacher_logp, student_logp.detach(), head)
+    return share * forward_kl(teacher_logp, student_logp) + (1 - share) * reverse_kl(teacher_logp, student_logp)
+
+
+def adaptive_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, head: float) -> tuple[Tensor, Tensor]:
+    r"""Return `adaptive_kl` and its gradient: the two, weighted alike.
+
+    Example:
+        >>> teacher, student = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.4, 0.2, 0.4]]).log()
+        >>> adaptive_kl_gradient(teacher, student, head=0.5)[1]
+        tensor([[-0.1240, -0.1019,  0.2259]])
+    """
+    share = _share_of_head(teacher_logp, student_logp, head)
+    forward, gradient = forward_kl_gradient(teacher_logp, student_logp)
+    backward, other = reverse_kl_gradient(teacher_logp, student_logp)
+    gradient.mul_(share[:, None]).add_(other.mul_((1 - share)[:, None]))
+    return share * forward + (1 - share) * backward, gradient
+
+
+def _share_of_head(teacher_logp: Tensor, student_logp: Tensor, head: float) -> Tensor:
+    teacher, place = teacher_logp.exp().sort(descending=True)
+    missed = (teacher - student_logp.gather(-1, place).exp_()).abs_()
+    inside = teacher.cumsum(-1) <= head
+    inside[..., 0] = True
+    return (missed * inside).sum(-1) / missed.sum(-1).clamp(min=torch.finfo(missed.dtype).tiny)
+
+
+def hellinger(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
+    r"""Return the Hellinger distance :math:`\sqrt{\frac12 \sum_v (\sqrt p - \sqrt q)^2}`, ``[N]``, at most 1.
+
+    Example:
+        >>> hellinger(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log())
+        tensor([0.3249])
+    """
+    return ((teacher_logp / 2).exp() - (student_logp / 2).exp()).square().sum(-1).div(2).sqrt()
+
+
+def entropy(logp: Tensor) -> Tensor:
+    r"""Return the entropy :math:`-\sum_v q \log q`, ``[N]``.
+
+    Example:
+        >>> entropy(torch.tensor([[0.9, 0.1]]).log())
+        tensor([0.3251])
+    """
+    return -(logp.exp() * logp).sum(-1)
+
+
 def _to_logits(weighted: Tensor, student: Tensor) -> Tensor:
     """Return q (h - sum q h) from ``weighted`` = q h and ``student`` = q; overwrites both."""
     return weighted.sub_(student.mul_(weighted.sum(-1, keepdim=True)))

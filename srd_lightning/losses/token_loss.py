@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,50 @@ class TokenLoss:
         kd_weight: w; a part that has no weight is not computed.
         scale: Multiplies the product of the head.
         soft_cap: Bounds what comes of that.
+        weights: Of the divergence of each token, ``[n]``, where they differ.
+        temperatures: Of each token, ``[n]``, where they differ.
     """
 
     loss: DistillationLoss
     kd_weight: float
     scale: float = 1.0
     soft_cap: float | None = None
+    weights: Tensor | None = None
+    temperatures: Tensor | None = None
+
+    def of(self, tokens: slice) -> TokenLoss:
+        """Return the cost of some of the tokens."""
+        if self.weights is None:
+            return self
+        temperatures = None if self.temperatures is None else self.temperatures[tokens]
+        return replace(self, weights=self.weights[tokens], temperatures=temperatures)
 
     @property
-    def divergence_weight(self) -> float:
-        """What the gradient of the divergence, by logits at the temperature, is multiplied by."""
-        return self.kd_weight * self.loss.scale / self.loss.temperature
+    def temperature(self) -> float | Tensor:
+        """What logits are divided by: a number, or ``[n, 1]``."""
+        return self.loss.temperature if self.temperatures is None else self.temperatures[:, None]
+
+    @property
+    def value_weight(self) -> Any:
+        """What divergences are multiplied by: a number, or ``[n]``."""
+        scale = self.loss.scale if self.temperatures is None else self.loss.scale_at(self.temperatures)
+        return scale if self.weights is None else scale * self.weights
+
+    @property
+    def divergence_weight(self) -> Any:
+        """What the gradient of the divergence, by logits at the temperature, is multiplied by; or ``[n, 1]``."""
+        weight = self.kd_weight * self.value_weight
+        return (weight if self.weights is None else weight[:, None]) / self.temperature
+
+
+def teacher_log_probabilities(
+    teacher: Tensor | TopKTeacher, temperature: float | Tensor, student_logp: Tensor
+) -> Tensor:
+    """Return log-probabilities at a temperature, ``[n, V]``, of a teacher's logits or its likeliest tokens."""
+    if isinstance(teacher, TopKTeacher):
+        assert not isinstance(temperature, Tensor), "refused before training"
+        return teacher.at(temperature, student_logp)
+    return log_probabilities(teacher, temperature)
 
 
 def to_gradient(
@@ -74,15 +108,12 @@ def to_gradient(
         ce = -own.gather(1, targets[:, None]).sum()
     if teacher is not None:
         loss = cost.loss
-        shared = own is not None and loss.temperature == 1
-        logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, loss.temperature)
-        if isinstance(teacher, TopKTeacher):
-            teacher_logp = teacher.at(loss.temperature, logp)
-        else:
-            teacher_logp = log_probabilities(teacher, loss.temperature)
+        shared = own is not None and cost.temperatures is None and loss.temperature == 1
+        logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, cost.temperature)
+        teacher_logp = teacher_log_probabilities(teacher, cost.temperature, logp)
         values, gradient = loss.value_and_gradient(teacher_logp, logp)
         check_gradient(loss, values, gradient, logp)
-        kd = upcast(values).sum() * loss.scale
+        kd = upcast(values).sum() * loss.scale if cost.weights is None else (upcast(values) * cost.value_weight).sum()
         gradient = gradient.mul_(cost.divergence_weight)
     if own is not None:
         part = own.exp_()

@@ -6,7 +6,7 @@ A teacher gives its logits a slice of the response tokens at a time, so that nob
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -19,13 +19,12 @@ from srd_lightning.losses.auxiliary import LAST
 from srd_lightning.losses.base import FLOOR, upcast
 from srd_lightning.losses.chunked import CHUNK
 from srd_lightning.losses.head import Head
+from srd_lightning.losses.pieces import Logits
 from srd_lightning.losses.top_k import POWERS, TopKTeacher
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.split import BodyAndHead
 
 Batch = Mapping[str, Tensor]
-Logits = Callable[[slice], Tensor | TopKTeacher]
-"""Gives the logits ``[n, V]``, or the likeliest tokens, of a slice of a batch's response tokens."""
 
 
 class Teacher(Protocol):

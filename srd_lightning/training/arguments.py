@@ -103,7 +103,7 @@ def check_loss_type(loss: object) -> None:
             f"loss must be a DistillationLoss, such as ForwardKL(), but is {loss!r}; a loss of your own derives from "
             "DistillationLoss and defines divergence(teacher_logp, student_logp)"
         )
-    if not hasattr(loss, "_temperature"):
+    if not hasattr(loss, "temperature"):
         raise SettingError(f"{type(loss).__name__}.__init__ must call super().__init__(), and did not")
 
 

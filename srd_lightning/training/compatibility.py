@@ -19,6 +19,7 @@ from srd_lightning.distributed.placement import check_placement, shards_student
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import LAST, check_auxiliary
 from srd_lightning.losses.base import DistillationLoss, needs_all_logits
+from srd_lightning.losses.by_token import has_token_temperatures
 from srd_lightning.losses.checks import check_loss
 from srd_lightning.losses.top_k import POWERS
 from srd_lightning.models.pretrained import Pretrained
@@ -169,11 +170,16 @@ def check_likeliest(
         chunk: Of the module.
 
     Raises:
-        SettingError: All logits are needed, or a temperature that was not kept.
+        SettingError: All logits are needed, or a temperature that was not kept, or one for each token.
     """
     if chunk is None or needs_all_logits(loss):
         why = "chunk null" if chunk is None else f"the loss {type(loss).__name__}"
         raise SettingError(f"teacher_cache topk keeps no logits, but {why} needs all of them; use teacher_cache hidden")
+    if has_token_temperatures(loss):
+        raise SettingError(
+            "teacher_cache topk knows one temperature for all tokens, but TokenTemperature gives each its own; use "
+            "teacher_cache hidden"
+        )
     later = [schedule["loss.temperature"].values() for schedule in schedules if "loss.temperature" in schedule]
     least, most = 1 / POWERS[0], 1 / POWERS[-1]
     if wrong := [value for value in (loss.temperature, *itertools.chain(*later)) if not least <= value <= most]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from srd_lightning.losses.chunked import CHUNK
+from srd_lightning.losses.pieces import Logits
 from srd_lightning.losses.top_k import TopKTeacher
-from srd_lightning.teacher.live import Logits
 
 WEIGHTS = "check its weights, and load it in float32 or bfloat16, for float16 overflows"
 

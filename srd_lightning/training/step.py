@@ -184,7 +184,7 @@ class DistillationStep:
         parts, chunk = self.parts, self.chunk
         assert parts is not None, "without parts all logits are made"
         assert chunk is not None
-        targets = batch.layout.targets
+        targets, rows = batch.layout.targets, batch.layout.rows
         logits, theirs = None, dict[int, Tensor]()
         if self.teacher is not None and (kd_weight > 0 or auxiliary):
             numbers = {layer for other in auxiliary for layer in other.teacher_layers}
@@ -193,7 +193,7 @@ class DistillationStep:
         def work() -> tuple[Objective, dict[int, Tensor]]:
             head, own = parts.head().narrow(self.vocabulary), parts.layers(batch, layers)
             return chunked_objective(
-                own[LAST], head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile
+                own[LAST], head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile, rows
             ), own if auxiliary else {}
 
         layers = (LAST, *(layer for other in auxiliary for layer in other.student_layers))
@@ -251,7 +251,7 @@ class DistillationStep:
                 full = full.index_copy_(0, positions, teacher).view(*logits.shape[:2], -1)
                 kd = check_scalar(loss, loss(logits, full, batch["labels"]))
             else:
-                kd = loss.of_tokens(own(), teacher, count)
+                kd = loss.of_tokens(own(), teacher, count, batch.layout.rows)
             total = total + kd_weight * kd
         share = torch.full_like(count, len(targets)) / num_tokens
         return Objective(total * share, (ce * share).detach(), (kd * share).detach())
