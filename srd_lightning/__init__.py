@@ -18,6 +18,9 @@ if TYPE_CHECKING:
         CurriculumCallback,
         HuggingFaceExport,
         HyperparameterScheduler,
+        LossDrivenShare,
+        NewOptimizerEachStage,
+        TAIDSchedule,
     )
     from srd_lightning.callbacks.runtime import RuntimeBenchmark
     from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
@@ -29,8 +32,13 @@ if TYPE_CHECKING:
     from srd_lightning.distributed.fsdp2 import FSDP2
     from srd_lightning.losses.auxiliary import AuxiliaryLoss, HiddenStateMSE
     from srd_lightning.losses.base import DistillationLoss
+    from srd_lightning.losses.blends import AdaptiveKL, AlphaBeta
+    from srd_lightning.losses.by_token import Hellinger, Selected, StudentEntropy, TokenScore, TokenTemperature
     from srd_lightning.losses.chunked import chunked_objective
+    from srd_lightning.losses.contrastive import ContrastivePair
     from srd_lightning.losses.head import Head
+    from srd_lightning.losses.hidden_states import HiddenStateCosine, LayerMapMSE
+    from srd_lightning.losses.moving_target import TAID
     from srd_lightning.losses.standard import (
         ForwardKL,
         JensenShannon,
@@ -46,10 +54,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "ALPACA": "data.templates",
+    "AdaptiveKL": "losses",
+    "AlphaBeta": "losses",
     "AnswerWriter": "callbacks",
     "AuxiliaryLoss": "losses.auxiliary",
     "CacheSettings": "teacher.handle",
     "ChatTemplate": "data.templates",
+    "ContrastivePair": "losses",
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
     "Decoding": "models.generation",
@@ -58,20 +69,31 @@ _HOME = {
     "FSDP2": "distributed.fsdp2",
     "ForwardKL": "losses",
     "Head": "losses.head",
+    "Hellinger": "losses",
+    "HiddenStateCosine": "losses",
     "HiddenStateMSE": "losses.auxiliary",
     "HuggingFaceExport": "callbacks",
     "HyperparameterScheduler": "callbacks",
     "JensenShannon": "losses",
     "KDLightningModule": "module",
+    "LayerMapMSE": "losses",
     "LengthGrouped": "data.samplers",
+    "LossDrivenShare": "callbacks",
+    "NewOptimizerEachStage": "callbacks",
     "Pretrained": "models.pretrained",
     "PromptTemplate": "data.templates",
     "ResumeCheckpoint": "checkpoints.resume_checkpoint",
     "ReverseKL": "losses",
     "RuntimeBenchmark": "callbacks.runtime",
     "SRDDataModule": "datamodule",
+    "Selected": "losses",
     "SkewForwardKL": "losses",
     "SkewReverseKL": "losses",
+    "StudentEntropy": "losses",
+    "TAID": "losses",
+    "TAIDSchedule": "callbacks",
+    "TokenScore": "losses",
+    "TokenTemperature": "losses",
     "TotalVariation": "losses",
     "chunked_objective": "losses.chunked",
     "reciprocal_rank_fusion": "curriculum.ranking",
@@ -80,10 +102,14 @@ _HOME = {
 __all__ = [
     "ALPACA",
     "FSDP2",
+    "TAID",
+    "AdaptiveKL",
+    "AlphaBeta",
     "AnswerWriter",
     "AuxiliaryLoss",
     "CacheSettings",
     "ChatTemplate",
+    "ContrastivePair",
     "Curriculum",
     "CurriculumCallback",
     "Decoding",
@@ -91,20 +117,30 @@ __all__ = [
     "Example",
     "ForwardKL",
     "Head",
+    "Hellinger",
+    "HiddenStateCosine",
     "HiddenStateMSE",
     "HuggingFaceExport",
     "HyperparameterScheduler",
     "JensenShannon",
     "KDLightningModule",
+    "LayerMapMSE",
     "LengthGrouped",
+    "LossDrivenShare",
+    "NewOptimizerEachStage",
     "Pretrained",
     "PromptTemplate",
     "ResumeCheckpoint",
     "ReverseKL",
     "RuntimeBenchmark",
     "SRDDataModule",
+    "Selected",
     "SkewForwardKL",
     "SkewReverseKL",
+    "StudentEntropy",
+    "TAIDSchedule",
+    "TokenScore",
+    "TokenTemperature",
     "TotalVariation",
     "chunked_objective",
     "reciprocal_rank_fusion",

@@ -8,11 +8,22 @@ import pytest
 import references
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from safetensors.torch import load_file
 from tiny import QUIET, lively_model, make_rows, tiny_model, tokenised
 from torch.optim import SGD
 from transformers import ByT5Tokenizer
 
-from srd_lightning import AuxiliaryLoss, CacheSettings, ForwardKL, HiddenStateMSE, KDLightningModule, SRDDataModule
+from srd_lightning import (
+    AuxiliaryLoss,
+    CacheSettings,
+    ForwardKL,
+    HiddenStateCosine,
+    HiddenStateMSE,
+    HuggingFaceExport,
+    KDLightningModule,
+    LayerMapMSE,
+    SRDDataModule,
+)
 from srd_lightning.data.batches import collate
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.base import response_mask
@@ -184,3 +195,57 @@ def test_fsdp1_is_refused():
     module = KDLightningModule(tiny_model(0), tiny_model(1), auxiliary=[Between()])
     with pytest.raises(SettingError, match="FSDP1 does not shard by themselves; use FSDP2 or ddp"):
         check_hidden_states(SimpleNamespace(strategy=FSDPStrategy()), module)
+
+
+def sums(loss, own, other):
+    """Return the mean over tokens and its gradients by states and weights."""
+    own = {layer: states.clone().requires_grad_() for layer, states in own.items()}
+    value = loss(own, other) / len(next(iter(own.values())))
+    value.backward()
+    return value.detach(), [states.grad for states in own.values()] + [weight.grad for weight in loss.parameters()]
+
+
+@pytest.mark.parametrize("name", ["cosine", "layers"])
+def test_other_losses_of_hidden_states_are_those_of_plain_loops(name):
+    torch.manual_seed(0)
+    layers = {1: 2, -1: -1}
+    own = {layer: torch.randn(3, 4, dtype=torch.float64) for layer in layers}
+    other = {layer: torch.randn(3, 5, dtype=torch.float64) for layer in layers.values()}
+    loss = HiddenStateCosine(4, 5, weight=0.5) if name == "cosine" else LayerMapMSE(4, 5, layers, weight=0.5)
+    if name == "cosine":
+        own, other = {-1: own[-1]}, {-1: other[-1]}
+    leaves = [states.clone().requires_grad_() for states in own.values()]
+    weights = [weight.detach().double().requires_grad_() for weight in loss.parameters()]
+    if name == "cosine":
+        expected = 0.5 * references.hidden_state_cosine(leaves[0], other[-1], weights[0])
+    else:
+        expected = 0.5 * references.mapped_layers_mse(leaves, [other[2], other[-1]], weights)
+    expected.backward()
+    found, gradients = sums(loss.double(), own, other)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients, [leaf.grad for leaf in (*leaves, *weights)], rtol=1e-10, atol=1e-12)
+
+
+def test_projections_are_trained_and_saved_but_never_exported(tmp_path):
+    losses = [LayerMapMSE(WIDTH, WIDTH, {1: 2, 2: -1}), HiddenStateCosine(WIDTH, WIDTH)]
+    before = [weight.detach().clone() for loss in losses for weight in loss.parameters()]
+    module = KDLightningModule(
+        tiny_model(0), lively_model(1), optimizer=lambda p: SGD(p, lr=0.05), auxiliary=losses, tokenizer=ByT5Tokenizer()
+    )
+    data = SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
+    export = HuggingFaceExport(str(tmp_path / "student"))
+    trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, callbacks=[export], **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert not any(map(torch.equal, before, (weight for loss in losses for weight in loss.parameters())))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=False)["state_dict"]
+    added = sorted(name.removeprefix("auxiliary.") for name in saved if name.startswith("auxiliary"))
+    assert added == ["0.projections.0.weight", "0.projections.1.weight", "1.projection.weight"]
+    assert load_file(tmp_path / "student" / "model.safetensors").keys() == tiny_model(0).state_dict().keys()
+
+
+def test_layers_that_are_no_map_are_refused():
+    with pytest.raises(SettingError, match=r"layers must be \{layer of the student: of the teacher\}, but is \[1\]"):
+        LayerMapMSE(4, 4, [1])
+    with pytest.raises(SettingError, match="student_layers must name layers"):
+        LayerMapMSE(4, 4, {})

@@ -17,7 +17,11 @@ from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli
 from srd_lightning.command import settings_help
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "data" in yaml.safe_load(path.read_text())]
+CONFIGS = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if "data" in yaml.safe_load(path.read_text()).get("data", {})
+]
 """Recipes; what is put on top of them has tests of its own."""
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 

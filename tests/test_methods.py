@@ -2,10 +2,12 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import references
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import lively_model, make_rows, tokenised
@@ -16,6 +18,8 @@ from srd_lightning import (
     AdaptiveKL,
     AlphaBeta,
     ContrastivePair,
+    Curriculum,
+    Decoding,
     DistillationLoss,
     ForwardKL,
     Head,
@@ -39,6 +43,7 @@ from srd_lightning.losses.paper import (
     PaperSkewReverseKL,
     PaperTotalVariation,
 )
+from srd_lightning.models.generation import PAPER_DECODING
 from srd_lightning.teacher.live import TopK
 from srd_lightning.training.compatibility import check_likeliest
 from srd_lightning.training.step import DistillationStep
@@ -385,3 +390,11 @@ def test_losses_to_the_letter(name, temperature):
         hidden @ head.T,
     )
     torch.testing.assert_close(in_chunks, by_letter, rtol=1e-10, atol=1e-12)
+
+
+def test_stages_of_the_paper_hold_so_many_rows_as_theirs():
+    """Of Dolly's 11,435; theirs are cuts of whole quarters, ours shares of all."""
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "configs" / "paper.yaml").read_text())
+    curriculum = Curriculum(torch.arange(11_435), recipe["data"]["schedule"])
+    assert [curriculum.size(epoch) for epoch in (0, 8, 16)] == [(stage + 1) * (11_435 // 4) for stage in range(3)]
+    assert Decoding(**recipe["data"]["decoding"]) == PAPER_DECODING

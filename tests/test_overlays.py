@@ -16,7 +16,9 @@ from srd_lightning import cli
 pytestmark = pytest.mark.xdist_group("processes")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OVERLAYS = sorted(path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()))
+OVERLAYS = sorted(
+    path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()).get("data", {})
+)
 SRD = str(CONFIGS.parent / "cli.py")
 ON_CPU = ["--trainer.accelerator=cpu", "--trainer.max_epochs=3", "--model.teacher_cache=none"]
 
@@ -77,8 +79,18 @@ def test_an_overlay_fits_each_recipe(recipe, overlay, capsys):
 
 
 def holds(values, some):
-    """Return whether some values are among others."""
-    return all(holds(values[key], some[key]) for key in some) if isinstance(some, dict) else values == some
+    """Return whether some values are among others, with what a name with a plus adds to a list."""
+    if not isinstance(some, dict):
+        return values == some
+    if "class_path" in some:
+        return values["class_path"].endswith(some["class_path"].rpartition(".")[2]) and holds(
+            values.get("init_args", {}), some.get("init_args", {})
+        )
+    values = {str(key): value for key, value in values.items()}
+    added = {key: part for key, part in some.items() if str(key).endswith("+")}
+    return all(holds(values[str(key)], part) for key, part in some.items() if key not in added) and all(
+        any(holds(value, one) for value in values[key[:-1]]) for key, part in added.items() for one in part
+    )
 
 
 @pytest.mark.parametrize(

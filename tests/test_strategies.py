@@ -64,6 +64,7 @@ AUXILIARY = {"auxiliary": True, "muted": True}
         ("fsdp2", SHARDED, MUTED, "32-true"),
         ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}, "bf16-mixed"),
         ("fsdp2", CACHED, AUXILIARY, "32-true"),
+        ("fsdp2", {}, {"warmed": True}, "32-true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
 )

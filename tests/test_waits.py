@@ -1,5 +1,6 @@
 """How often a host would wait for a GPU: once per optimizer step, when its gradients are there; see `device.py`."""
 
+import copy
 from dataclasses import replace
 
 import lightning as L
@@ -9,7 +10,19 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny import QUIET, lively_model, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
-from srd_lightning import CacheSettings, ForwardKL, KDLightningModule, SRDDataModule
+from srd_lightning import (
+    TAID,
+    AdaptiveKL,
+    CacheSettings,
+    ForwardKL,
+    Hellinger,
+    KDLightningModule,
+    LossDrivenShare,
+    Selected,
+    SRDDataModule,
+    TAIDSchedule,
+    TokenTemperature,
+)
 from srd_lightning.data.layout import Layout, _each
 
 pytestmark = pytest.mark.xdist_group("step")
@@ -119,6 +132,20 @@ def check(watch):
 )
 def test_a_step_is_read_once_when_its_gradients_are_there(options, settings, train):
     check(train(settings, **options))
+
+
+@pytest.mark.parametrize(
+    ("loss", "callbacks"),
+    [
+        (TAID(), [TAIDSchedule(alpha=0.1)]),
+        (Selected(TokenTemperature(), Hellinger()), [LossDrivenShare(decay=0.0, warm_up=0.0)]),
+        (AdaptiveKL(), []),
+    ],
+    ids=["taid", "selected", "adaptive_kl"],
+)
+@pytest.mark.parametrize("options", [{}, {"chunk": None}], ids=str)
+def test_losses_that_look_ahead_or_follow_another_wait_for_nothing_more(loss, callbacks, options, train):
+    check(train({"log_every_n_steps": 1}, copy.deepcopy(callbacks), loss=copy.deepcopy(loss), **options))
 
 
 def test_logging_and_bars_wait_for_nothing(train, tmp_path):

@@ -1,13 +1,24 @@
-"""Callbacks: what is staged, what is checked, what is written at the end. One class a file.
+"""Callbacks: what is staged, what is checked, what is written at the end. One idea a file.
 
-Imports `curriculum`, `data`, `distributed` and `checkpoints`. What the module itself needs done around its steps is in
-`training.hooks`, and the callback that saves is `checkpoints.resume_checkpoint`.
+Imports `curriculum`, `data`, `distributed`, `checkpoints` and `training`. What the module itself needs done around its
+steps is in `training.hooks`, and the callback that saves is `checkpoints.resume_checkpoint`.
 """
 
 from srd_lightning.callbacks.answer_writer import AnswerWriter
 from srd_lightning.callbacks.curriculum_check import CurriculumCallback
 from srd_lightning.callbacks.export import HuggingFaceExport
 from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
+from srd_lightning.callbacks.loss_driven import LossDrivenShare, TAIDSchedule
+from srd_lightning.callbacks.new_optimizer import NewOptimizerEachStage
 from srd_lightning.callbacks.runtime import RuntimeBenchmark
 
-__all__ = ["AnswerWriter", "CurriculumCallback", "HuggingFaceExport", "HyperparameterScheduler", "RuntimeBenchmark"]
+__all__ = [
+    "AnswerWriter",
+    "CurriculumCallback",
+    "HuggingFaceExport",
+    "HyperparameterScheduler",
+    "LossDrivenShare",
+    "NewOptimizerEachStage",
+    "RuntimeBenchmark",
+    "TAIDSchedule",
+]

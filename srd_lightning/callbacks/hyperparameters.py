@@ -55,7 +55,7 @@ class HyperparameterScheduler(Callback):
         for name, schedule in self.schedules.items():
             if any(name in other.schedules for other in others):
                 raise SettingError(f"two HyperparameterSchedulers have a schedule for {name}; leave one of them out")
-            _try_values(trainer.lightning_module, name, schedule)
+            try_values(trainer.lightning_module, name, schedule)
             if late := never_reached(schedule, trainer.max_epochs):
                 rank_zero_warn(
                     f"the values of {name} for epochs {late} never hold: the run has {trainer.max_epochs} epochs "
@@ -77,11 +77,21 @@ class HyperparameterScheduler(Callback):
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, value in self.values(trainer.current_epoch).items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(attrgetter(owner)(pl_module) if owner else pl_module, attribute, value)
+            assign(pl_module, name, value)
 
 
-def _try_values(module: Any, name: str, schedule: dict[int, float]) -> None:
+def assign(module: Any, name: str, value: float) -> None:
+    """Give an attribute of a module, which may be dotted, a value."""
+    owner, _, attribute = name.rpartition(".")
+    setattr(attrgetter(owner)(module) if owner else module, attribute, value)
+
+
+def try_values(module: Any, name: str, schedule: dict[int, float]) -> None:
+    """Give an attribute every value of a schedule once, and then the one that it had.
+
+    Raises:
+        SettingError: It is not there, is not a number, or does not take a value.
+    """
     path, _, attribute = name.rpartition(".")
     try:
         owner = attrgetter(path)(module) if path else module

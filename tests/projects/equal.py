@@ -20,13 +20,17 @@ from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer
 
 from srd_lightning import (
+    TAID,
     CacheSettings,
     Decoding,
     HiddenStateMSE,
     HuggingFaceExport,
     HyperparameterScheduler,
     KDLightningModule,
+    ReverseKL,
     SRDDataModule,
+    TAIDSchedule,
+    TokenTemperature,
 )
 from srd_lightning.distributed.fsdp2 import FSDP2, is_sharded
 
@@ -83,7 +87,7 @@ def numbers(trainer):
 
 
 def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
-    settings = json.loads(settings)
+    settings, callbacks = json.loads(settings), []
     trainer_options, data_options = settings.pop("trainer", {}), settings.pop("data", {})
     mute = Mute(settings.pop("muted", False))
     tied, lora = settings.pop("tied", False), settings.pop("lora", False)
@@ -94,6 +98,9 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     student = distil.tiny(0, tie_word_embeddings=tied)
     width = student.config.hidden_size
     auxiliary = [HiddenStateMSE(width, width, weight=0.1)] if settings.pop("auxiliary", False) else []
+    if settings.pop("warmed", False):  # what a row decides for itself, and what all ranks decide together
+        settings["loss"] = TokenTemperature(TAID(ReverseKL()), strength=0.5)
+        callbacks = [TAIDSchedule(alpha=0.1, attribute="loss.loss.t")]
     module = Distillation(
         get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])) if lora else student,
         distil.tiny(1, tie_word_embeddings=tied),
@@ -120,7 +127,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         accelerator=accelerator,
         devices=int(devices),
         strategy=strategies[strategy]() if strategy in strategies else strategy,
-        callbacks=[mute, losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
+        callbacks=[*callbacks, mute, losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
         default_root_dir=folder,
         enable_checkpointing=False,
         **drive.QUIET,

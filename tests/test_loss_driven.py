@@ -1,0 +1,170 @@
+"""Settings that follow the loss: what they come to, on which steps, and where a run is resumed."""
+
+import lightning as L
+import pytest
+import references
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import QUIET, lively_model, make_rows, tiny_model
+from torch.optim import SGD, AdamW
+from transformers import ByT5Tokenizer
+
+from srd_lightning import (
+    TAID,
+    Decoding,
+    ForwardKL,
+    HyperparameterScheduler,
+    KDLightningModule,
+    LossDrivenShare,
+    NewOptimizerEachStage,
+    Selected,
+    SRDDataModule,
+    TAIDSchedule,
+)
+from srd_lightning.errors import SettingError
+
+ROWS = make_rows(24)
+
+
+class Watch(L.Callback):
+    """Keeps, for every step, the setting that it was made with, the loss, and steps that the optimizer knows of."""
+
+    def __init__(self, attribute):
+        self.attribute, self.values, self.losses, self.known = attribute, {}, {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self._value = getattr(pl_module.loss, self.attribute, None)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if (step := trainer.global_step) not in (0, *self.losses):
+            self.values[step], self.losses[step] = self._value, float(trainer.callback_metrics["train_kd"])
+            states = trainer.optimizers[0].state.values()
+            self.known[step] = {int(state["step"]) for state in states if "step" in state}
+
+
+def train(folder, callback, loss, attribute="t", ckpt_path=None, schedule=None, optimizer=None, **settings):
+    watch = Watch(attribute)
+    module = KDLightningModule(
+        tiny_model(0), lively_model(1), loss, kd_weight=0.7, optimizer=optimizer or (lambda p: SGD(p, lr=0.05))
+    )
+    data = SRDDataModule(
+        ROWS, ByT5Tokenizer(), schedule=schedule or {0: 1.0}, batch_size=6, decoding=Decoding(max_new_tokens=1)
+    )
+    callbacks = [watch, *([] if callback is None else [callback]), *settings.pop("callbacks", [])]
+    settings = {"max_epochs": 3, **QUIET, **settings}
+    trainer = L.Trainer(callbacks=callbacks, default_root_dir=folder, **settings)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return watch, module
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_t_of_every_step_follows_the_losses(accumulated, tmp_path):
+    watch, module = train(
+        tmp_path, TAIDSchedule(0.3, 0.9, alpha=0.5, momentum=0.5), TAID(), accumulate_grad_batches=accumulated
+    )
+    losses = [watch.losses[step] for step in sorted(watch.losses)]
+    assert len(losses) == 12 // accumulated
+    expected = references.following_t(losses, 0.3, 0.9, alpha=0.5, momentum=0.5)
+    assert list(watch.values.values()) == pytest.approx(expected, rel=1e-6)
+    linear = references.following_t(losses, 0.3, 0.9, alpha=0.0, momentum=0.5)
+    assert any(abs(one - other) > 0.01 for one, other in zip(expected, linear, strict=True))
+    assert module.loss.t == 0.9
+
+
+def test_the_share_follows_the_loss(tmp_path):
+    watch, _ = train(
+        tmp_path, LossDrivenShare(rate=0.3, tolerance=0.01, decay=0.0, warm_up=0.0), Selected(), attribute="share"
+    )
+    share, reference, expected = 1.0, None, []
+    for loss in watch.losses.values():
+        expected.append(share)
+        reference = loss if reference is None else reference
+        if loss < 0.99 * reference:
+            share, reference = max(share * 0.7, 0.1), loss
+        elif loss > 1.01 * reference:
+            share, reference = min(share * 1.3, 1.0), loss
+    assert list(watch.values.values()) == pytest.approx(expected)
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_resumed_run_goes_on_with_the_same_values_bit_for_bit(step, tmp_path):
+    def saves():
+        return ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+
+    settings = {"enable_checkpointing": True, "max_epochs": 3}
+    whole, module = train(tmp_path, TAIDSchedule(alpha=0.2), TAID(), callbacks=[saves()], **settings)
+    found, resumed = train(
+        tmp_path,
+        TAIDSchedule(alpha=0.2),
+        TAID(),
+        ckpt_path=tmp_path / "kept" / f"step={step}.ckpt",
+        callbacks=[saves()],
+        **settings,
+    )
+    assert list(found.values) == list(range(step + 1, 13))
+    assert found.values == {number: whole.values[number] for number in found.values}
+    assert found.losses == {number: whole.losses[number] for number in found.losses}
+    for weight, expected in zip(resumed.parameters(), module.parameters(), strict=True):
+        assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "loss", "said"),
+    [
+        ([TAIDSchedule()], ForwardKL(), "KDLightningModule has no attribute 'loss.t' to schedule"),
+        ([LossDrivenShare()], TAID(), "no attribute 'loss.share'"),
+        (
+            [TAIDSchedule(), HyperparameterScheduler({"loss.t": {0: 0.5}})],
+            TAID(),
+            "a HyperparameterScheduler and TAIDSchedule both set loss.t; leave one of them out",
+        ),
+    ],
+    ids=["no_t", "no_share", "twice"],
+)
+def test_what_is_refused_before_rows_are_read(callbacks, loss, said, tmp_path):
+    trainer = L.Trainer(max_epochs=1, callbacks=callbacks, default_root_dir=tmp_path, **QUIET)
+    module = KDLightningModule(tiny_model(0), lively_model(1), loss)
+    with pytest.raises(SettingError, match=said):
+        trainer.fit(module, datamodule=SRDDataModule("none.jsonl", ByT5Tokenizer()))
+
+
+def test_without_a_distillation_loss_there_is_nothing_to_follow(tmp_path):
+    trainer = L.Trainer(max_epochs=1, callbacks=[TAIDSchedule()], default_root_dir=tmp_path, **QUIET)
+    module = KDLightningModule(tiny_model(0), loss=TAID(), kd_weight=0.0)
+    with pytest.raises(SettingError, match="TAIDSchedule follows train_kd"):
+        trainer.fit(module, datamodule=SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}))
+
+
+@pytest.mark.parametrize("make", [lambda: TAIDSchedule(0.9, 0.4), lambda: LossDrivenShare(rate=1.0)])
+def test_settings_that_cannot_be(make):
+    with pytest.raises(SettingError, match="must lie in"):
+        make()
+
+
+def test_settings_inside_a_loss_are_staged_by_epoch(tmp_path):
+    schedules = {"loss.temperature": {0: 1.0, 1: 2.0}, "loss.share": {0: 0.5, 2: 0.25}, "loss.loss.t": {0: 0.4, 1: 0.8}}
+    _, module = train(tmp_path, HyperparameterScheduler(schedules), Selected(TAID()), attribute="share")
+    assert (module.loss.loss.loss.temperature, module.loss.share, module.loss.loss.t) == (2.0, 0.25, 0.8)
+
+
+# A new optimizer each stage
+
+STAGES = {"schedule": {0: 0.5, 2: 1.0}, "optimizer": lambda p: AdamW(p, lr=1e-3), "max_epochs": 4}
+
+
+def test_the_optimizer_knows_of_the_steps_of_its_stage_only(tmp_path):
+    watch, _ = train(tmp_path, NewOptimizerEachStage(), ForwardKL(), **STAGES)
+    assert watch.known == {step: {step if step <= 4 else step - 4} for step in range(1, 13)}
+    watch, _ = train(tmp_path, None, ForwardKL(), **STAGES)
+    assert watch.known == {step: {step} for step in range(1, 13)}
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_run_that_is_resumed_within_a_stage_keeps_what_its_optimizer_knows(step, tmp_path):
+    saves = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+    settings = {"enable_checkpointing": True, **STAGES}
+    train(tmp_path, NewOptimizerEachStage(), ForwardKL(), callbacks=[saves], **settings)
+    kept = tmp_path / "kept" / f"step={step}.ckpt"
+    watch, _ = train(tmp_path, NewOptimizerEachStage(), ForwardKL(), ckpt_path=kept, **settings)
+    assert watch.known == {number: {number if number <= 4 else number - 4} for number in range(step + 1, 13)}
