@@ -15,6 +15,12 @@ memory above what the inputs take, gradients included; both over ``naive``; and 
 ``naive`` in float64: the largest difference over the largest entry, on the first 64 tokens, in chunks of 16. Times
 are noisy: quote the ratio of one run, with the machine it was made on. Let nothing else run beside it: ``chunked``
 has many small operations, and on a CPU it loses most where cores are shared.
+
+    python benchmarks/loss.py --ratios --tokens 256 --json methods.json
+
+compares instead what all losses cost against forward KL, in chunks, with and without a share of cross-entropy: in one
+process, one call of each in turn, so that what else runs beside it meets all of them. A ratio is the median over rounds
+of a call's seconds over the mean of forward KL's two in the same round, at its beginning and its end.
 """
 
 from __future__ import annotations
@@ -39,6 +45,9 @@ from record import record
 from torch import Tensor
 
 LOSSES = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL")
+OTHERS = ("AlphaBeta", "AdaptiveKL", "TAID", "ContrastivePair", "Selected", "TokenTemperature", "AdaKD")
+"""In the order of docs/methods.md; AdaKD is both of the last two, by Hellinger distance and half of the tokens."""
+ROW_TOKENS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KD_WEIGHT, TEMPERATURE = 0.8, 1.5
 RESET_PEAK = Path("/proc/self/clear_refs")
@@ -165,12 +174,53 @@ def measure(work: Callable[[], Any], repeats: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "peak_memory_bytes": peak}
 
 
-def run(arm: Arm, loss: str | None, dtype: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one arm in this process."""
+def named(loss: str) -> Any:
+    """Return a loss as it comes, at the temperature of all arms."""
     from srd_lightning import losses
 
+    made = losses.Selected(losses.TokenTemperature(), losses.Hellinger(), 0.5) if loss == "AdaKD" else None
+    made = getattr(losses, loss)() if made is None else made
+    made.temperature = TEMPERATURE
+    return made
+
+
+def ratios(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what each loss costs against forward KL, call by call in turn."""
+    from srd_lightning.losses.chunked import chunked_objective
+    from srd_lightning.losses.head import Head
+    from srd_lightning.teacher.live import by_head
+
+    results, (tokens, *_) = [], options.tokens
+    losses = {name: named(name) for name in (*LOSSES, *OTHERS)}
+    for dtype, kd_weight in itertools.product(options.dtypes, (KD_WEIGHT, 1.0)):
+        inputs = make_inputs(tokens, options.vocabulary, options.width, DTYPES[dtype])
+        rows = [ROW_TOKENS] * (tokens // ROW_TOKENS) + [tokens % ROW_TOKENS]
+
+        def seconds(loss: Any, inputs: Inputs = inputs, kd_weight: float = kd_weight, rows: Any = rows) -> float:
+            leaves, start = inputs.first(tokens), time.perf_counter()
+            teacher, head = by_head(Head(leaves.teacher_head), leaves.teacher_hidden), Head(leaves.head)
+            chunked_objective(leaves.hidden, head, leaves.targets, loss, teacher, kd_weight, rows=rows).loss.backward()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        found: dict[str, list[float]] = {name: [] for name in losses}
+        for turn in range(options.repeats + 1):  # the first warms up
+            times = {name: seconds(loss) for name, loss in losses.items()}
+            forward = (times["ForwardKL"] + seconds(losses["ForwardKL"])) / 2
+            for name in found if turn else ():
+                found[name].append(times[name] / forward)
+        for name, over in found.items():
+            row = {"loss": name, "dtype": dtype, "kd_weight": kd_weight, "tokens": tokens, "each": over}
+            results.append({**row, "over_forward_kl": statistics.median(over), "least": min(over), "most": max(over)})
+            print(json.dumps(results[-1]), file=sys.stderr)
+    return results
+
+
+def run(arm: Arm, loss: str | None, dtype: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one arm in this process."""
     inputs = make_inputs(tokens, options.vocabulary, options.width, DTYPES[dtype])
-    objective = loss and getattr(losses, loss)(temperature=TEMPERATURE)
+    objective = loss and named(loss)
     result = {**arm._asdict(), "loss": loss, "dtype": dtype, "tokens": tokens}
     result.update(measure(lambda: gradients(arm, inputs, objective), options.repeats))
     if objective:
@@ -209,6 +259,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, help="which to run")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of all inputs")
     parser.add_argument("--compile", action="store_true", help="also compile what turns logits into gradients")
+    parser.add_argument("--ratios", action="store_true", help="all losses against forward KL, and nothing else")
     parser.add_argument("--repeats", type=int, default=3, help="calls that are timed")
     parser.add_argument("--json", type=Path, help="file to write; a plot is put beside it")
     options = parser.parse_args()
@@ -216,10 +267,10 @@ def main() -> None:
     if not options.liger:
         print("liger was left out: it needs a GPU and liger-kernel", file=sys.stderr)
     options.load_before = os.getloadavg()[0]
-    results = run_all(options)
+    results = ratios(options) if options.ratios else run_all(options)
     settings = {name: str(value) for name, value in vars(options).items()}
     print(record({"results": results, "options": settings, "threads": torch.get_num_threads()}, options.json))
-    if options.json:
+    if options.json and not options.ratios:
         plot(results, options.json.with_suffix(".png"))
 
 

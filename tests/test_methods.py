@@ -1,6 +1,7 @@
 """Losses beside the six: each against its own formula, in value and gradient, however it is computed."""
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 from tiny import lively_model, make_rows, tokenised
 from transformers import ByT5Tokenizer
 
@@ -17,6 +19,7 @@ from srd_lightning import (
     TAID,
     AdaptiveKL,
     AlphaBeta,
+    AuxiliaryLoss,
     ContrastivePair,
     Curriculum,
     Decoding,
@@ -398,3 +401,17 @@ def test_stages_of_the_paper_hold_so_many_rows_as_theirs():
     curriculum = Curriculum(torch.arange(11_435), recipe["data"]["schedule"])
     assert [curriculum.size(epoch) for epoch in (0, 8, 16)] == [(stage + 1) * (11_435 // 4) for stage in range(3)]
     assert Decoding(**recipe["data"]["decoding"]) == PAPER_DECODING
+
+
+def test_the_settings_of_the_manual_make_these_losses():
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--loss", type=DistillationLoss)
+    parser.add_argument("--auxiliary", type=list[AuxiliaryLoss])
+    given = {name: value for block in blocks for name, value in block["model"].items()}
+    made = parser.instantiate(parser.parse_object(given))
+    assert isinstance(made.loss.loss.loss, ReverseKL)
+    assert isinstance(made.loss.by, Hellinger)
+    assert made.loss.loss.strength == 0.5
+    assert (made.auxiliary[0].student_layers, made.auxiliary[0].teacher_layers) == ((6, -1), (24, -1))

@@ -15,8 +15,8 @@ from srd_lightning.losses.checks import share
 class AlphaBeta(DistillationLoss):
     """The α-β divergence of ABKD (Wang et al., ICML 2025, arXiv 2505.04560); see `divergences.alpha_beta`.
 
-    (1, 0) is the forward KL and (0, 1) the reverse KL. A smaller alpha spreads the gradient over more of the teacher's
-    tokens; a smaller beta does not let it fade where the student finds a token unlikely.
+    (1, 0) is the forward KL and (0, 1) the reverse KL. The gradient says what each does: beta is how much the student's
+    confidence weighs, alpha whether absolute errors count (1) or relative ones (0).
 
     Args:
         alpha: Power of the teacher's probabilities, at least 0; the authors use 0.2 for instructions.
