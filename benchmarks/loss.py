@@ -16,11 +16,12 @@ memory above what the inputs take, gradients included; both over ``naive``; and 
 are noisy: quote the ratio of one run, with the machine it was made on. Let nothing else run beside it: ``chunked``
 has many small operations, and on a CPU it loses most where cores are shared.
 
-    python benchmarks/loss.py --ratios --tokens 256 --json methods.json
+    python benchmarks/loss.py --ratios --tokens 128 --json methods.json
 
-compares instead what all losses cost against forward KL, in chunks, with and without a share of cross-entropy: in one
-process, one call of each in turn, so that what else runs beside it meets all of them. A ratio is the median over rounds
-of a call's seconds over the mean of forward KL's two in the same round, at its beginning and its end.
+compares instead what the losses of docs/methods.md cost against forward KL, in chunks, with and without a share of
+cross-entropy: in one process, one call of each in turn. On a CPU seconds are those of the processor on one thread, so
+that what runs beside matters little. A ratio is the median over rounds of a call's seconds over the mean of forward
+KL's two in the same round, at its beginning and its end.
 """
 
 from __future__ import annotations
@@ -186,23 +187,27 @@ def named(loss: str) -> Any:
 
 def ratios(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what each loss costs against forward KL, call by call in turn."""
+    on_gpu = torch.cuda.is_available()
+    clock = time.perf_counter if on_gpu else time.process_time
+    if not on_gpu:
+        torch.set_num_threads(1)
     from srd_lightning.losses.chunked import chunked_objective
     from srd_lightning.losses.head import Head
     from srd_lightning.teacher.live import by_head
 
     results, (tokens, *_) = [], options.tokens
-    losses = {name: named(name) for name in (*LOSSES, *OTHERS)}
+    losses = {name: named(name) for name in ("ForwardKL", *OTHERS)}
     for dtype, kd_weight in itertools.product(options.dtypes, (KD_WEIGHT, 1.0)):
         inputs = make_inputs(tokens, options.vocabulary, options.width, DTYPES[dtype])
         rows = [ROW_TOKENS] * (tokens // ROW_TOKENS) + [tokens % ROW_TOKENS]
 
         def seconds(loss: Any, inputs: Inputs = inputs, kd_weight: float = kd_weight, rows: Any = rows) -> float:
-            leaves, start = inputs.first(tokens), time.perf_counter()
+            leaves, start = inputs.first(tokens), clock()
             teacher, head = by_head(Head(leaves.teacher_head), leaves.teacher_hidden), Head(leaves.head)
             chunked_objective(leaves.hidden, head, leaves.targets, loss, teacher, kd_weight, rows=rows).loss.backward()
-            if torch.cuda.is_available():
+            if on_gpu:
                 torch.cuda.synchronize()
-            return time.perf_counter() - start
+            return clock() - start
 
         found: dict[str, list[float]] = {name: [] for name in losses}
         for turn in range(options.repeats + 1):  # the first warms up

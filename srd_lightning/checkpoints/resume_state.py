@@ -9,6 +9,7 @@ batches of the epoch that were delivered   ``loops``, of the loader          `Re
 seed of the run                            ``run_seed``                      `RunSeed`
 which rows come when, and refreshments     named after the data module       `ResumeState`, for a `HasResumeState`
 epochs that the run was planned for        ``planned_epochs``                `ResumeState`; only compared
+settings that follow the loss              ``callbacks``                     Lightning, for a `TAIDSchedule` and others
 =========================================  ================================  =======================================
 
 Stage, temperature and weight follow from the epoch, and randomness from seed, batch and rank: they are nowhere. Whether
