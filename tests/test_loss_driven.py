@@ -87,26 +87,24 @@ def test_the_share_follows_the_loss(tmp_path):
     assert len(set(expected)) > 3
 
 
-@pytest.mark.parametrize("step", [3, 8])
-def test_a_resumed_run_goes_on_with_the_same_values_bit_for_bit(step, tmp_path):
-    def saves():
-        return ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+def kept(folder, step=None):
+    """Return a callback that saves after every step, or what it has saved after one."""
+    if step is not None:
+        return folder / "kept" / f"step={step}.ckpt"
+    return ModelCheckpoint(folder / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
 
-    settings = {"enable_checkpointing": True, "max_epochs": 3}
-    whole, module = train(tmp_path, TAIDSchedule(alpha=0.2), TAID(), callbacks=[saves()], **settings)
-    found, resumed = train(
-        tmp_path,
-        TAIDSchedule(alpha=0.2),
-        TAID(),
-        ckpt_path=tmp_path / "kept" / f"step={step}.ckpt",
-        callbacks=[saves()],
-        **settings,
+
+def test_a_resumed_run_goes_on_with_the_same_values_bit_for_bit(tmp_path):
+    whole, module = train(
+        tmp_path, TAIDSchedule(alpha=0.2), TAID(), callbacks=[kept(tmp_path)], enable_checkpointing=True
     )
-    assert list(found.values) == list(range(step + 1, 13))
-    assert found.values == {number: whole.values[number] for number in found.values}
-    assert found.losses == {number: whole.losses[number] for number in found.losses}
-    for weight, expected in zip(resumed.parameters(), module.parameters(), strict=True):
-        assert torch.equal(weight, expected)
+    for step in (3, 8):
+        found, resumed = train(tmp_path, TAIDSchedule(alpha=0.2), TAID(), ckpt_path=kept(tmp_path, step))
+        assert list(found.values) == list(range(step + 1, 13))
+        assert found.values == {number: whole.values[number] for number in found.values}
+        assert found.losses == {number: whole.losses[number] for number in found.losses}
+        for weight, expected in zip(resumed.parameters(), module.parameters(), strict=True):
+            assert torch.equal(weight, expected)
 
 
 @pytest.mark.parametrize(
@@ -153,18 +151,11 @@ def test_settings_inside_a_loss_are_staged_by_epoch(tmp_path):
 STAGES = {"schedule": {0: 0.5, 2: 1.0}, "optimizer": lambda p: AdamW(p, lr=1e-3), "max_epochs": 4}
 
 
-def test_the_optimizer_knows_of_the_steps_of_its_stage_only(tmp_path):
-    watch, _ = train(tmp_path, NewOptimizerEachStage(), ForwardKL(), **STAGES)
-    assert watch.known == {step: {step if step <= 4 else step - 4} for step in range(1, 13)}
-    watch, _ = train(tmp_path, None, ForwardKL(), **STAGES)
-    assert watch.known == {step: {step} for step in range(1, 13)}
-
-
-@pytest.mark.parametrize("step", [4, 5])
-def test_a_run_that_is_resumed_within_a_stage_keeps_what_its_optimizer_knows(step, tmp_path):
-    saves = ModelCheckpoint(tmp_path / "kept", "{step}", save_top_k=-1, every_n_train_steps=1)
+def test_the_optimizer_knows_of_the_steps_of_its_stage_only_also_where_a_run_is_resumed(tmp_path):
     settings = {"enable_checkpointing": True, **STAGES}
-    train(tmp_path, NewOptimizerEachStage(), ForwardKL(), callbacks=[saves], **settings)
-    kept = tmp_path / "kept" / f"step={step}.ckpt"
-    watch, _ = train(tmp_path, NewOptimizerEachStage(), ForwardKL(), ckpt_path=kept, **settings)
-    assert watch.known == {number: {number if number <= 4 else number - 4} for number in range(step + 1, 13)}
+    watch, _ = train(tmp_path, NewOptimizerEachStage(), ForwardKL(), callbacks=[kept(tmp_path)], **settings)
+    expected = {step: {step if step <= 4 else step - 4} for step in range(1, 13)}
+    assert watch.known == expected
+    for step in (4, 5):
+        watch, _ = train(tmp_path, NewOptimizerEachStage(), ForwardKL(), ckpt_path=kept(tmp_path, step), **STAGES)
+        assert watch.known == {number: expected[number] for number in range(step + 1, 13)}

@@ -13,6 +13,7 @@ from transformers import ByT5Tokenizer
 from srd_lightning import (
     TAID,
     AdaptiveKL,
+    AlphaBeta,
     CacheSettings,
     ForwardKL,
     Hellinger,
@@ -135,15 +136,14 @@ def test_a_step_is_read_once_when_its_gradients_are_there(options, settings, tra
 
 
 @pytest.mark.parametrize(
-    ("loss", "callbacks"),
+    ("loss", "callbacks", "options"),
     [
-        (TAID(), [TAIDSchedule(alpha=0.1)]),
-        (Selected(TokenTemperature(), Hellinger()), [LossDrivenShare(decay=0.0, warm_up=0.0)]),
-        (AdaptiveKL(), []),
+        (TAID(AdaptiveKL()), [TAIDSchedule(alpha=0.1)], {}),
+        (Selected(TokenTemperature(), Hellinger()), [LossDrivenShare(decay=0.0, warm_up=0.0)], {}),
+        (Selected(TokenTemperature(AlphaBeta())), [], {"chunk": None}),
     ],
-    ids=["taid", "selected", "adaptive_kl"],
+    ids=["taid", "selected", "all_logits"],
 )
-@pytest.mark.parametrize("options", [{}, {"chunk": None}], ids=str)
 def test_losses_that_look_ahead_or_follow_another_wait_for_nothing_more(loss, callbacks, options, train):
     check(train({"log_every_n_steps": 1}, copy.deepcopy(callbacks), loss=copy.deepcopy(loss), **options))
 
