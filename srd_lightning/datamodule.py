@@ -232,7 +232,7 @@ class SRDDataModule(LightningDataModule):
         if self._read_rows is None or self._tokenizer_is_another(module):
             self.read_rows(stage, module)
         if stage == "fit":
-            student = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device)
+            student = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device, trainer)
             self._stage_rows(student, root, refuse_others)
 
     def _stage_rows(self, student: ReflectingStudent, root: Path, refuse_others: Callable[[Any], None]) -> None:

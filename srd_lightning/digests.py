@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def bytes_digest(parts: Iterable[bytes]) -> str:
@@ -24,14 +25,15 @@ def digest(made_of: Mapping[str, str]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a digest of a model's weights: about a second per GB."""
+    """Return a digest of a model's weights: about a second per GB. Of one that is sharded all ranks must ask."""
     return bytes_digest(_weights(model))
 
 
 def _weights(model: nn.Module) -> Iterator[bytes]:
     for name, tensor in sorted(model.state_dict().items()):
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def file_digest(path: Path, salt: str) -> str:

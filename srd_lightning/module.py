@@ -20,7 +20,7 @@ from srd_lightning.checkpoints.refusals import check_optimizer
 from srd_lightning.checkpoints.resume_state import ResumeState, RunSeed
 from srd_lightning.data.layout import LaidOut
 from srd_lightning.distributed.clipping import clip
-from srd_lightning.distributed.placement import TeacherPlacement, data_parallel_mesh, shard_along
+from srd_lightning.distributed.placement import TeacherPlacement, asked_sharded, data_parallel_mesh, shard_along
 from srd_lightning.errors import SettingError
 from srd_lightning.evaluation.answers import answers
 from srd_lightning.evaluation.text_metrics import rouge_l
@@ -202,10 +202,18 @@ class KDLightningModule(LightningModule):
         """Return student and teacher, as they were given or as they are loaded."""
         return {"student": self.student_handle.source or self.student, "teacher": self.teacher_handle.given}
 
-    def build_student(self) -> nn.Module:
-        """Load the student if it is not there yet, and return it."""
+    def build_student(self, trainer: Trainer | None = None) -> nn.Module:
+        """Load the student if it is not there yet, and return it.
+
+        Args:
+            trainer: Under FSDP2 it is sharded as well, unless a subclass has a `configure_model` of its own, which may
+                do to it what can only be done before.
+        """
         if self.student is None:
             self.student = cast(Pretrained, self.student_handle.source).model()
+        own = type(self).configure_model is not KDLightningModule.configure_model
+        if trainer is not None and asked_sharded(trainer) and not own:
+            self.student_handle.spread(self.student, trainer)
         return self.student
 
     def whole_student(self, only_first: bool = False) -> nn.Module | None:
@@ -288,8 +296,8 @@ class KDLightningModule(LightningModule):
         if self._trainer and self._trainer.state.fn == "fit":
             compatibility.check_student(student, self.student_handle.activation_checkpointing)
         self.student_handle.prepare(student, self)
-        for auxiliary in self.auxiliary if self._trainer else ():
-            shard_along(auxiliary, self)
+        for loss in (self.loss, *self.auxiliary) if self._trainer else ():
+            shard_along(loss, self.trainer)
         if self.teacher_handle.given is not None and self.teacher_handle.cached is None:
             self.teacher_handle.load()
         self.prepare()
@@ -299,8 +307,8 @@ class KDLightningModule(LightningModule):
         group = None
         if self._trainer:
             if self._trainer.state.fn != TrainerFn.PREDICTING:
-                self.teacher_handle.place(self)
-            group = None if self.device_mesh is None else data_parallel_mesh(self).get_group()
+                self.teacher_handle.place(self._trainer)
+            group = None if self.device_mesh is None else data_parallel_mesh(self._trainer).get_group()
         self.token_normalizer, self._measured = TokenNormalizer(group), []
         teacher = self.teacher_handle.used
         self.step.attach(self.build_student(), teacher, None if teacher is None else self.shared_vocabulary(teacher))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset
+from lightning import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -33,8 +34,12 @@ class GathersStudent(Protocol):
 class HasStudent(GathersStudent, Protocol):
     """A module whose student can reflect before training. One with a model as ``student`` needs none of this."""
 
-    def build_student(self) -> nn.Module:
-        """Load the student if it is not there yet, and return it."""
+    def build_student(self, trainer: Trainer | None = None) -> nn.Module:
+        """Load the student if it is not there yet, and return it.
+
+        Args:
+            trainer: Of a run whose strategy may shard it, so that it reflects sharded.
+        """
 
     def student_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer of the student, or nothing where only the data module knows it."""

@@ -26,7 +26,8 @@ from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.digests import weights_digest
 from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import IGNORE_INDEX, response_mask, upcast
-from srd_lightning.models.generation import Decoding, eval_mode, generate
+from srd_lightning.models.calling import eval_mode
+from srd_lightning.models.generation import Decoding, generate
 
 SCORED_AT_ONCE = 2048
 """Tokens, with padding, that go through a model at one time where responses are scored; logits are freed between."""

@@ -24,10 +24,12 @@ from srd_lightning.curation.score_store import Scores, ScoreStore
 from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of, vocabulary_digest
-from srd_lightning.digests import bytes_digest, weights_digest
+from srd_lightning.digests import bytes_digest
+from srd_lightning.distributed.fsdp2 import gathered_digest
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding, end_tokens
+from srd_lightning.models.lockstep import share
 from srd_lightning.progress import progress_bar
 
 SCORING_VERSION = "2"
@@ -130,11 +132,7 @@ class Reflector:
         with ExitStack() as stack:
             store, columns, todo = team.rank0_result(begin)
             if todo:
-                with (
-                    team.work_then_wait(store.folder) as check,
-                    _placed(model, device),
-                    pinned_threads(self.threads, device),
-                ):
+                with _placed(model, device), pinned_threads(self.threads, device), share(model) as check:
                     self._reflect(rows, todo[team.rank :: team.size], model, student, store, check)
                 columns = team.rank0_result(finish)
         return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
@@ -217,7 +215,7 @@ def fingerprint(
 
     Args:
         rows: Tokenised rows; their order does not matter.
-        model: The student, by the bytes of its weights.
+        model: The student, by the bytes of its weights; where it is sharded all ranks must ask.
         tokenizer: By its vocabulary.
         template: By its text.
         decoding: By its settings, and the tokens that end an answer.
@@ -229,7 +227,7 @@ def fingerprint(
     settings = {**asdict(decoding), "continuous_batching": False}  # which earlier versions had: their scores are valid
     return {
         "rows": _sum_of_digests(rows),
-        "student": weights_digest(model),
+        "student": gathered_digest(model),
         "tokenizer": vocabulary_digest(tokenizer),
         "template": bytes_digest([repr((template, getattr(tokenizer, "chat_template", None))).encode()]),
         "decoding": bytes_digest([repr((sorted(settings.items()), end_tokens(model, tokenizer))).encode()]),

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning import Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from srd_lightning.data.templates import ChatTemplate, PromptTemplate
+from srd_lightning.distributed.fsdp2 import runs_inside
+from srd_lightning.distributed.placement import asked_sharded, shard_student
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.protocols import GathersStudent, HasStudent
 
@@ -25,6 +28,7 @@ class ReflectingStudent:
         tokenizer: Of the rows.
         template: How rows became prompts.
         device: Where it reflects; by default where it is.
+        trainer: Of the run, if there is one: under FSDP2 what is loaded to reflect is sharded.
     """
 
     given: Pretrained | nn.Module | None
@@ -32,19 +36,26 @@ class ReflectingStudent:
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate | ChatTemplate
     device: torch.device | None = None
+    trainer: Trainer | None = None
 
     def untrained(self) -> nn.Module:
         """Return the student that a data module was given, else the one of the module that is to be trained.
+
+        Under FSDP2 it is sharded, unless it is a model that was given to the data module alone.
 
         Raises:
             ValueError: There is none.
         """
         if isinstance(self.given, Pretrained):
-            return self.given.model()
-        if self.given is not None:
+            model = self.given.model()
+            if self._shards:
+                shard_student(model, cast(Trainer, self.trainer))
+            return model
+        if self.given is not None and self.given is not getattr(self.module, "student", None):
             return self.given
         if isinstance(self.module, HasStudent):
-            return _whole(self.module.build_student(), "an earlier run has done so: make a new module")
+            student = self.module.build_student(self.trainer if self._shards else None)
+            return _usable(student, "an earlier run has done so: make a new module")
         if isinstance(getattr(self.module, "student", None), nn.Module):
             return cast(nn.Module, self.module.student)
         raise ValueError(
@@ -53,17 +64,23 @@ class ReflectingStudent:
         )
 
     def as_trained(self) -> nn.Module:
-        """Return the student as trained so far, with all of its weights.
+        """Return the student as trained so far: sharded under FSDP2, else with all of its weights.
 
         Raises:
             ValueError: There is none that is trained, or its weights are sharded and the module cannot gather them.
         """
+        student = getattr(self.module, "student", self.given)
+        if self._shards and isinstance(student, nn.Module) and runs_inside(student):
+            return student
         if isinstance(self.module, GathersStudent):
             return cast(nn.Module, self.module.whole_student())
-        student = getattr(self.module, "student", self.given)
         if not isinstance(student, nn.Module):
             raise ValueError("refresh needs the student that is trained: a module with `student`, or student= a model")
-        return _whole(student, f"give {type(self.module).__name__} a method whole_student(), as KDLightningModule has")
+        return _usable(student, f"give {type(self.module).__name__} a method whole_student(), as KDLightningModule has")
+
+    @property
+    def _shards(self) -> bool:
+        return self.trainer is not None and asked_sharded(self.trainer)
 
 
 def find_tokenizer(
@@ -86,7 +103,7 @@ def find_tokenizer(
     return cast(PreTrainedTokenizerBase, found)
 
 
-def _whole(student: nn.Module, remedy: str) -> nn.Module:
-    if isinstance(next(student.parameters()), DTensor):
+def _usable(student: nn.Module, remedy: str) -> nn.Module:
+    if isinstance(next(student.parameters()), DTensor) and not runs_inside(student):
         raise ValueError(f"a student that reflects needs all of its weights, but they are sharded; {remedy}")
     return student

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp import register_fsdp_forward_method as register_forward
 from torch.distributed.tensor import DTensor
 
+from srd_lightning.digests import weights_digest
 from srd_lightning.errors import ModelError, SettingError
 
 T = TypeVar("T")
@@ -80,10 +81,35 @@ def inside(model: nn.Module, work: Callable[[], T]) -> T:
     return cast(T, getattr(model, INSIDE)(work)) if hasattr(model, INSIDE) else work()
 
 
+def runs_inside(model: nn.Module) -> bool:
+    """Return whether `shard` has sharded a model: then all ranks must make each of its forward passes."""
+    return hasattr(model, INSIDE)
+
+
+def gathered_digest(model: nn.Module) -> str:
+    """Return a digest of the weights that a model is run with: that of a whole one, unless they are rounded before.
+
+    Of a sharded model all ranks must ask.
+    """
+    stored = next(model.parameters()).dtype
+    used = inside(model, lambda: next(model.parameters()).dtype)
+    release(model)
+    return weights_digest(model) + ("" if used == stored else f" as {used}")
+
+
 def release(model: nn.Module) -> None:
     """Let go of weights that a forward pass has gathered, where no backward pass will."""
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the state dict of a model, each tensor gathered when it is its turn; all ranks must take them all.
+
+    So no device ever holds more than one of them.
+    """
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def without_weights(model: nn.Module) -> nn.Module:
@@ -91,22 +117,26 @@ def without_weights(model: nn.Module) -> nn.Module:
     return _copy(model, torch.device("meta"))
 
 
-def with_weights(skeleton: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+@torch.no_grad()
+def with_weights(skeleton: nn.Module, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> nn.Module:
     """Return a model of the structure of another, tied weights included.
 
     Args:
         skeleton: The structure.
-        weights: A state dict of it, whole.
+        weights: All of its state dict, whole; taken one after the other.
         device: Where it shall be.
 
     Example:
         >>> linear = nn.Linear(1, 1)
-        >>> copied = with_weights(without_weights(linear), linear.state_dict(), torch.device("cpu"))
+        >>> copied = with_weights(without_weights(linear), linear.state_dict().items(), torch.device("cpu"))
         >>> torch.equal(copied.weight, linear.weight), copied.weight is linear.weight
         (True, False)
     """
     model = _copy(skeleton, device)
-    model.load_state_dict(weights)
+    own = model.state_dict()
+    for name, weight in weights:
+        own.pop(name).copy_(weight)
+    assert not own, f"these weights were not given: {', '.join(own)}"
     return model.to(device)
 
 

@@ -25,12 +25,23 @@ def shards_student(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy))
 
 
-def data_parallel_mesh(module: LightningModule) -> DeviceMesh:
+def asked_sharded(trainer: Trainer) -> bool:
+    """Return whether a student answers as it is sharded: under FSDP2, where each rank has rows of its own.
+
+    Elsewhere a copy with all of its weights answers: ranks that split layers would have to see the same rows, and
+    FSDP1 has wrapped the module, of which the student is but a part.
+    """
+    return isinstance(trainer.strategy, ModelParallelStrategy) and data_parallel_mesh(trainer).size() == (
+        trainer.world_size
+    )
+
+
+def data_parallel_mesh(trainer: Trainer) -> DeviceMesh:
     """Return the ranks that see different rows."""
-    if module.device_mesh is not None:
-        return module.device_mesh["data_parallel"]
-    strategy = module.trainer.strategy
-    return init_device_mesh(strategy.root_device.type, (module.trainer.world_size,))
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        return strategy.device_mesh["data_parallel"]
+    return init_device_mesh(strategy.root_device.type, (trainer.world_size,))
 
 
 def compute_dtype(trainer: Trainer) -> torch.dtype | None:
@@ -40,9 +51,9 @@ def compute_dtype(trainer: Trainer) -> torch.dtype | None:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def shard_student(student: nn.Module, module: LightningModule) -> None:
+def shard_student(student: nn.Module, trainer: Trainer) -> None:
     """Shard the student where the strategy leaves that to the module (FSDP2), or tell the strategy how (FSDP1)."""
-    strategy = module.trainer.strategy
+    strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         # Lightning wraps the whole module, by what its strategy was made with: blocks are known only now
         send_from_first(student, strategy.root_device)
@@ -53,40 +64,40 @@ def shard_student(student: nn.Module, module: LightningModule) -> None:
                 config, reduce_dtype=torch.float32, buffer_dtype=None, cast_root_forward_inputs=False
             )
     elif isinstance(strategy, ModelParallelStrategy) and not is_sharded(student):
-        shard(student, data_parallel_mesh(module), compute_dtype(module.trainer))
+        shard(student, data_parallel_mesh(trainer), compute_dtype(trainer))
 
 
-def shard_along(other: nn.Module, module: LightningModule) -> None:
+def shard_along(other: nn.Module, trainer: Trainer) -> None:
     """Shard what is trained beside a student that `shard_student` shards: an optimizer takes no mixture.
 
     Args:
         other: With parameters of its own, or without; called by itself, never within the student.
-        module: Which holds it, with its trainer.
+        trainer: Of the run.
     """
-    strategy = module.trainer.strategy
+    strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and not is_sharded(other) and any(True for _ in other.parameters()):
-        shard(other, data_parallel_mesh(module), compute_dtype(module.trainer))
+        shard(other, data_parallel_mesh(trainer), compute_dtype(trainer))
 
 
-def place_teacher(teacher: nn.Module, module: LightningModule, placement: TeacherPlacement) -> None:
+def place_teacher(teacher: nn.Module, trainer: Trainer, placement: TeacherPlacement, dtype: torch.dtype | None) -> None:
     """Put the teacher on the device, or spread it over the ranks.
 
     Args:
         teacher: Frozen.
-        module: Which holds it.
+        trainer: Of the run.
         placement: ``replicate``: whole on each device. ``shard``: spread over the devices. ``offload``: spread over the
             memories of their hosts.
+        dtype: In which weights that are spread are gathered and used; by default each in its own.
 
     Raises:
         SettingError: There are no processes to spread it over.
     """
-    trainer = module.trainer
     if placement == "replicate":
         teacher.to(trainer.strategy.root_device)
         return
     check_placement(trainer, placement)
     if not is_sharded(teacher):
-        shard(teacher, data_parallel_mesh(module), compute_dtype(trainer), offload=placement == "offload")
+        shard(teacher, data_parallel_mesh(trainer), dtype, offload=placement == "offload")
 
 
 def check_placement(trainer: Trainer, placement: TeacherPlacement) -> None:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import filelock
 import torch.distributed as dist
 
 from srd_lightning.errors import RankError
-from srd_lightning.storage import write_atomically
 
 T = TypeVar("T")
 POLL = 0.05
 """Seconds between two looks at whether the others are done."""
+BEAT = 2.0
+"""Seconds between two heartbeats of a rank."""
+PATIENCE = 60.0
+"""Seconds without a heartbeat after which a rank counts as gone."""
 
 
 class Ranks:
@@ -54,14 +55,11 @@ class Ranks:
         return _results(outcomes, error)
 
     @contextmanager
-    def work_then_wait(self, folder: Path) -> Iterator[Callable[[], None]]:
+    def work_then_wait(self) -> Iterator[Callable[[], None]]:
         """Work on one's share, then wait for the others, however long they take.
 
-        A collective operation would time out, and would not say why. Signs are files in a folder that all see; each
-        process holds a lock on its own, which ends with it.
-
-        Args:
-            folder: For the signs.
+        A collective operation would time out, and would not say why. Signs stand in the store of the process group,
+        with a heartbeat of each rank: nothing depends on a file system.
 
         Yields:
             A function to call now and then: it raises when another rank has failed or is gone.
@@ -72,21 +70,19 @@ class Ranks:
         if self.size == 1:
             yield lambda: None
             return
-        signs = Signs(self.rank0_result(lambda: _new_folder(folder)), self.rank, self.size)
-        with signs.life(self.rank):
+        signs = Signs(_default_store(), self.rank0_result(lambda: uuid.uuid4().hex), self.rank, self.size)
+        with signs.heartbeat():
             dist.barrier()
             try:
                 yield signs.check
             except Exception as error:
-                signs.put("failed", _reason(self.rank, error))
+                signs.fail(reason_of(self.rank, error))
                 raise
-            signs.put("done")
-            while signs.missing():
+            signs.done()
+            while not signs.all_done():
                 signs.check()
                 time.sleep(POLL)
             dist.barrier()
-        if self.rank == 0:
-            shutil.rmtree(signs.folder, ignore_errors=True)  # on NFS others may still hold their files
 
 
 PEER_IS_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited", "nccl")
@@ -111,9 +107,9 @@ def tell_failure(error: BaseException) -> str | None:
     if team.size == 1:
         return None
     keys = [f"srd_lightning/failed/{rank}" for rank in range(team.size)]
-    store = dist.distributed_c10d._get_default_store()
+    store = _default_store()
     try:
-        store.set(keys[team.rank], "" if lost else _reason(team.rank, error))
+        store.set(keys[team.rank], "" if lost else reason_of(team.rank, error))
         if not lost:
             return None
         with contextlib.suppress(RuntimeError):  # they have not all said something in time
@@ -135,43 +131,98 @@ def _gone(ranks: Sequence[int]) -> str:
 
 
 class Signs:
-    """Signs of the ranks of a team, in a folder."""
+    """What ranks tell each other while each does its share: that they live, are done, or have failed.
 
-    def __init__(self, folder: Path, rank: int, size: int) -> None:
-        self.folder = folder
-        self.rank = rank
-        self.others = [other for other in range(size) if other != rank]
+    Args:
+        store: Of the process group, which works when its collectives no longer do.
+        name: Of this piece of work, the same in all ranks.
+        rank: Of this process.
+        size: Number of ranks.
 
-    def life(self, rank: int) -> filelock.BaseFileLock:
-        """Return the lock that a process holds as long as it lives."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(self.folder / f"alive-{rank}", timeout=0)
+    Example:
+        >>> store = dist.HashStore()
+        >>> first, second = (Signs(store, "work", rank, 2) for rank in (0, 1))
+        >>> first.done(), first.all_done(), second.done(), first.all_done()
+        (None, False, None, True)
+    """
 
-    def put(self, sign: str, text: str = "") -> None:
-        """Leave a sign: ``done`` or ``failed``."""
-        write_atomically(self.folder / f"{sign}-{self.rank}", text.encode())
+    def __init__(self, store: Any, name: str, rank: int, size: int) -> None:
+        self._store = store
+        self._name = f"srd_lightning/{name}"
+        self._rank = rank
+        self._size = size
+        self._heard: dict[int, tuple[int, float]] = {}
+        self._listened = time.monotonic()
 
-    def missing(self) -> list[int]:
-        """Return the other ranks that are not done."""
-        return [other for other in self.others if not (self.folder / f"done-{other}").exists()]
+    @contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Let the others hear that this process lives, for as long as it is in here."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # the rank that has the store is gone, as `check` will say
+                while not ended.wait(BEAT):
+                    self._store.add(self._beat(self._rank), 1)
+
+        self._store.add(self._beat(self._rank), 1)
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def done(self) -> None:
+        """Say that this rank has done its share."""
+        self._store.add(f"{self._name}/done", 1)
+
+    def fail(self, reason: str) -> None:
+        """Say why this rank fails."""
+        with contextlib.suppress(RuntimeError):  # perhaps because the store is gone
+            self._store.set(f"{self._name}/failed/{self._rank}", reason)
+            self._store.add(f"{self._name}/failures", 1)
+
+    def all_done(self) -> bool:
+        """Return whether all ranks have done their share."""
+        return self._counted(f"{self._name}/done") == self._size
 
     def check(self) -> None:
-        """Raise if another rank has failed, or is gone without a sign."""
-        for failure in sorted(self.folder.glob("failed-*")):
-            raise RankError(failure.read_text())
-        for other in self.missing():
-            try:
-                self.life(other).acquire().lock.release()
-            except filelock.Timeout:  # it lives
-                continue
-            if other in self.missing() and not (self.folder / f"failed-{other}").exists():
-                raise RankError(f"process {other} is gone: it was killed, perhaps for want of memory")
+        """Raise if another rank has failed, or is gone without a word.
+
+        Raises:
+            RankError: With its reason.
+        """
+        if self._counted(f"{self._name}/failures"):
+            keys = [f"{self._name}/failed/{rank}" for rank in range(self._size)]
+            raise RankError(next(self._store.get(key).decode() for key in keys if self._store.check([key])))
+        now = time.monotonic()
+        if now - self._listened < BEAT:
+            return
+        self._listened = now
+        for rank in range(self._size):
+            beats = self._counted(self._beat(rank))
+            last, since = self._heard.get(rank, (-1, now))
+            self._heard[rank] = (beats, since if beats == last else now)
+            if rank != self._rank and now - self._heard[rank][1] > PATIENCE:
+                raise RankError(_killed(rank))
+
+    def _beat(self, rank: int) -> str:
+        return f"{self._name}/beat/{rank}"
+
+    def _counted(self, key: str) -> int:
+        try:
+            return int(self._store.add(key, 0))  # to get waits for what is not there
+        except RuntimeError as error:
+            raise RankError(_killed(0)) from error  # which has the store
 
 
-def _new_folder(folder: Path) -> Path:
-    for old in folder.glob(".signs-*"):  # of a run that did not end well
-        shutil.rmtree(old)
-    return folder / f".signs-{uuid.uuid4().hex}"
+def _killed(rank: int) -> str:
+    return f"process {rank} is gone: it was killed, perhaps for want of memory, or is cut off from the others"
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _attempt(rank: int, work: Callable[[], T]) -> tuple[tuple[T | None, str | None], Exception | None]:
@@ -179,7 +230,7 @@ def _attempt(rank: int, work: Callable[[], T]) -> tuple[tuple[T | None, str | No
     try:
         return (work(), None), None
     except Exception as error:
-        return (None, _reason(rank, error)), error
+        return (None, reason_of(rank, error)), error
 
 
 def _results(outcomes: list[Any], own_error: Exception | None) -> list[Any]:
@@ -191,5 +242,6 @@ def _results(outcomes: list[Any], own_error: Exception | None) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
-def _reason(rank: int, error: BaseException) -> str:
+def reason_of(rank: int, error: BaseException) -> str:
+    """Return what other ranks are told of an error."""
     return f"process {rank} failed: {type(error).__name__}: {error}"

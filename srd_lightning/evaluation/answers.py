@@ -18,7 +18,7 @@ def answers(
     """Return prompt, reference response and generated answer of every row that has a response.
 
     Args:
-        student: Who answers.
+        student: Who answers; where it is sharded all ranks must ask, also those without a row, see `generate`.
         tokenizer: Of the student.
         batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each.
         decoding: How answers are generated.
@@ -29,8 +29,6 @@ def answers(
     check_batch(batch)
     rows = [_split_row(*row) for row in zip(*(batch[name].tolist() for name in FIELDS), strict=True)]
     rows = [(prompt, response) for prompt, response in rows if response]
-    if not rows:
-        return []
     prompts, limits = [prompt for prompt, _ in rows], decoding.limits([len(response) for _, response in rows])
     found = generate(student, tokenizer, prompts, decoding, limits=limits)
     return [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -48,6 +49,18 @@ def router_off(model: Any) -> dict[str, Any]:
         if getattr(getattr(model, "config", None), "output_router_logits", False)
         else {}
     )
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while: a student that trains must not be left in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:

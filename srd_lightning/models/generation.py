@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
+from srd_lightning.distributed.fsdp2 import runs_inside
 from srd_lightning.errors import SettingError
+from srd_lightning.models.calling import eval_mode
+from srd_lightning.models.lockstep import lockstep
 
 ROUND = 16
 """Steps between two looks at which rows have ended."""
@@ -106,6 +109,9 @@ def generate(
 ) -> list[str]:
     """Return one answer per prompt.
 
+    Of a model that is sharded all ranks must ask together, each with prompts of its own, or with none: they go on in
+    `lockstep` until all have their answers, which are those of a whole model. Nothing else need be done for that.
+
     Args:
         model: A model with transformers' ``generate``.
         tokenizer: Turns the generated ids into text.
@@ -118,13 +124,23 @@ def generate(
         The answers as text, without the end token.
     """
     limits = limits or [decoding.max_new_tokens] * len(prompts)
+    sharded = runs_inside(model)
     ends = end_tokens(model, tokenizer)
     config = _generation_config(decoding, ends, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    if decoding.bf16:
+    rounded: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if decoding.bf16 and sharded:  # a copy would have to be sharded as well
+        rounded = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)  # else it would keep all weights
+    elif decoding.bf16:
         model = _in_bf16(model)
-    with torch.random.fork_rng(devices=devices), eval_mode(model), _without_own_settings(model):
+    with (
+        torch.random.fork_rng(devices=devices),
+        eval_mode(model),
+        _without_own_settings(model),
+        rounded,
+        lockstep(model),
+    ):
         torch.manual_seed(decoding.seed if seed is None else seed)
         if getattr(getattr(model, "config", None), "model_type", None) in ALONE:
             rows = zip(prompts, limits, strict=True)
@@ -162,6 +178,8 @@ def _answer_in_rounds(
     """Generate some steps for all rows, then some more for those that have not ended, with the cache of these."""
     answers: list[list[int]] = [[] for _ in prompts]
     running, steps, cache = list(range(len(prompts))), 0, None
+    if not prompts:
+        return []
     input_ids, attention_mask = _pad_left(prompts, config.pad_token_id, next(model.parameters()).device)
     while running:
         of_round = copy.copy(config)
@@ -171,6 +189,7 @@ def _answer_in_rounds(
             attention_mask=attention_mask,
             past_key_values=cache,
             generation_config=of_round,
+            **({"synced_gpus": False} if runs_inside(model) else {}),  # ranks are in lockstep already
         )
         new = output.sequences[:, input_ids.shape[1] :]
         steps += new.shape[1]
@@ -232,15 +251,3 @@ def _in_bf16(model: nn.Module) -> nn.Module:
         for weight in model.parameters()
     }
     return copy.deepcopy(model, cast(Any, weights))  # for which weights are copied already
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while: a student that trains must not be left in eval mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

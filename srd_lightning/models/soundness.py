@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.errors import ModelError, in_one_line
-from srd_lightning.models.generation import eval_mode
+from srd_lightning.models.calling import eval_mode
 from srd_lightning.models.vocabulary import check_tokens
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}

@@ -20,8 +20,7 @@ from srd_lightning.errors import ModelError, lacks_memory
 from srd_lightning.losses.auxiliary import LAST
 from srd_lightning.losses.base import response_mask
 from srd_lightning.losses.head import Head
-from srd_lightning.models.calling import extras, logits_of, router_off
-from srd_lightning.models.generation import eval_mode
+from srd_lightning.models.calling import eval_mode, extras, logits_of, router_off
 
 Batch = Mapping[str, Tensor]
 SAMPLE = 32

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from torch import nn
 
-from srd_lightning.digests import digest, weights_digest
-from srd_lightning.distributed.fsdp2 import is_sharded
+from srd_lightning.digests import digest
+from srd_lightning.distributed.fsdp2 import gathered_digest, is_sharded
 from srd_lightning.distributed.placement import TeacherPlacement, compute_dtype, place_teacher
 from srd_lightning.distributed.process_group import Ranks
-from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.errors import SettingError
 from srd_lightning.models.pretrained import Pretrained, dtype_named
 from srd_lightning.protocols import HasCuratedRows
 from srd_lightning.storage import check_folder
@@ -105,7 +105,8 @@ class TeacherHandle:
         folder, own = self._folder(trainer, {}), self.cache is not None and self.cache.dir is not None
         check_folder(folder, "teacher_cache.dir" if own else "default_root_dir")
         if own:  # else it is named after what it is made of
-            Ranks().rank0_result(lambda: check_same(folder, self._made_of))
+            made_of = self._made_of_for_first()
+            Ranks().rank0_result(lambda: check_same(folder, made_of))
 
     def fill_cache(self, data: object, trainer: Trainer, vocabulary: Callable[[nn.Module], int | None]) -> None:
         """Let the teacher see all rows that its cache lacks; batches carry the rest from now on.
@@ -117,23 +118,23 @@ class TeacherHandle:
 
         Raises:
             SettingError: Nothing is to be cached, or batches cannot carry it.
-            ModelError: The teacher was sharded by an earlier run.
+            ModelError: The teacher has no head that can be taken off, or says NaN or inf.
         """
         if self.cache is None:
             raise SettingError("nothing is to be cached: set teacher_cache to hidden or topk")
         if not isinstance(data, HasCuratedRows):
             raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
-        if is_sharded(self.model):
-            raise ModelError("an earlier run has sharded the teacher, which cannot be cached then; make a new module")
-        made_of, given = Ranks().rank0_result(self._made_of), cast("Pretrained | nn.Module", self.given)
+        made_of = Ranks().rank0_result(self._made_of_for_first())
+        given = cast("Pretrained | nn.Module", self.given)
         cache, self.cached = cache_teacher(
             data.rows_to_cache(),
             self._folder(trainer, made_of),
             self.cache.format,
             made_of,
-            lambda: self.load().to(trainer.strategy.root_device),
+            lambda: self._ready_to_speak(trainer),
             vocabulary,
             width_of(given),
+            trainer.strategy.root_device,
         )
         on_gpu = trainer.strategy.root_device.type == "cuda"
         data.use_batch_columns(functools.partial(cache.batch, pin_memory=on_gpu))
@@ -144,23 +145,37 @@ class TeacherHandle:
         """Load the teacher if it is not there yet, and return it."""
         return self.model if self.model is not None else self._hold(cast(Pretrained, self.source).model())
 
-    def place(self, module: LightningModule) -> None:
+    def _ready_to_speak(self, trainer: Trainer) -> nn.Module:
+        """Put it where it is to be, in the types of its weights: what is cached is the same in each place."""
+        model = self.load()
+        place_teacher(model, trainer, self.placement, None)
+        return model
+
+    def place(self, trainer: Trainer) -> None:
         """Put it where it is to be.
 
         Args:
-            module: Which learns from it, with its trainer.
+            trainer: Of the run.
         """
+        dtype = compute_dtype(trainer)
         if self.cached is not None:
-            self.cached = self.cached.to(module.trainer.strategy.root_device)
-            if (dtype := compute_dtype(module.trainer)) is not None:  # once, not at every step
+            self.cached = self.cached.to(trainer.strategy.root_device)
+            if dtype is not None:  # once, not at every step
                 self.cached = self.cached.to(dtype)
         elif self.model is not None:
-            place_teacher(self.model, module, self.placement)
+            place_teacher(self.model, trainer, self.placement, dtype)
+
+    def _made_of_for_first(self) -> Callable[[], dict[str, str]]:
+        """Return what the first rank asks for what the cache is made of; of a sharded teacher all ranks say it now."""
+        if self.source is None and is_sharded(self.model):
+            made_of = self._made_of()
+            return lambda: made_of
+        return self._made_of
 
     def _made_of(self) -> dict[str, str]:
         assert self.cache is not None
         if self.source is None:
-            teacher = weights_digest(cast(nn.Module, self.model))
+            teacher = gathered_digest(cast(nn.Module, self.model))
         else:
             teacher = self._digest = self._digest or self.source.digest()  # files stay, weights may change
         return {"teacher": teacher, "kind": repr(self.cache.format)}

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from srd_lightning.data.batches import collate
 from srd_lightning.data.samplers import batches_by_token_budget
 from srd_lightning.data.tokenization import lengths_of, response_lengths
+from srd_lightning.distributed.fsdp2 import inside, release
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses.head import Head
+from srd_lightning.models.lockstep import share
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.models.split import BodyAndHead, CannotSplit, split
 from srd_lightning.progress import progress_bar
@@ -40,17 +42,19 @@ def cache_teacher(
     load: Callable[[], nn.Module],
     vocabulary: Callable[[nn.Module], int | None],
     width: int | None = None,
+    device: torch.device | None = None,
 ) -> tuple[TeacherCache, CachedTeacher]:
-    """Let the teacher see each row that it has not seen yet, and keep what it says.
+    """Let the teacher see each row that it has not seen yet, and keep what it says; one that is sharded in lockstep.
 
     Args:
         rows: Tokenised rows.
         folder: Which all ranks see.
         kind: What to keep.
         made_of: What it depends on, by name of the part.
-        load: Gives the teacher, on the device where it is to run; called only where a row or the head is missing.
+        load: Gives the teacher, where it is to run, whole or sharded; called only where a row or the head is missing.
         vocabulary: Says how many tokens student and teacher share.
         width: Of the teacher's hidden states, if it is known: then the disk is looked at before the teacher is loaded.
+        device: Where it runs; by default where its weights are.
 
     Returns:
         The cache, and the teacher that lives on it.
@@ -75,15 +79,22 @@ def cache_teacher(
         if len(missing) or head is None:
             chosen = rows.select(missing if len(missing) else [0])
             model = load()
-            parts = _take_apart(model, chosen)
-            head = parts.head().narrow(vocabulary(model))
+            device = device or next(model.parameters()).device
+            parts, common = _take_apart(model, chosen, device), vocabulary(model)
             if len(missing) and width is None:
-                found = head.weight.shape[1]
+                found = inside(model, parts.head).weight.shape[1]
                 team.rank0_result(lambda: check_room(cache, chosen, found))
             batches = list(batches_by_token_budget(lengths_of(chosen), TOKENS_AT_ONCE)) if len(missing) else []
-            with team.work_then_wait(folder) as check:
-                _fill(cache, chosen, parts, head, batches[team.rank :: team.size], check, show=team.rank == 0)
-            team.rank0_result(functools.partial(cache.save_head, head))
+            with share(model) as check:
+                mine = batches[team.rank :: team.size]
+                _fill(cache, chosen, parts, common, mine, device, check, show=team.rank == 0)
+
+            def save() -> None:
+                head = parts.head().narrow(common)
+                team.rank0_result(functools.partial(cache.save_head, head))
+
+            inside(model, save)
+            release(model)
             cache.reread()
             head = cast(Head, cache.head())  # the model's own would keep the file of all its weights in memory
     return cache, CachedTeacher(kind, head)
@@ -139,9 +150,9 @@ def _text_config(source: Pretrained | nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
-def _take_apart(model: nn.Module, rows: Dataset) -> BodyAndHead:
+def _take_apart(model: nn.Module, rows: Dataset, device: torch.device) -> BodyAndHead:
     try:
-        return split(model, _batch([rows[0]], model))
+        return split(model, _batch([rows[0]], device))
     except CannotSplit as error:
         raise ModelError(f"this teacher cannot be cached, set teacher_cache to none: {error}") from error
 
@@ -150,19 +161,23 @@ def _fill(
     cache: TeacherCache,
     rows: Dataset,
     parts: BodyAndHead,
-    head: Head,
+    vocabulary: int | None,
     batches: Sequence[NDArray[np.int64]],
+    device: torch.device,
     check: Callable[[], None],
     show: bool,
 ) -> None:
+    def look(batch: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        hidden = parts.hidden(batch)
+        return hidden, cache.kind.observe(hidden, parts.head().narrow(vocabulary))
+
     progress = progress_bar(sum(map(len, batches)), "teacher cache", show and len(batches) > 0)
     try:
         for batch in batches:
             check()
             some = rows.select(batch).to_list()
             with torch.no_grad():
-                hidden = parts.hidden(_batch(some, parts.model))
-                kept = cache.kind.observe(hidden, head)
+                hidden, kept = inside(parts.model, functools.partial(look, _batch(some, device)))
             _check_finite(some, hidden, kept, parts.model)
             cache.append(some, kept)
             progress.update(len(batch))
@@ -195,6 +210,5 @@ def _check_finite(
     )
 
 
-def _batch(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+def _batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
     return {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}

@@ -42,8 +42,9 @@ def check_run(module: Any, trainer: Trainer) -> None:
         check_student(module.student, module.student_handle.activation_checkpointing)
     if module.student is not None and teacher.model is not None:
         module.shared_vocabulary(teacher.model)
-    if teacher.given is not None and (teacher.cache is None or not trains):
+    if teacher.given is not None:
         check_placement(trainer, teacher.placement)
+    if teacher.given is not None and (teacher.cache is None or not trains):
         check_parts(trainer, step.micro_batch_tokens, module.loss, teacher.placement)
     else:
         check_parts(trainer, step.micro_batch_tokens, module.loss, "replicate")

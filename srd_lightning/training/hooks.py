@@ -12,7 +12,7 @@ from srd_lightning.errors import SettingError
 
 
 class TrainingHooks(Callback):
-    """Normalises gradients by tokens, and gathers a sharded student to answer; `configure_callbacks` adds it."""
+    """Normalises gradients by tokens, and gets a sharded student ready to answer; `configure_callbacks` adds it."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Evaluate without inference mode: what it has touched can neither be sharded nor trained any more."""
@@ -40,20 +40,20 @@ class TrainingHooks(Callback):
             )
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Gather a full copy of the student for generation."""
-        pl_module.student_handle.gather_for_generation(pl_module.student, pl_module)
+        """Get the student ready for answers, however it is spread."""
+        pl_module.student_handle.begin_answering(pl_module.student, pl_module)
 
     on_predict_start = on_test_start
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Free the gathered copy."""
-        pl_module.student_handle.free()
+        """Wait for ranks that still answer, and free what was gathered."""
+        pl_module.student_handle.end_answering()
 
     on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Free the gathered copy."""
-        pl_module.student_handle.free()
+        """Free what was gathered."""
+        pl_module.student_handle.end_answering(exception)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""
