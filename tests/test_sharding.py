@@ -1,6 +1,7 @@
 """Sharded models in one process: what is whole when. That two ranks train as one does, test_strategies.py shows."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +12,19 @@ from lightning.pytorch.strategies import FSDPStrategy
 from tiny import tiny_model, tokenised
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp import MixedPrecision, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
-from srd_lightning import FSDP2, ForwardKL, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning import FSDP2, CacheSettings, ForwardKL, KDLightningModule, Pretrained
 from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.data.batches import collate
-from srd_lightning.distributed.fsdp2 import blocks, inside, release, shard, with_weights, without_weights
-from srd_lightning.distributed.placement import shard_student
+from srd_lightning.distributed.fsdp2 import blocks, inside, is_sharded, release, shard, with_weights, without_weights
+from srd_lightning.distributed.placement import shard_along, shard_student
 from srd_lightning.errors import ModelError, SettingError
+from srd_lightning.teacher.handle import TeacherHandle
 from srd_lightning.training.step import DistillationStep
+from srd_lightning.training.student import StudentHandle
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_a_copy_has_the_weights_and_their_ties_but_shares_none():
     model = tiny_model(tie_word_embeddings=True)
     skeleton = without_weights(model)
     assert {weight.device.type for weight in skeleton.parameters()} == {"meta"}
-    found = with_weights(skeleton, model.state_dict(), torch.device("cpu"))
+    found = with_weights(skeleton, model.state_dict().items(), torch.device("cpu"))
     assert found.lm_head.weight is found.model.embed_tokens.weight
     assert found.lm_head.weight is not model.lm_head.weight
     inputs = {"input_ids": batch()["input_ids"]}
@@ -118,7 +121,7 @@ def test_fsdp1_learns_of_blocks_and_sums_in_full_precision(given, mesh):
 
     strategy = OnCPU(mixed_precision=given, precision_plugin=FSDPPrecision("bf16-mixed"))
     student = tiny_model()
-    shard_student(student, SimpleNamespace(trainer=SimpleNamespace(strategy=strategy)))
+    shard_student(student, SimpleNamespace(strategy=strategy))
     policy = strategy.kwargs["auto_wrap_policy"]
     assert policy(student.model.layers[0], recurse=False, nonwrapped_numel=1)
     assert not policy(student.model.embed_tokens, recurse=False, nonwrapped_numel=1)
@@ -138,17 +141,58 @@ def test_all_processes_see_different_rows(of_rows, of_layers):
         strategy.setup_environment()
 
 
-def test_a_sharded_student_does_not_reflect(mesh):
+def test_a_student_that_others_have_sharded_does_not_reflect(mesh):
     module = KDLightningModule(tiny_model(), kd_weight=0.0)
-    shard(module.student, mesh)
+    fully_shard(module.student, mesh=mesh)
     with pytest.raises(ValueError, match=r"reflects needs all of its weights, but .*: make a new module"):
         ReflectingStudent(None, module, None, None).untrained()
     with pytest.raises(ValueError, match=r"give SimpleNamespace a method whole_student\(\)"):
         ReflectingStudent(None, SimpleNamespace(student=module.student), None, None).as_trained()
 
 
-def test_a_sharded_teacher_is_not_cached(mesh):
-    module = KDLightningModule(tiny_model(), tiny_model(), teacher_cache="hidden")
-    shard(module.teacher, mesh)
-    with pytest.raises(ValueError, match="an earlier run has sharded the teacher"):
-        module.cache(SRDDataModule([], schedule={0: 1.0}), None)
+def test_a_student_that_is_frozen_after_it_was_sharded(mesh):
+    handle, student = StudentHandle(None, False), tiny_model()
+    trainer = FSDP2Trainer(mesh)
+    handle.spread(student, trainer)
+    handle.prepare(student, SimpleNamespace(_trainer=trainer))
+    next(student.parameters()).requires_grad_(False)
+    with pytest.raises(ModelError, match=r"frozen or unfrozen after it was sharded, .* before fit"):
+        handle.prepare(student, SimpleNamespace(_trainer=trainer))
+
+
+class FSDP2Trainer(SimpleNamespace):
+    """As much of a trainer as is asked of one where something is sharded."""
+
+    def __init__(self, mesh):
+        strategy = FSDP2()
+        strategy.parallel_devices = [torch.device("cpu")]
+        strategy._device_mesh = {"data_parallel": mesh}
+        plugin = SimpleNamespace(forward_context=nullcontext)
+        super().__init__(strategy=strategy, world_size=mesh.size(), precision_plugin=plugin)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_student_reflects_sharded_unless_the_module_prepares_it_itself(own, mesh):
+    class Own(KDLightningModule):
+        def configure_model(self): ...
+
+    trainer = FSDP2Trainer(mesh)
+    module = (Own if own else KDLightningModule)(tiny_model(), kd_weight=0.0)
+    assert is_sharded(ReflectingStudent(None, module, None, None, trainer=trainer).untrained()) == (not own)
+    given = ReflectingStudent(tiny_model(), None, None, None, trainer=trainer)
+    assert not is_sharded(given.untrained())
+    shard(given.given, mesh)
+    assert given.as_trained() is given.given
+
+
+def test_what_is_no_part_of_the_student_is_sharded_along(mesh):
+    loss = nn.Linear(2, 2)
+    shard_along(loss, FSDP2Trainer(mesh))
+    assert is_sharded(loss)
+
+
+def test_a_teacher_that_is_sharded_has_the_digest_of_a_whole_one(mesh):
+    handle = TeacherHandle(tiny_model(), CacheSettings("hidden"), "shard")
+    whole = handle._made_of_for_first()()
+    shard(handle.model, mesh)
+    assert handle._made_of_for_first()() == whole

@@ -18,7 +18,7 @@ from srd_lightning.errors import RankError
 T = TypeVar("T")
 POLL = 0.05
 """Seconds between two looks at whether the others are done."""
-BEAT = 2.0
+BEAT = 1.0
 """Seconds between two heartbeats of a rank."""
 PATIENCE = 60.0
 """Seconds without a heartbeat after which a rank counts as gone."""
@@ -153,15 +153,17 @@ class Signs:
         self._size = size
         self._heard: dict[int, tuple[int, float]] = {}
         self._listened = time.monotonic()
+        self._reason: str | None = None
 
     @contextmanager
     def heartbeat(self) -> Iterator[None]:
-        """Let the others hear that this process lives, for as long as it is in here."""
+        """Let the others hear that this process lives, and hear why they fail, for as long as it is in here."""
         ended = threading.Event()
 
         def beat() -> None:
             with contextlib.suppress(RuntimeError):  # the rank that has the store is gone, as `check` will say
                 while not ended.wait(BEAT):
+                    self._listen()
                     self._store.add(self._beat(self._rank), 1)
 
         self._store.add(self._beat(self._rank), 1)
@@ -178,10 +180,16 @@ class Signs:
         self._store.add(f"{self._name}/done", 1)
 
     def fail(self, reason: str) -> None:
-        """Say why this rank fails."""
+        """Say why this rank fails, and stay until the others have heard it: the store may end with this process."""
+        self._reason = reason
+        others = [f"{self._name}/heard/{rank}" for rank in range(self._size) if rank != self._rank]
+        until = time.monotonic() + ANSWERS_WITHIN
         with contextlib.suppress(RuntimeError):  # perhaps because the store is gone
+            self._store.set(f"{self._name}/heard/{self._rank}", "")
             self._store.set(f"{self._name}/failed/{self._rank}", reason)
             self._store.add(f"{self._name}/failures", 1)
+            while not self._store.check(others) and time.monotonic() < until:
+                time.sleep(POLL)
 
     def all_done(self) -> bool:
         """Return whether all ranks have done their share."""
@@ -193,9 +201,9 @@ class Signs:
         Raises:
             RankError: With its reason.
         """
-        if self._counted(f"{self._name}/failures"):
-            keys = [f"{self._name}/failed/{rank}" for rank in range(self._size)]
-            raise RankError(next(self._store.get(key).decode() for key in keys if self._store.check([key])))
+        self._listen()
+        if self._reason is not None:
+            raise RankError(self._reason)
         now = time.monotonic()
         if now - self._listened < BEAT:
             return
@@ -206,6 +214,12 @@ class Signs:
             self._heard[rank] = (beats, since if beats == last else now)
             if rank != self._rank and now - self._heard[rank][1] > PATIENCE:
                 raise RankError(_killed(rank))
+
+    def _listen(self) -> None:
+        if self._reason is None and self._counted(f"{self._name}/failures"):
+            keys = [f"{self._name}/failed/{rank}" for rank in range(self._size)]
+            self._reason = next(self._store.get(key).decode() for key in keys if self._store.check([key]))
+            self._store.set(f"{self._name}/heard/{self._rank}", "")
 
     def _beat(self, rank: int) -> str:
         return f"{self._name}/beat/{rank}"
