@@ -38,6 +38,13 @@ def test_each_rank_calls_a_model_as_often_as_it_needs(ranks):
     ]
 
 
+def test_loaders_may_give_ranks_unlike_numbers_of_batches_to_answer(ranks):
+    assert [record["answering"] for record in ranks] == [
+        {"equal": [True] * 3, "left": [True] * 3},
+        {"equal": [True], "left": [True] * 3},
+    ]
+
+
 def test_a_model_that_has_answered_trains_as_one_that_has_not(ranks):
     assert [record["training"] for record in ranks] == [{"equal": True}] * 2
 

@@ -24,8 +24,8 @@ def alone(tmp_path_factory):
     return remembered(run, tmp_path_factory.mktemp("alone"))
 
 
-def check(alone, found, tolerance):
-    """Compare the loss of every step, the measures, the answers and the weights."""
+def check(alone, found, tolerance, same_answers=True):
+    """Compare the loss of every step, the measures, the answers (or only to what they are) and the weights."""
     (one,), weights = alone
     records, found_weights = found
     assert one["in_parts"]
@@ -37,7 +37,9 @@ def check(alone, found, tolerance):
         assert record["auxiliary"] == pytest.approx(one["auxiliary"], abs=tolerance)
     if "answers" in records[0]:
         answers = [row for record in records for row in record["answers"]]
-        assert sorted(answers, key=str) == sorted(one["answers"], key=str)
+        rows = [{name: row[name] for name in row if same_answers or name != "answer"} for row in answers]
+        known = [{name: row[name] for name in row if same_answers or name != "answer"} for row in one["answers"]]
+        assert sorted(rows, key=str) == sorted(known, key=str)
     assert found_weights.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found_weights[name] - weight).abs().max() <= tolerance, name
@@ -49,6 +51,8 @@ CACHED = {"teacher_cache": {"kind": "hidden", "dtype": "float32"}}
 
 MUTED = {"tied": True, "muted": True}
 """Some batches of a process have no token to learn from, and the student's head is its embedding."""
+LEARNT = {"learnt_loss": True}
+"""The distillation loss has weights of its own, which are compared too."""
 AUXILIARY = {"auxiliary": True, "muted": True}
 """A loss of hidden states with weights of its own, which are compared too; some batches have no token for it."""
 
@@ -63,8 +67,9 @@ AUXILIARY = {"auxiliary": True, "muted": True}
         ("fsdp1", {}, {"lora": True}, "bf16-mixed"),
         ("fsdp2", SHARDED, MUTED, "32-true"),
         ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}, "bf16-mixed"),
-        ("fsdp2", CACHED, AUXILIARY, "32-true"),
         ("fsdp2", {}, {"warmed": True}, "32-true"),
+        ("fsdp2", {}, LEARNT, "32-true"),
+        ("fsdp2", {**CACHED, "teacher_placement": "shard"}, AUXILIARY, "32-true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
 )
@@ -73,7 +78,8 @@ def test_two_processes_train_as_one_does(strategy, settings, model, precision, a
     alike = {**model, "trainer": {**TRAINER, "precision": precision}}
     found = run(tmp_path / "two", 2, strategy, **settings, **alike)
     tolerance = SAME if precision == "32-true" else NEAR
-    check(alone(**alike), found, tolerance)
+    in_autocast = strategy == "fsdp2" and precision != "32-true"  # where a whole model is rounded, and a shard before
+    check(alone(**alike), found, tolerance, same_answers=not in_autocast)
     if "muted" in model:
         assert sum(record["silent_batches"] for record in found[0]) > 5
 

@@ -23,6 +23,7 @@ from srd_lightning import (
     TAID,
     CacheSettings,
     Decoding,
+    ForwardKL,
     HiddenStateMSE,
     HuggingFaceExport,
     HyperparameterScheduler,
@@ -75,6 +76,17 @@ class Distillation(KDLightningModule):
         super().configure_model()
 
 
+class Learnt(ForwardKL):
+    """A loss with a weight of its own, which is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(2))
+
+    def divergence(self, teacher_logp, student_logp):
+        return super().divergence(teacher_logp, student_logp) * self.gain.square().mean()
+
+
 def rows():
     return [
         {"id": n, "instruction": f"Say {n}.", "output": "ab" * (1 + 7 * (n % 3 == 0) + n % 5) + str(n)}
@@ -97,6 +109,8 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     losses = Losses()
     student = distil.tiny(0, tie_word_embeddings=tied)
     width = student.config.hidden_size
+    if settings.pop("learnt_loss", False):
+        settings["loss"] = Learnt()
     auxiliary = [HiddenStateMSE(width, width, weight=0.1)] if settings.pop("auxiliary", False) else []
     if settings.pop("warmed", False):  # what a row decides for itself, and what all ranks decide together
         settings["loss"] = TokenTemperature(TAID(ReverseKL()), strength=0.5)
@@ -135,7 +149,8 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     )
     trainer.fit(module, datamodule=data)
     record = {"losses": losses.losses, "metrics": numbers(trainer), "in_parts": module.step.parts is not None}
-    weights = [weight.detach() for weight in module.auxiliary.parameters()]
+    own = (*module.loss.parameters(), *module.auxiliary.parameters())
+    weights = [weight.detach() for weight in own]
     weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
     record["auxiliary"] = [value for weight in weights for value in weight.flatten().tolist()]
     record["silent_batches"] = mute.silent_batches

@@ -7,6 +7,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import drive
 import torch
@@ -18,12 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer
 
+from srd_lightning import FSDP2
 from srd_lightning.digests import weights_digest
 from srd_lightning.distributed.fsdp2 import gathered_digest, shard, whole_tensors, with_weights, without_weights
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding, generate
 from srd_lightning.models.lockstep import lockstep
+from srd_lightning.training.student import StudentHandle
 
 PROMPTS = [[70, 71, 72], [80, 81, 82, 83, 84], [90, 91], [100, 101, 102, 103]]
 OF_RANK = [PROMPTS, []]
@@ -81,6 +84,22 @@ def scoring(mesh, rank):
         "equal": [torch.equal(*pair) for pair in zip(found, expected, strict=True)],
         "answered": answered == generate(whole, TOKENIZER, PROMPTS[: 1 + rank], GREEDY),
     }
+
+
+def answering(mesh, rank):
+    """Batches to answer from a loader that gives one rank three of them, and the other one."""
+    whole = lively_model(attention_dropout=0.5).train()
+    sharded, handle, before = copy.deepcopy(whole), StudentHandle(None, False), torch.get_rng_state()
+    shard(sharded, mesh)
+    strategy = FSDP2()
+    strategy._device_mesh = {"data_parallel": mesh}
+    module = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy, world_size=2, predicting=True))
+    handle.begin_answering(sharded, module)
+    found = [generate(sharded, TOKENIZER, PROMPTS, GREEDY, seed=batch) for batch in range(3 - 2 * rank)]
+    handle.end_answering()
+    left = [sharded.training, torch.equal(torch.get_rng_state(), before), is_spread(sharded)]
+    expected = generate(whole, TOKENIZER, PROMPTS, GREEDY)
+    return {"equal": [answers == expected for answers in found], "left": left}
 
 
 def training(mesh, rank):
@@ -153,10 +172,13 @@ def main(folder):
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
     seed_everything(0, verbose=False)
     found = {
-        "plain": generation(lively_model, mesh, rank),
+        "plain": generation(lambda: lively_model(attention_dropout=0.5), mesh, rank),
         "tied": generation(lambda: lively_model(tie_word_embeddings=True), mesh, rank),
         "lora": generation(adapted, mesh, rank),
-        **{case.__name__: case(mesh, rank) for case in (scoring, training, rounded, copying, waiting, failing)},
+        **{
+            case.__name__: case(mesh, rank)
+            for case in (scoring, answering, training, rounded, copying, waiting, failing)
+        },
     }
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
 
