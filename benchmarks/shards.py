@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     data = SRDDataModule(
         {"train": rows, "test": rows[: options.world]},
         schedule={0: 0.5, 1: 1.0} if options.command == "curate" else {0: 1.0},
-        template=PromptTemplate("{instruction}"),
+        template=PromptTemplate("{instruction} {input}", "{instruction}"),
         batch_size=1,
         decoding=Decoding(max_new_tokens=4),
         reflection_tokens=256,

@@ -220,6 +220,10 @@ class KDLightningModule(LightningModule):
         """Return the student with all of its weights, a copy while a run shards it; see `StudentHandle.gather`."""
         return self.student_handle.gather(cast(nn.Module, self.student), self, only_first)
 
+    def student_to_ask(self) -> nn.Module:
+        """Return the student as `generate` takes it, sharded or whole, on all ranks; see `StudentHandle.to_ask`."""
+        return self.student_handle.to_ask(cast(nn.Module, self.student), self)
+
     def shared_vocabulary(self, teacher: nn.Module | CachedTeacher) -> int | None:
         """Return how many tokens the student shares with a teacher, or nothing where all are."""
         if isinstance(teacher, CachedTeacher):

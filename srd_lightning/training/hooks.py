@@ -46,14 +46,20 @@ class TrainingHooks(Callback):
     on_predict_start = on_test_start
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Wait for ranks that still answer, and free what was gathered."""
-        pl_module.student_handle.end_answering()
+        """Free what was gathered."""
+        pl_module.student_handle.free()
 
-    on_predict_end = on_test_end
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Tell ranks that have no batch left."""
+        pl_module.student_handle.begin_batch()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Go along with ranks that still answer, and free what was gathered."""
+        pl_module.student_handle.end_predicting()
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Free what was gathered."""
-        pl_module.student_handle.end_answering(exception)
+        pl_module.student_handle.free()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         """Weigh all response tokens of the step alike; callbacks before this one see them off by a factor near 1."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from torch import nn
 
-from srd_lightning.distributed.fsdp2 import is_sharded, whole_tensors, with_weights, without_weights
+from srd_lightning.distributed.fsdp2 import is_sharded, runs_inside, whole_tensors, with_weights, without_weights
 from srd_lightning.distributed.placement import asked_sharded, shard_student, shards_student, whole_weights
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError
 from srd_lightning.models.lockstep import lockstep
 from srd_lightning.models.pretrained import Pretrained
@@ -28,10 +28,9 @@ class StudentHandle:
         self.source = source
         self.activation_checkpointing = activation_checkpointing
         self.for_generation: nn.Module | None = None
-        """A student with all of its weights, from the start to the end of ``test`` and ``predict``, if need be."""
+        """The student as it is asked, from the start to the end of ``test`` and ``predict``; see `to_ask`."""
         self._skeleton: nn.Module | None = None
         self._trained: list[bool] = []
-        self._answering = ExitStack()
 
     def spread(self, student: nn.Module, trainer: Trainer) -> None:
         """Have a student sharded, once, where the strategy of a trainer does so.
@@ -88,26 +87,38 @@ class StudentHandle:
         copy = with_weights(self._skeleton, weights, torch.device("cpu") if only_first else module.device)
         return copy.train(student.training)
 
-    def begin_answering(self, student: nn.Module, module: LightningModule) -> None:
-        """Get ready for answers, in as many batches as each rank has: in lockstep under FSDP2, else by a full copy.
+    def to_ask(self, student: nn.Module, module: LightningModule) -> nn.Module:
+        """Return the student as `generate` takes it, on all ranks together: as it is, else a copy with all weights.
 
         Args:
             student: Of the module.
             module: With its trainer.
         """
-        if not asked_sharded(module.trainer):
-            self.for_generation = self.gather(student, module)
-        elif module.trainer.predicting:  # else a teacher runs between two answers
-            self._answering.enter_context(lockstep(student))
+        as_it_is = self._skeleton is None or asked_sharded(module.trainer)
+        return student if as_it_is else cast(nn.Module, self.gather(student, module))
 
-    def end_answering(self, error: BaseException | None = None) -> None:
-        """Wait for the others in lockstep, unless an error ends it, and free the copy.
+    def begin_answering(self, student: nn.Module, module: LightningModule) -> None:
+        """Get ready for ``test`` or ``predict``.
 
         Args:
-            error: That ends it.
+            student: Of the module.
+            module: With its trainer.
         """
+        self.for_generation = self.to_ask(student, module)
+
+    def begin_batch(self) -> None:
+        """Tell ranks that have no batch left that this one has: loaders of ``predict`` may give unlike numbers."""
+        if self.for_generation is not None and runs_inside(self.for_generation):
+            Ranks().all_results(lambda: True)
+
+    def end_predicting(self) -> None:
+        """Go along with ranks that have batches left, and free what was gathered."""
+        student = self.for_generation
+        while student is not None and runs_inside(student) and any(Ranks().all_results(lambda: False)):
+            with lockstep(student):  # of the answers to their batch
+                pass
+        self.free()
+
+    def free(self) -> None:
+        """Free what was gathered."""
         self.for_generation = None
-        if error is None:
-            self._answering.close()
-        else:
-            self._answering.__exit__(type(error), error, error.__traceback__)

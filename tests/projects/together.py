@@ -93,10 +93,13 @@ def answering(mesh, rank):
     shard(sharded, mesh)
     strategy = FSDP2()
     strategy._device_mesh = {"data_parallel": mesh}
-    module = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy, world_size=2, predicting=True))
+    module = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy, world_size=2))
     handle.begin_answering(sharded, module)
-    found = [generate(sharded, TOKENIZER, PROMPTS, GREEDY, seed=batch) for batch in range(3 - 2 * rank)]
-    handle.end_answering()
+    found = []
+    for _ in range(3 - 2 * rank):
+        handle.begin_batch()
+        found.append(generate(sharded, TOKENIZER, PROMPTS, GREEDY))
+    handle.end_predicting()
     left = [sharded.training, torch.equal(torch.get_rng_state(), before), is_spread(sharded)]
     expected = generate(whole, TOKENIZER, PROMPTS, GREEDY)
     return {"equal": [answers == expected for answers in found], "left": left}
