@@ -65,7 +65,7 @@ AUXILIARY = {"auxiliary": True, "muted": True}
         ("ddp", {}, {}, "bf16-mixed"),
         ("fsdp1", SHARDED, MUTED, "32-true"),
         ("fsdp1", {}, {"lora": True}, "bf16-mixed"),
-        ("fsdp2", SHARDED, MUTED, "32-true"),
+        ("fsdp2", {**SHARDED, "reflects_sharded": True}, MUTED, "32-true"),
         ("fsdp2", {"teacher_placement": "offload"}, {"lora": True}, "bf16-mixed"),
         ("fsdp2", {}, {"warmed": True}, "32-true"),
         ("fsdp2", {}, LEARNT, "32-true"),

@@ -115,7 +115,8 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     if settings.pop("warmed", False):  # what a row decides for itself, and what all ranks decide together
         settings["loss"] = TokenTemperature(TAID(ReverseKL()), strength=0.5)
         callbacks = [TAIDSchedule(alpha=0.1, attribute="loss.loss.t")]
-    module = Distillation(
+    kind = KDLightningModule if settings.pop("reflects_sharded", False) else Distillation
+    module = kind(
         get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])) if lora else student,
         distil.tiny(1, tie_word_embeddings=tied),
         auxiliary=auxiliary,
