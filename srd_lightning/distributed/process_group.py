@@ -177,7 +177,8 @@ class Signs:
 
     def done(self) -> None:
         """Say that this rank has done its share."""
-        self._store.add(f"{self._name}/done", 1)
+        with contextlib.suppress(RuntimeError):  # the store is gone, as `all_done` will say
+            self._store.add(f"{self._name}/done", 1)
 
     def fail(self, reason: str) -> None:
         """Say why this rank fails, and stay until the others have heard it: the store may end with this process."""
