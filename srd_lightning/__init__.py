@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from srd_lightning.models.generation import Decoding
     from srd_lightning.models.pretrained import Pretrained
     from srd_lightning.module import KDLightningModule
+    from srd_lightning.rollouts import GKD, DistiLLM, MiniLLM, ReflectionReplay, Rollouts
     from srd_lightning.teacher.handle import CacheSettings
 
 _HOME = {
@@ -64,10 +65,12 @@ _HOME = {
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
     "Decoding": "models.generation",
+    "DistiLLM": "rollouts",
     "DistillationLoss": "losses",
     "Example": "data.templates",
     "FSDP2": "distributed.fsdp2",
     "ForwardKL": "losses",
+    "GKD": "rollouts",
     "Head": "losses.head",
     "Hellinger": "losses",
     "HiddenStateCosine": "losses",
@@ -80,10 +83,13 @@ _HOME = {
     "LengthGrouped": "data.samplers",
     "LossDrivenShare": "callbacks",
     "NewOptimizerEachStage": "callbacks",
+    "MiniLLM": "rollouts",
     "Pretrained": "models.pretrained",
     "PromptTemplate": "data.templates",
+    "ReflectionReplay": "rollouts",
     "ResumeCheckpoint": "checkpoints.resume_checkpoint",
     "ReverseKL": "losses",
+    "Rollouts": "rollouts",
     "RuntimeBenchmark": "callbacks.runtime",
     "SRDDataModule": "datamodule",
     "Selected": "losses",
@@ -102,6 +108,7 @@ _HOME = {
 __all__ = [
     "ALPACA",
     "FSDP2",
+    "GKD",
     "TAID",
     "AdaptiveKL",
     "AlphaBeta",
@@ -113,6 +120,7 @@ __all__ = [
     "Curriculum",
     "CurriculumCallback",
     "Decoding",
+    "DistiLLM",
     "DistillationLoss",
     "Example",
     "ForwardKL",
@@ -127,11 +135,14 @@ __all__ = [
     "LayerMapMSE",
     "LengthGrouped",
     "LossDrivenShare",
+    "MiniLLM",
     "NewOptimizerEachStage",
     "Pretrained",
     "PromptTemplate",
+    "ReflectionReplay",
     "ResumeCheckpoint",
     "ReverseKL",
+    "Rollouts",
     "RuntimeBenchmark",
     "SRDDataModule",
     "Selected",

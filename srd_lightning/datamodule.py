@@ -38,7 +38,7 @@ from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions
 from srd_lightning.models.pretrained import Pretrained, load_tokenizer
 from srd_lightning.preflight import run_preflight
-from srd_lightning.protocols import BatchColumns, HasStudent
+from srd_lightning.protocols import BatchColumns, HasStudent, IsReplayed
 from srd_lightning.training.arguments import check_sizes
 from srd_lightning.training.lr_plan import accumulation_of
 
@@ -154,6 +154,7 @@ class SRDDataModule(LightningDataModule):
         self.staged: StagedRows | None = None
         """The training rows of the run that `setup` was last called for."""
         self._batch_columns: BatchColumns | None = None
+        self._is_replayed: IsReplayed | None = None
         self._every_epoch = RebuiltEveryEpoch()
 
     @property
@@ -208,7 +209,7 @@ class SRDDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be known; read and tokenise once; for ``fit`` also reflect, rank and stage."""
-        self._batch_columns = None  # of a run that failed
+        self._batch_columns = self._is_replayed = None  # of a run that failed
         self.set_up_for(self.trainer and self.trainer.lightning_module, self.trainer, stage)
         if stage == "fit" and self.trainer is not None:
             self._every_epoch.begin(self.trainer)
@@ -310,6 +311,20 @@ class SRDDataModule(LightningDataModule):
         """Let the batches of loaders made from now on carry what these make of their rows."""
         self._batch_columns = columns
 
+    def longest_prompt(self) -> int:
+        """Return ``max_prompt_length``."""
+        return self.reader.max_prompt_length
+
+    def check_replay(self, cached: bool) -> None:
+        """Refuse where there will be no answers, see `Curator.check_replay`."""
+        self.curator.check_replay(cached)
+
+    def replay(self, steps: IsReplayed | None) -> None:
+        """Let rows of epochs to come have the student's answer in place of the response."""
+        self._is_replayed = steps
+        if steps is not None:
+            self._staged.replay(self.reader.max_length)
+
     def rows_to_cache(self) -> Dataset:
         """Return the rows to which a teacher is asked in ``fit``: those that are kept, and the validation's."""
         train = self._staged.ever_trained_on()
@@ -324,7 +339,8 @@ class SRDDataModule(LightningDataModule):
         """Return the refreshes, and all that decides which rows come when; nothing before they are staged."""
         if self.staged is None:
             return {"generations": {}, "rows": {}}
-        rows = {**self._settings(), **self._digests_of_rows(), **self._digests_of_order()}
+        replay = {"replay": self._is_replayed and description_of(self._is_replayed)}
+        rows = {**self._settings(), **self._digests_of_rows(), **self._digests_of_order(), **replay}
         return {"generations": dict(self.staged.generations), "rows": rows}
 
     def go_on_with(self, refreshments: Mapping[int, str]) -> None:
@@ -362,7 +378,12 @@ class SRDDataModule(LightningDataModule):
         """Return the rows of the current epoch, shuffled by seed and epoch, after the refreshes that are due."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         self._staged.refresh(epoch)
+        pool: Any
         pool, lengths = self._staged.of_epoch(epoch)
+        if self._is_replayed is not None and self._staged.answered is not None:
+            batches, ranks = functools.partial(self._is_replayed, epoch), self._ranks["num_replicas"]
+            replaced = self.loaders.only_in(batches, pool, lengths, epoch, self.batch_size, ranks)
+            pool = self._staged.answered.in_place(pool, replaced)
         return self.loaders.train(pool, lengths, epoch, self.batch_size, self._ranks, self._collate, self._on_gpu)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -43,3 +43,14 @@ def file_digest(path: Path, salt: str) -> str:
         while block := file.read(2**22):
             content.update(block)
     return hashlib.sha256(salt.encode() + content.digest()).hexdigest()
+
+
+def uniform(*of: object) -> float:
+    """Return a number in [0, 1) that follows from some things, and looks as if drawn at random.
+
+    Example:
+        >>> uniform(0, 3)
+        0.12146621579554195
+    """
+    number = int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:8], "big")
+    return (number >> 11) / 2**53

@@ -34,6 +34,9 @@ from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.models.vocabulary import shared_vocabulary, vocabulary_size
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import HasCuratedRows
+from srd_lightning.rollouts.base import Rollouts
+from srd_lightning.rollouts.handle import RolloutsHandle
+from srd_lightning.rollouts.hooks import RolloutHooks
 from srd_lightning.teacher.handle import CacheKind, CacheSettings, TeacherHandle
 from srd_lightning.teacher.live import CachedTeacher
 from srd_lightning.training import arguments, compatibility
@@ -81,6 +84,7 @@ class KDLightningModule(LightningModule):
         compile: Compile the bodies of student and teacher, and what turns logits into gradients.
         activation_checkpointing: Keep one activation per block of the student and make the others again in the backward
             pass: less memory, about a third more time.
+        rollouts: Trains with the student's own text too: `GKD`, `DistiLLM`, `MiniLLM` or `ReflectionReplay`.
         auxiliary: Losses of hidden states, whose weighted means over response tokens are added to the objective in
             training, with parameters of their own that are trained along; see `AuxiliaryLoss`.
         teacher_placement: Where a teacher that is not cached is: whole on each device (``replicate``), spread over the
@@ -118,10 +122,12 @@ class KDLightningModule(LightningModule):
         activation_checkpointing: bool = False,
         teacher_placement: TeacherPlacement = "replicate",
         auxiliary: Sequence[AuxiliaryLoss] = (),
+        rollouts: Rollouts | None = None,
     ) -> None:
         loss = loss if loss is not None else ForwardKL()
         arguments.check_loss_type(loss)
         arguments.check_auxiliary_types(auxiliary)
+        arguments.check_rollouts_type(rollouts)
         arguments.check_models(student, teacher)
         arguments.check_tokenizer(tokenizer)
         arguments.check_makers(optimizer=optimizer, lr_scheduler=lr_scheduler)
@@ -133,12 +139,15 @@ class KDLightningModule(LightningModule):
             raise SettingError(f"teacher_cache {cache.kind} needs a teacher, but none is given")
         if auxiliary and teacher is None:
             raise SettingError("auxiliary losses need a teacher, but none is given")
+        if rollouts is not None and teacher is None:
+            raise SettingError("rollouts learn from what a teacher says to the student's text, but none is given")
         super().__init__()
         self.student: nn.Module | None = student if isinstance(student, nn.Module) else None
         self.student_handle = StudentHandle(
             student if isinstance(student, Pretrained) else None, activation_checkpointing
         )
         self.teacher_handle = TeacherHandle(teacher, cache, teacher_placement)
+        self.rollouts_handle = RolloutsHandle(rollouts, stage_steps)
         self.step = DistillationStep(chunk, packing, compile, micro_batch_tokens)
         self._tokenizer = tokenizer
         self._models_checked = False
@@ -181,6 +190,11 @@ class KDLightningModule(LightningModule):
                 "new module with it, KDLightningModule(student, teacher)"
             )
         super().__setattr__(name, value)
+
+    @property
+    def generation_seconds(self) -> float:
+        """Time that texts of `rollouts` have taken to be written, in this run and process."""
+        return self.rollouts_handle.seconds
 
     @property
     def teacher_cache_dir(self) -> str | None:
@@ -243,12 +257,15 @@ class KDLightningModule(LightningModule):
         return (data.rows_tokenizer() or self.tokenizer) if isinstance(data, HasCuratedRows) else self._tokenizer
 
     def cache(self, data: object, trainer: Trainer) -> None:
-        """Let the teacher see all rows that its cache lacks; see `TeacherHandle.fill_cache`."""
+        """Let the teacher see all rows that its cache lacks, and answers; see `TeacherHandle.fill_cache`."""
+        self.rollouts_handle.begin(data)
         self.teacher_handle.fill_cache(data, trainer, self.shared_vocabulary)
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse what cannot be trained, or not together, see `training.compatibility`; look at the two models."""
         compatibility.check_run(self, trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.rollouts_handle.check(self, trainer, trainer.datamodule)  # type: ignore[attr-defined]
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
             check_monitors(trainer, self._has_teacher, len(self.auxiliary) > 0)
         if trainer.state.fn == TrainerFn.FITTING and (
@@ -278,6 +295,8 @@ class KDLightningModule(LightningModule):
             data.use_batch_columns(None)
         if stage == "fit" and self.teacher_handle.cache is not None:
             self.cache(data, self.trainer)
+        elif stage == "fit":
+            self.rollouts_handle.begin(data)
         self.is_set_up = True
         if stage in ("test", "predict") and type(self).predict_step is KDLightningModule.predict_step:
             self._need_tokenizer()
@@ -285,7 +304,8 @@ class KDLightningModule(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what is done around the steps, what resumes a run, and what explains failures."""
         known = {type(callback) for callback in callbacks_of(self.trainer)}
-        return [kind() for kind in (TrainingHooks, RunSeed, ResumeState, Failures, Hardware) if kind not in known]
+        kinds = (TrainingHooks, RunSeed, ResumeState, RolloutHooks, Failures, Hardware)
+        return [kind() for kind in kinds if kind not in known]
 
     def configure_model(self) -> None:
         """Load what is not there yet, and shard it where the strategy leaves that to the module."""
@@ -323,9 +343,11 @@ class KDLightningModule(LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch, and look at it before: to ask the device what is in it, the step would have to wait."""
+        batch = self.rollouts_handle.on_host(batch, self)
         layout = self.step.inspect(batch)  # some batches move in place
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         self.step.expect(moved, layout)
+        self.rollouts_handle.expect(moved)
         return moved
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -334,14 +356,16 @@ class KDLightningModule(LightningModule):
         laid_out = self._laid_out(batch, f"training batch {batch_idx}")
         num_tokens = self.token_normalizer.divisor(_number_of_tokens(laid_out), accumulated)
         auxiliary = cast("list[AuxiliaryLoss]", list(self.auxiliary))
-        objective = step.objective(laid_out, self.loss, self.kd_weight, num_tokens, auxiliary)
-        means = self.token_normalizer.of_batch(torch.stack(objective).detach())
+        loss, kd_weight = self.rollouts_handle.objective(laid_out, self.loss, self.kd_weight)
+        objective = step.objective(laid_out, loss, kd_weight, num_tokens, auxiliary)
+        others = objective.loss - (1 - kd_weight) * objective.ce - kd_weight * objective.kd
+        means = self.token_normalizer.of_batch(torch.stack([*objective, others]).detach())
         if self._trainer is not None and not self.trainer.training:  # asked for by an evaluation: no step comes of it
             return objective.loss
         trained = self._trainer is not None and self.trainer.global_step > 0
         why = functools.partial(step.why_not_finite, laid_out.without_columns(), trained)
         tokens = self.token_normalizer.tokens_of_batch
-        self._measured.append(Measured(batch_idx, means, tokens, objective.loss.detach(), why))
+        self._measured.append(Measured(batch_idx, means, tokens, objective.loss.detach(), why, kd_weight))
         if self._trainer is None or not self.automatic_optimization:  # nobody will say when the step is made
             self.read_measures()
         return objective.loss
@@ -359,13 +383,13 @@ class KDLightningModule(LightningModule):
         means = read_finite(batches, norm, self)
         if means is None:
             return
-        loss, ce, kd = means  # on the host, so nothing that is logged makes it wait
-        if self.kd_weight < 1:
+        loss, ce, kd, auxiliary = means  # on the host, so nothing that is logged makes it wait
+        if all(batch.kd_weight < 1 for batch in batches):
             self.log("train_ce", ce)
-        if self.kd_weight > 0:
+        if all(batch.kd_weight > 0 for batch in batches):
             self.log("train_kd", kd)
         if self.auxiliary:
-            self.log("train_auxiliary", loss - (1 - self.kd_weight) * ce - self.kd_weight * kd)
+            self.log("train_auxiliary", auxiliary)
         self.log("train_loss", loss, prog_bar=True)
 
     @property

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 BatchColumns = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Takes the tokenised rows of a batch; returns what the batch carries besides, by name."""
+IsReplayed = Callable[[int, int], bool]
+"""Takes an epoch and the number of a batch within it; returns whether all ranks see the student's answers in it."""
 
 
 @runtime_checkable
@@ -63,6 +65,34 @@ class HasCuratedRows(Protocol):
 
         Args:
             columns: Nothing takes away those that were given before.
+        """
+
+
+@runtime_checkable
+class KnowsPrompts(Protocol):
+    """A data module that says how long its prompts may be, before it has read them."""
+
+    def longest_prompt(self) -> int:
+        """Return the most tokens that a prompt may have."""
+
+
+@runtime_checkable
+class ReplaysAnswers(Protocol):
+    """A data module that knows what the student has answered to its prompts, and can train on that."""
+
+    def check_replay(self, cached: bool) -> None:
+        """Refuse where there will be no answers; before rows are read.
+
+        Args:
+            cached: Whether the teacher is cached before training.
+        """
+
+    def replay(self, steps: IsReplayed | None) -> None:
+        """Let rows of epochs to come have the student's answer in place of the response.
+
+        Args:
+            steps: Says whether those of a batch have, from epoch and number of the batch within it; nothing lets all
+                rows be as they were read.
         """
 
 

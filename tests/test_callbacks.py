@@ -301,9 +301,9 @@ def test_runtime_benchmark_counts_rows_steps_tokens_and_time(tokenizer, rows, tm
     seconds = [2 * number + 4 - 1 - 1.0 for number in (2, 3)]
     assert report["stages"] == [
         {"first_epoch": 0, "rows": 8, "steps": 4, "tokens": 2 * tokens[0], "positions": positions[0]}
-        | {"padding": padding[0], "seconds": 2 * seconds[0], "waiting_seconds": 2 * 2.0},
+        | {"padding": padding[0], "seconds": 2 * seconds[0], "waiting_seconds": 2 * 2.0, "generation_seconds": 0.0},
         {"first_epoch": 2, "rows": 12, "steps": 3, "tokens": tokens[1], "positions": positions[1]}
-        | {"padding": padding[1], "seconds": seconds[1], "waiting_seconds": 3.0},
+        | {"padding": padding[1], "seconds": seconds[1], "waiting_seconds": 3.0, "generation_seconds": 0.0},
     ]
     assert report["validation_seconds"] == 3.0
     assert (report["curation"]["rows"], report["curation"]["kept"]) == (16, 12)

@@ -32,14 +32,15 @@ class RuntimeBenchmark(Callback):
 
     Attributes:
         report: ``curation`` (``rows, kept, scored, seconds``), ``refresh_seconds``, ``stages`` (``first_epoch, rows,
-            steps, tokens, positions, padding, seconds, waiting_seconds``: rows of the pool, and what this rank did
-            and took, validation left out), ``validation_seconds``, ``peak_memory_bytes`` (of the
+            steps, tokens, positions, padding, seconds, waiting_seconds, generation_seconds``: rows of the pool, and
+            what this rank did and took, validation left out), ``validation_seconds``, ``peak_memory_bytes`` (of the
             GPU since the curation, where the run has one; else of the process since it was started).
 
             Of a stage, ``tokens`` are real ones, ``positions`` those of the batches with what pads them, and
             ``padding`` is its share of the positions. ``waiting_seconds`` is the part of ``seconds`` from the end of
             one batch, or the start of the epoch, to the start of the next: what the loader, and the way to the device,
-            made it wait. It is the CPU's time; a GPU may have been at work in it.
+            made it wait. It is the CPU's time; a GPU may have been at work in it. ``generation_seconds`` is the part in
+            which the student wrote the texts of `Rollouts`; they are no waiting.
     """
 
     logged = ("runtime/padding", "runtime/waiting_seconds")
@@ -52,7 +53,7 @@ class RuntimeBenchmark(Callback):
         self._validation = 0.0
         self._validation_in_epoch = 0.0
         self._epoch_start = self._validation_start = 0.0
-        self._waiting = self._idle_since = 0.0
+        self._waiting = self._idle_since = self._generated_before = 0.0
         self._steps_at_start = 0
         self._positions = 0
         self._tokens: torch.Tensor | int = 0
@@ -75,6 +76,7 @@ class RuntimeBenchmark(Callback):
         """Start the clock of the epoch."""
         self._validation_in_epoch, self._steps_at_start = 0.0, trainer.global_step
         self._waiting, self._tokens, self._positions = 0.0, 0, 0
+        self._generated_before = _generated(pl_module)
         self._epoch_start = self._idle_since = _now(self._device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -115,16 +117,20 @@ class RuntimeBenchmark(Callback):
                 "padding": 0.0,
                 "seconds": 0.0,
                 "waiting_seconds": 0.0,
+                "generation_seconds": 0.0,
             },
         )
+        generated = _generated(pl_module) - self._generated_before
+        waiting = self._waiting - generated  # a batch is written where it is fetched
         stage["steps"] += trainer.global_step - self._steps_at_start
         stage["tokens"] += int(self._tokens)
         stage["positions"] += self._positions
         stage["padding"] = 1 - stage["tokens"] / stage["positions"] if stage["positions"] else 0.0
         stage["seconds"] += _now(self._device) - self._epoch_start - self._validation_in_epoch
-        stage["waiting_seconds"] += self._waiting
+        stage["generation_seconds"] += generated
+        stage["waiting_seconds"] += waiting
         padding = 1 - int(self._tokens) / self._positions if self._positions else 0.0
-        pl_module.log_dict({"runtime/padding": padding, "runtime/waiting_seconds": self._waiting})
+        pl_module.log_dict({"runtime/padding": padding, "runtime/waiting_seconds": waiting})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the report and write it."""
@@ -153,8 +159,14 @@ class RuntimeBenchmark(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the stages of the run that is resumed."""
-        self._stages = {int(stage): values for stage, values in state_dict["stages"].items()}
+        self._stages = {int(stage): {"generation_seconds": 0.0, **v} for stage, v in state_dict["stages"].items()}
         self._validation = state_dict["validation"]
+
+
+def _generated(module: Any) -> float:
+    """Return how long a module has had texts written, if it is one that does."""
+    seconds: float = getattr(module, "generation_seconds", 0.0)
+    return seconds
 
 
 def _now(device: torch.device) -> float:

@@ -48,6 +48,7 @@ ADVICE = {
     "tokens": "of the same rows: use the same `template`, `tokenizer`, `max_length` and `max_prompt_length`",
     "ranking": "of the same rows: use the same `scores`, `criteria`, `ties` and student",
     "order": "of the same ranking: use the same `arrangement`",
+    "replay": "set `rollouts` as it was",
 }
 """What decides which rows come when, and what to do where it differs."""
 DIGESTS = {"rows", "tokens", "ranking", "order"}

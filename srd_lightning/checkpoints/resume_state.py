@@ -10,6 +10,7 @@ seed of the run                            ``run_seed``                      `Ru
 which rows come when, and refreshments     named after the data module       `ResumeState`, for a `HasResumeState`
 epochs that the run was planned for        ``planned_epochs``                `ResumeState`; only compared
 settings that follow the loss              ``callbacks``                     Lightning, for a `TAIDSchedule` and others
+what rollouts have learnt and kept         ``rollouts``, of all ranks        `RolloutHooks`
 =========================================  ================================  =======================================
 
 Stage, temperature and weight follow from the epoch, and randomness from seed, batch and rank: they are nowhere. Whether

@@ -14,7 +14,8 @@ import srd_lightning.callbacks
 import srd_lightning.checkpoints.resume_checkpoint
 import srd_lightning.criteria
 import srd_lightning.curriculum
-import srd_lightning.distributed.fsdp2  # noqa: F401 (short names on the command line)
+import srd_lightning.distributed.fsdp2
+import srd_lightning.rollouts  # noqa: F401 (short names on the command line)
 from srd_lightning.callbacks.settings_file import SettingsFile
 from srd_lightning.command.console import Ending
 from srd_lightning.command.noise import OneLineSummary

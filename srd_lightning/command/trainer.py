@@ -40,6 +40,7 @@ class SRDTrainer(Trainer):
 
         def work() -> None:
             model.check_cache(self)
+            model.rollouts_handle.check(model, self, datamodule)
             datamodule.set_up_for(model, self)
             model.cache(datamodule, self)
 

@@ -13,14 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
 from srd_lightning.checkpoints.refusals import check_refresh_is_known
 from srd_lightning.criteria.base import Column, Criterion, check_criteria
 from srd_lightning.criteria.standard import NegativeLogLikelihood, RougeL
+from srd_lightning.curation.answered_rows import AnsweredRows
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
 from srd_lightning.curation.reflection import Reflector
 from srd_lightning.curation.result import CurationResult
@@ -28,7 +30,7 @@ from srd_lightning.curation.score_store import Scores, stored_scores
 from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.curriculum.curriculum import Curriculum, check_fractions
 from srd_lightning.curriculum.ranking import Arrangement, EasyToHard, Floats, arranged, reciprocal_rank_fusion
-from srd_lightning.data.readers import form_of
+from srd_lightning.data.readers import form_of, names_in
 from srd_lightning.data.samplers import Lengths
 from srd_lightning.data.tokenization import ids_of, lengths_of
 from srd_lightning.digests import digest
@@ -125,6 +127,36 @@ class Curator:
                 raise SettingError(f"the column {named[0]!r} is read from a file, but `scores` names none")
             check_folder(self._folder(root, {}), self._setting)
 
+    def check_replay(self, cached: bool) -> None:
+        """Check that there will be answers to the rows.
+
+        Args:
+            cached: Whether the teacher is cached before training.
+
+        Raises:
+            SettingError: There will be none, or they are renewed when the teacher is gone.
+        """
+        needed = "ReflectionReplay trains on the student's answers"
+        if not self.ranks:
+            raise SettingError(
+                f"{needed}, but schedule {self.schedule} trains on all rows from the start, and the student is asked "
+                "for none; give a schedule that ranks rows, such as {0: 0.25, 8: 0.5, 16: 0.75}"
+            )
+        if self.scores_file is not None and "answer" not in names_in(self.scores_file):
+            raise SettingError(f"{needed}, but {self.scores_file} has no column answer; add it, or use a folder")
+        if cached and self.refresh:
+            raise SettingError(
+                f"{needed}, which refresh {self.refresh} renews when the teacher's cache is complete; leave refresh "
+                "out, or set teacher_cache to none"
+            )
+
+    def limits(self, rows: Dataset) -> list[int] | None:
+        """Return at how many tokens answers to rows were cut, ``[N]``; nothing where something else has made them."""
+        if self.scores_file is not None:
+            return None
+        lengths = np.array(rows["length"]) - np.array(rows["prompt_length"])
+        return self.reflector.decoding.limits(lengths.tolist())
+
     def curate(
         self, rows: Dataset, student: ReflectingStudent, root: Path, dropped: Mapping[str, int]
     ) -> CurationResult:
@@ -202,6 +234,7 @@ class StagedRows:
         generations: Name of the folder of the scores by first epoch of each refresh; kept in checkpoints, because a run
             that is resumed later has no student any more that could make them again.
         seconds: That refreshes have taken.
+        answered: Rows with the student's latest answers, where `replay` was called.
     """
 
     def __init__(
@@ -215,7 +248,33 @@ class StagedRows:
         self.curriculum = result.curriculum
         self.generations: dict[int, str] = {}
         self.seconds = 0.0
+        self.answered: AnsweredRows | None = None
         self._done: set[int] = set()
+
+    def replay(self, max_length: int) -> None:
+        """Have the student's answers beside the rows, from now on those of each refresh too.
+
+        Args:
+            max_length: Tokens of prompt and answer.
+
+        Raises:
+            SettingError: No row has an answer.
+        """
+        assert self.result.scores is not None, "check_replay() comes first"
+        numbers = np.arange(len(self.rows)) if self.curator.refresh else self._ever_trained_on()
+        self.answered = AnsweredRows(len(self.rows), self.student.tokenizer, max_length)
+        self._renew_answers(numbers, self.result.scores)
+        if self.answered.rows is None:
+            columns = ", ".join(criterion.column for criterion in self.curator.criteria)
+            raise SettingError(
+                f"ReflectionReplay trains on the student's answers, but criteria {columns} have asked for none, or all "
+                "are empty; add a criterion that does, such as RougeL"
+            )
+
+    def _renew_answers(self, numbers: NDArray[np.int64], scores: Scores) -> None:
+        if self.answered is not None:
+            rows = self.rows.select(numbers)
+            self.answered.renew(numbers, rows, scores.answers(ids_of(rows)), self.curator.limits(rows))
 
     def resume(self, generations: Mapping[int, str]) -> None:
         """Go on with the refreshes of an earlier part of the run, instead of making them again."""
@@ -242,6 +301,7 @@ class StagedRows:
             order = self.curator.order(to_come, again)
             order = arranged(self.curator.arrangement, order, self.curriculum.kept - len(entered))
             self.curriculum = Curriculum(torch.cat([entered, later[order]]), self.curriculum.schedule)
+            self._renew_answers(later.numpy(), again)
             self._done.add(first)
             rank_zero_info(f"rows still to come are in the order of {self.generations[first]}")
         self.seconds += time.perf_counter() - start
@@ -252,10 +312,14 @@ class StagedRows:
         return self.curriculum.subset(self.rows, epoch), lengths
 
     def ever_trained_on(self) -> Dataset:
-        """Return the rows that are kept; where there is a refresh all, as a new order may let in what was dropped."""
-        if self.curator.refresh:
-            return self.rows
-        return self.rows.select(self.curriculum.order[: self.curriculum.kept].sort().values.numpy())
+        """Return the rows that are kept, or all where a refresh may let in others; and those with answers."""
+        rows = self.rows if self.curator.refresh else self.rows.select(self._ever_trained_on())
+        answered = None if self.answered is None else self.answered.rows
+        return rows if answered is None else concatenate_datasets([rows, answered])
+
+    def _ever_trained_on(self) -> NDArray[np.int64]:
+        kept: NDArray[np.int64] = self.curriculum.order[: self.curriculum.kept].sort().values.numpy()
+        return kept
 
 
 def rank(

@@ -121,3 +121,21 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to_multipl
         attention_mask[position, : len(ids)] = 1
         labels[position, row["prompt_length"] : len(ids)] = ids[row["prompt_length"] :]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def prompts_and_responses(batch: Mapping[str, Tensor]) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens of each row of a batch without padding: those before the first label, and the labels.
+
+    Example:
+        >>> rows = [{"input_ids": [5, 6, 7], "prompt_length": 1}, {"input_ids": [5, 8], "prompt_length": 1}]
+        >>> prompts_and_responses(collate(rows, pad_token_id=0))
+        [([5], [6, 7]), ([5], [8])]
+    """
+    return [_split_row(*row) for row in zip(*(batch[name].tolist() for name in FIELDS), strict=True)]
+
+
+def _split_row(input_ids: list[int], attention_mask: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    """Return prompt and response: what stands before the first label, and the labels."""
+    first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    prompt = [token for token, real in zip(input_ids[:first], attention_mask[:first], strict=True) if real]
+    return prompt, [label for label in labels if label != IGNORE_INDEX]

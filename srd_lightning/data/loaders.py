@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from lightning import Trainer
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 
@@ -57,6 +59,33 @@ class Loaders:
         sampler = sampler_of(self.sampler, pool, lengths, batch_size, ranks, self.seed)
         sampler.set_epoch(epoch)  # Lightning calls it too late where workers prefetch
         return ResumableLoader(pool, **self._settings(sampler, batch_size, collate, pin_memory))
+
+    def only_in(
+        self, is_wanted: Callable[[int], bool], pool: Any, lengths: Lengths, epoch: int, batch_size: int, ranks: int
+    ) -> NDArray[np.bool_]:
+        """Return which rows of an epoch stand in wanted batches only: those that fill up the last one may be in two.
+
+        Args:
+            is_wanted: Takes the number of a batch within the epoch, which is the same for those of all ranks.
+            pool: As for `train`.
+            lengths: As for `train`.
+            epoch: As for `train`.
+            batch_size: As for `train`.
+            ranks: That see different rows.
+
+        Returns:
+            ``[N]``
+        """
+        found = np.ones(len(pool), dtype=np.bool_)
+        for rank in range(ranks):
+            whose = {"num_replicas": ranks, "rank": rank}
+            sampler = sampler_of(self.sampler, pool, lengths, batch_size, whose, self.seed)
+            sampler.set_epoch(epoch)
+            places = np.fromiter(sampler, dtype=np.int64)
+            for number, first in enumerate(range(0, len(places), batch_size)):
+                if not is_wanted(number):
+                    found[places[first : first + batch_size]] = False
+        return found
 
     def evaluation(
         self, rows: Any, batch_size: int, ranks: Mapping[str, int], collate: Collate, pin_memory: bool

@@ -329,6 +329,37 @@ def row_ids(rows: Dataset) -> list[str]:
     return ids
 
 
+def with_answers(
+    rows: Dataset,
+    answers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    limits: Sequence[int] | None = None,
+) -> Dataset:
+    """Return tokenised rows with answers in place of their responses, tokenised as these are.
+
+    Args:
+        rows: Tokenised, ``[N]``.
+        answers: None of them empty, ``[N]``.
+        tokenizer: Of the rows.
+        max_length: Tokens of prompt and answer; longer answers are cut.
+        limits: Tokens at which each was cut when it was generated: one that reaches it gets no end token, ``[N]``; by
+            default all have ended.
+
+    Returns:
+        Rows of the same ids and prompts.
+    """
+    found = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+    columns: dict[str, list[Any]] = {name: [] for name in rows.column_names}
+    for place, (row, answer, ids) in enumerate(zip(rows, answers, found, strict=True)):
+        ended = limits is None or len(ids) < limits[place]
+        prompt = row["input_ids"][: row["prompt_length"]]
+        full = [*prompt, *ids, *([tokenizer.eos_token_id] if ended else [])][:max_length]
+        for name, value in {**row, "response": answer, "input_ids": full, "length": len(full)}.items():
+            columns[name].append(value)
+    return Dataset.from_dict(columns, features=rows.features)
+
+
 def ids_of(rows: Dataset) -> pa.Array:
     """Return the ids of tokenised rows, ``[N]``, as they stand in memory-mapped files."""
     return rows.select_columns(["id"]).with_format("arrow")[:]["id"].combine_chunks()

@@ -1,4 +1,4 @@
 """Evaluation: answers, and how near they are to the reference response.
 
-Imports `losses`, `data` and `models`. Begin with `answers`; `text_metrics` scores one.
+Imports `data` and `models`. Begin with `answers`; `text_metrics` scores one.
 """

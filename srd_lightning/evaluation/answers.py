@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.data.batches import FIELDS, check_batch
-from srd_lightning.losses.base import IGNORE_INDEX
+from srd_lightning.data.batches import check_batch, prompts_and_responses
 from srd_lightning.models.generation import Decoding, generate
 
 
@@ -27,8 +26,7 @@ def answers(
         DataError: The batch is not what it must be.
     """
     check_batch(batch)
-    rows = [_split_row(*row) for row in zip(*(batch[name].tolist() for name in FIELDS), strict=True)]
-    rows = [(prompt, response) for prompt, response in rows if response]
+    rows = [(prompt, response) for prompt, response in prompts_and_responses(batch) if response]
     prompts, limits = [prompt for prompt, _ in rows], decoding.limits([len(response) for _, response in rows])
     found = generate(student, tokenizer, prompts, decoding, limits=limits)
     return [
@@ -39,10 +37,3 @@ def answers(
         }
         for (prompt, response), answer in zip(rows, found, strict=True)
     ]
-
-
-def _split_row(input_ids: list[int], attention_mask: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """Return prompt and response: what stands before the first label, and the labels."""
-    first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    prompt = [token for token, real in zip(input_ids[:first], attention_mask[:first], strict=True) if real]
-    return prompt, [label for label in labels if label != IGNORE_INDEX]

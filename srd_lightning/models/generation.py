@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from srd_lightning.distributed.fsdp2 import runs_inside
 from srd_lightning.errors import SettingError
@@ -91,6 +91,10 @@ PAPER_DECODING = Decoding(temperature=0.01, no_repeat_ngram_size=6)
 """How the authors let the student reflect: as good as greedy, with no 6-gram twice."""
 
 
+Changes = Callable[[Tensor], LogitsProcessor]
+"""Takes the attention mask of a batch that begins to be answered; returns what changes the scores of its tokens."""
+
+
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end an answer: the tokenizer's and those in the model's own generation settings."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -98,7 +102,6 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({token for token in ids if token is not None})
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,21 +110,38 @@ def generate(
     seed: int | None = None,
     limits: Sequence[int] | None = None,
 ) -> list[str]:
-    """Return one answer per prompt.
+    """Return one answer per prompt, as text without the end token; see `generate_ids`."""
+    ends = end_tokens(model, tokenizer)
+    answers = generate_ids(model, tokenizer, prompts, decoding, seed, limits)
+    return [tokenizer.decode(ids[:-1] if ids[-1] in ends else ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seed: int | None = None,
+    limits: Sequence[int] | None = None,
+    changes: Changes | None = None,
+) -> list[list[int]]:
+    """Return the tokens of one answer per prompt.
 
     Of a model that is sharded all ranks must ask together, each with prompts of its own, or with none: they go on in
     `lockstep` until all have their answers, which are those of a whole model. Nothing else need be done for that.
 
     Args:
         model: A model with transformers' ``generate``.
-        tokenizer: Turns the generated ids into text.
+        tokenizer: Knows the end token.
         prompts: Token ids, not padded.
         decoding: How to generate.
         seed: Replaces the seed of ``decoding``; the global random state is left as it was.
         limits: Most tokens of each answer, see `Decoding.limits`; ``max_new_tokens`` by default.
+        changes: Changes the scores of tokens before one is chosen.
 
     Returns:
-        The answers as text, without the end token.
+        Of each answer at least one token; the last is the end token, unless the answer was cut at its limit.
     """
     limits = limits or [decoding.max_new_tokens] * len(prompts)
     sharded = runs_inside(model)
@@ -144,13 +164,10 @@ def generate(
         torch.manual_seed(decoding.seed if seed is None else seed)
         if getattr(getattr(model, "config", None), "model_type", None) in ALONE:
             rows = zip(prompts, limits, strict=True)
-            answers = [_answer_in_rounds(model, [prompt], config, [limit])[0] for prompt, limit in rows]
+            answers = [_answer_in_rounds(model, [prompt], config, [limit], changes)[0] for prompt, limit in rows]
         else:
-            answers = _answer_in_rounds(model, prompts, config, limits)
-    return [
-        tokenizer.decode(_until_end(ids, ends)[:limit], skip_special_tokens=True).strip()
-        for ids, limit in zip(answers, limits, strict=True)
-    ]
+            answers = _answer_in_rounds(model, prompts, config, limits, changes)
+    return [_through_end(ids, ends)[:limit] for ids, limit in zip(answers, limits, strict=True)]
 
 
 def _generation_config(decoding: Decoding, ends: list[int], pad: int | None) -> GenerationConfig:
@@ -173,7 +190,11 @@ def _generation_config(decoding: Decoding, ends: list[int], pad: int | None) -> 
 
 
 def _answer_in_rounds(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, limits: Sequence[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    limits: Sequence[int],
+    changes: Changes | None,
 ) -> list[list[int]]:
     """Generate some steps for all rows, then some more for those that have not ended, with the cache of these."""
     answers: list[list[int]] = [[] for _ in prompts]
@@ -190,6 +211,7 @@ def _answer_in_rounds(
             past_key_values=cache,
             generation_config=of_round,
             **({"synced_gpus": False} if runs_inside(model) else {}),  # ranks are in lockstep already
+            logits_processor=LogitsProcessorList([] if changes is None else [changes(attention_mask)]),
         )
         new = output.sequences[:, input_ids.shape[1] :]
         steps += new.shape[1]
@@ -219,8 +241,8 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) 
     return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
 
 
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
-    return next((ids[:position] for position, token in enumerate(ids) if token in ends), ids)
+def _through_end(ids: list[int], ends: list[int]) -> list[int]:
+    return next((ids[: position + 1] for position, token in enumerate(ids) if token in ends), ids)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.models.pretrained import Pretrained, dtype_named
+from srd_lightning.rollouts.base import Rollouts
 from srd_lightning.teacher.handle import CacheKind, CacheSettings
 
 
@@ -119,6 +120,19 @@ def check_auxiliary_types(losses: object) -> None:
         raise SettingError(
             f"auxiliary must hold losses such as HiddenStateMSE(64, 128), but one is {wrong[0]!r}; one of your own "
             "derives from AuxiliaryLoss and defines token_losses(student, teacher)"
+        )
+
+
+def check_rollouts_type(rollouts: object) -> None:
+    """Check that rollouts are a method, or none.
+
+    Raises:
+        SettingError: It is something else, such as a class.
+    """
+    if rollouts is not None and not isinstance(rollouts, Rollouts):
+        raise SettingError(
+            f"rollouts must be an object such as GKD(share=0.5), but is {rollouts!r}; one of your own derives from "
+            "Rollouts and defines is_own(moment) and texts(rows, models)"
         )
 
 

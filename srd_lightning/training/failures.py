@@ -43,6 +43,7 @@ class Measured:
         own: The share of this rank in the loss, by which its rows are found.
         reason: Says, asked only where the loss is NaN or infinite and on all ranks, which model is to blame and what to
             do, if it can tell.
+        kd_weight: Share of the distillation loss; a part without weight was not computed.
     """
 
     batch_idx: int
@@ -50,6 +51,7 @@ class Measured:
     tokens: Tensor
     own: Tensor
     reason: Callable[[], str | None]
+    kd_weight: float = 1.0
 
 
 def read_finite(batches: Sequence[Measured], norm: Tensor | None, module: LightningModule) -> Tensor | None:

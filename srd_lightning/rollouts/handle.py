@@ -1,0 +1,158 @@
+"""The rollouts of a module: they change a batch before it leaves the host, and say what is learnt of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from srd_lightning.data.batches import check_batch, collate, prompts_and_responses
+from srd_lightning.errors import SettingError
+from srd_lightning.losses.base import DistillationLoss
+from srd_lightning.models.positions import check_positions
+from srd_lightning.protocols import HasCuratedRows, KnowsPrompts
+from srd_lightning.rollouts.base import Models, Moment, Rollouts, Text
+
+
+class RolloutsHandle:
+    """What a module needs of its rollouts, or of none.
+
+    Args:
+        rollouts: Nothing leaves batches as they come.
+        planned_steps: Returns the optimizer steps of each stage of a run.
+    """
+
+    def __init__(self, rollouts: Rollouts | None, planned_steps: Callable[[Trainer], list[int]]) -> None:
+        self.rollouts = rollouts
+        self.seconds = 0.0
+        """That texts have taken to be written, in this process."""
+        self._planned_steps = planned_steps
+        self._total: int | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._is_own = False
+        self._own: Tensor | None = None
+
+    def check(self, module: Any, trainer: Trainer, data: object) -> None:
+        """Refuse what does not go together with the rollouts, before rows are read.
+
+        Args:
+            module: A `KDLightningModule`.
+            trainer: That is to train it.
+            data: The data module, if there is one.
+
+        Raises:
+            SettingError: It does not.
+        """
+        rollouts, name = self.rollouts, type(self.rollouts).__name__
+        if rollouts is None:
+            return
+        if rollouts.writes:
+            if module.teacher_handle.cache is not None:
+                raise SettingError(
+                    f"teacher_cache knows what the teacher says to the rows, but {name} trains on texts that nobody "
+                    "knows yet; set teacher_cache to none"
+                )
+            if tokenizer_of(module, data) is None:
+                raise SettingError(f"{name} writes texts and needs a tokenizer: give KDLightningModule(tokenizer=...)")
+            if isinstance(data, KnowsPrompts):
+                tokens = data.longest_prompt() + rollouts.decoding.max_new_tokens
+                asked = {f"max_prompt_length with decoding.max_new_tokens of {name}": tokens}
+                check_positions(module.models_by_name(), asked)
+        rollouts.check(module, trainer, data)
+
+    def begin(self, data: object) -> None:
+        """Begin a run anew; see `Rollouts.begin`."""
+        self.seconds, self._total, self._tokenizer, self._is_own, self._own = 0.0, None, None, False, None
+        if self.rollouts is not None:
+            self.rollouts.begin(data)
+
+    def on_host(self, batch: Any, module: Any) -> Any:
+        """Return a batch as it is to be trained on.
+
+        Args:
+            batch: As it came.
+            module: A `KDLightningModule`.
+
+        Raises:
+            DataError: The batch is not what it must be.
+        """
+        self._is_own, self._own = False, None
+        rollouts, trainer = self.rollouts, module._trainer
+        if rollouts is None or trainer is None or not trainer.training:
+            return batch
+        moment = self.moment(trainer)
+        self._is_own = rollouts.is_own(moment)
+        if not self._is_own or not rollouts.writes:
+            return batch
+        check_batch(batch, name=f"training batch {moment.batch_idx}")
+        start = time.perf_counter()
+        self._tokenizer = tokenizer = self._tokenizer or tokenizer_of(module, trainer.datamodule)
+        assert tokenizer is not None, "check() comes first"
+        models = Models(module.whole_student, module.teacher, module.step.vocabulary, tokenizer, moment)
+        rows = [Text(*row) for row in prompts_and_responses(batch)]
+        with trainer.precision_plugin.forward_context(), _eager(module.step.compile):
+            texts = rollouts.texts(rows, models)
+        self.seconds += time.perf_counter() - start
+        return batch if texts is None else {**batch, **batch_of(texts, tokenizer)}
+
+    def expect(self, moved: Any) -> None:
+        """Remember which batch, now on its device, is the student's own."""
+        self._own = moved["input_ids"] if self._is_own and isinstance(moved, Mapping) else None
+
+    def objective(
+        self, batch: Mapping[str, Any], loss: DistillationLoss, kd_weight: float
+    ) -> tuple[DistillationLoss, float]:
+        """Return loss and share by which a batch is distilled: of own text nothing else is learnt.
+
+        Args:
+            batch: On its device.
+            loss: Of the module.
+            kd_weight: Of the module.
+        """
+        if self.rollouts is None or self._own is None or batch["input_ids"] is not self._own:
+            return loss, kd_weight
+        return self.rollouts.loss(loss), 1.0
+
+    def moment(self, trainer: Trainer) -> Moment:
+        """Return where a run is when its next batch comes."""
+        loop = trainer.fit_loop.epoch_loop
+        rank = (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+
+        def progress() -> float:
+            if self._total is None:
+                self._total = max(sum(self._planned_steps(trainer)), 1)
+            return min(trainer.global_step / self._total, 1.0)
+
+        # Lightning counts a batch when it is on its device
+        return Moment(trainer.current_epoch, loop.batch_idx + 1, loop.total_batch_idx + 1, rank, progress)
+
+
+def batch_of(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """Return texts as a batch: labels are -100 on prompts and padding, end tokens are learnt.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> batch = batch_of([Text([5, 6], [7, 1]), Text([5], [8])], ByT5Tokenizer())
+        >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
+        ([[-100, -100, 7, 1], [-100, 8, -100, -100]], [[1, 1, 1, 1], [1, 1, 0, 0]])
+    """
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = [{"input_ids": [*prompt, *response], "prompt_length": len(prompt)} for prompt, response in texts]
+    return collate(rows, pad)
+
+
+def tokenizer_of(module: Any, data: object) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the rows, or that of the module."""
+    of_rows = data.rows_tokenizer() if isinstance(data, HasCuratedRows) else None
+    return module.tokenizer if of_rows is None else of_rows
+
+
+def _eager(compiles: bool) -> Any:
+    """Leave compiled parts aside: each length of a text would have them compiled again, until they no longer are."""
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
