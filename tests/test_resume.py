@@ -136,6 +136,18 @@ def test_the_launcher_waits_for_all_when_the_first_process_is_told_to_end(whole)
         assert batches(runs) == [(0, 7), (8, 14)]
 
 
+def test_texts_of_the_student_go_on_in_every_rank(tmp_path):
+    """The rows that are compared are those that it wrote, or that were drawn from what each rank had kept."""
+    settings = {"devices": 2, "strategy": "fsdp2", "rollouts": True, "max_epochs": 3}
+    run(tmp_path / "whole", [{**settings, "saves": {"save_top_k": -1}}])
+    (middle,) = (tmp_path / "whole" / "checkpoints").glob("*-step=3.ckpt")
+    run(tmp_path / "resumed", [{**settings, "ckpt_path": str(middle)}])
+    for rank in (0, 1):
+        (whole,), (resumed,) = seen_by(tmp_path / "whole", 2)[rank], seen_by(tmp_path / "resumed", 2)[rank]
+        assert_as_the_whole_run(whole, [resumed])
+        assert batches([resumed]) == [(6, 9)]
+
+
 def test_another_number_of_processes_goes_on_with_the_same_rows_in_each_step(whole):
     root, (expected,) = whole("auto")
     folder = root / "others"

@@ -57,6 +57,10 @@ AUXILIARY = {"auxiliary": True, "muted": True}
 """A loss of hidden states with weights of its own, which are compared too; some batches have no token for it."""
 
 
+OWN_TEXT = {"own_text": 0.5}
+"""The student answers half of the batches, greedily."""
+
+
 @pytest.mark.parametrize(
     ("strategy", "settings", "model", "precision"),
     [
@@ -70,6 +74,7 @@ AUXILIARY = {"auxiliary": True, "muted": True}
         ("fsdp2", {}, {"warmed": True}, "32-true"),
         ("fsdp2", {}, LEARNT, "32-true"),
         ("fsdp2", {**CACHED, "teacher_placement": "shard"}, AUXILIARY, "32-true"),
+        ("fsdp2", {}, OWN_TEXT, "32-true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
 )

@@ -36,6 +36,21 @@ FAULTS = [
         says="kd_weight 1.0 needs a teacher; give one, or set kd_weight to 0 for fine-tuning",
     ),
     Fault(
+        id="own_text_and_a_cached_teacher",
+        done="`--model.rollouts GKD` with a cached teacher",
+        argv=("fit", "--model.rollouts", "GKD", "--model.teacher_cache", "hidden"),
+        says="teacher_cache knows what the teacher says to the rows, but GKD trains on texts that nobody knows yet; set "
+        "teacher_cache to none",
+    ),
+    Fault(
+        id="a_replay_without_reflection",
+        done="`--model.rollouts ReflectionReplay` with all data from the start",
+        argv=("fit", "--model.rollouts", "ReflectionReplay"),
+        settings={"data": {"schedule": {0: 1.0}}},
+        says="ReflectionReplay trains on the student's answers, but schedule {0: 1.0} trains on all rows from the start, "
+        "and the student is asked for none; give a schedule that ranks rows, such as {0: 0.25, 8: 0.5, 16: 0.75}",
+    ),
+    Fault(
         id="schedule_without_0",
         done="A schedule that does not begin at epoch 0",
         settings={"data": {"schedule": {1: 0.5}}},

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ByT5Tokenizer
 
 from srd_lightning import (
+    GKD,
     TAID,
     CacheSettings,
     Decoding,
@@ -105,6 +106,8 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     tied, lora = settings.pop("tied", False), settings.pop("lora", False)
     if isinstance(cache := settings.get("teacher_cache"), dict):
         settings["teacher_cache"] = CacheSettings(**cache)
+    if share := settings.pop("own_text", 0.0):
+        settings["rollouts"] = GKD(share, Decoding(max_new_tokens=4))  # greedy, so that ranks do not matter
     L.seed_everything(0)
     losses = Losses()
     student = distil.tiny(0, tie_word_embeddings=tied)
