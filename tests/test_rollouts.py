@@ -19,6 +19,7 @@ from srd_lightning import (
     ALPACA,
     GKD,
     CacheSettings,
+    ContrastivePair,
     Decoding,
     DistiLLM,
     ForwardKL,
@@ -163,6 +164,19 @@ def test_of_own_text_only_the_divergence_is_learnt(tmp_path):
         wanted.append(kl if own else 0.7 * ce + 0.3 * kl)
 
     seen, _ = fit(GKD(0.5, SAMPLED), tmp_path, seen=Seen(look=look), kd_weight=0.3, student=lively_model(0))
+    assert set(seen.own) == {True, False}
+    assert seen.losses == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_loss_can_have_another_divergence_for_own_text(tmp_path):
+    wanted = []
+
+    def look(module, batch, own):
+        kl, _ = divergences(module, batch)
+        wanted.append(1.25 * kl if own else 0.75 * kl)
+
+    loss = ContrastivePair(ForwardKL(), ForwardKL(), b=1.25)
+    seen, _ = fit(GKD(0.5, GREEDY), tmp_path, seen=Seen(look=look), loss=loss, student=lively_model(0))
     assert set(seen.own) == {True, False}
     assert seen.losses == pytest.approx(wanted, rel=1e-4)
 

@@ -75,7 +75,7 @@ class Models:
     """What writes texts.
 
     Args:
-        student: Returns the student with all of its weights; all ranks must ask at once.
+        student: Returns the student as `generate_ids` takes it; all ranks must ask together, also for no prompt.
         teacher: Whole, on the device.
         vocabulary: Tokens that both share, where their heads differ.
         tokenizer: Of the rows.
@@ -109,8 +109,7 @@ class Models:
         prompts = [list(row.prompt) for row in rows if row.response]
         seed = self.moment.seed(decoding.seed)
         if engine is None:
-            student = self.student()  # also for no prompt, as other ranks ask
-            answers = generate_ids(student, self.tokenizer, prompts, decoding, seed, None, changes) if prompts else []
+            answers = generate_ids(self.student(), self.tokenizer, prompts, decoding, seed, None, changes)
         else:
             answers = check_answers(engine(prompts, decoding, seed) if prompts else [], len(prompts), decoding)
         written = iter(answers)

@@ -94,7 +94,7 @@ class RolloutsHandle:
         start = time.perf_counter()
         self._tokenizer = tokenizer = self._tokenizer or tokenizer_of(module, trainer.datamodule)
         assert tokenizer is not None, "check() comes first"
-        models = Models(module.whole_student, module.teacher, module.step.vocabulary, tokenizer, moment)
+        models = Models(module.student_to_ask, module.teacher, module.step.vocabulary, tokenizer, moment)
         rows = [Text(*row) for row in prompts_and_responses(batch)]
         with trainer.precision_plugin.forward_context(), _eager(module.step.compile):
             texts = rollouts.texts(rows, models)
@@ -116,8 +116,8 @@ class RolloutsHandle:
             kd_weight: Of the module.
         """
         if self.rollouts is None or self._own is None or batch["input_ids"] is not self._own:
-            return loss, kd_weight
-        return self.rollouts.loss(loss), 1.0
+            return loss.for_batch(own_text=False), kd_weight
+        return self.rollouts.loss(loss.for_batch(own_text=True)), 1.0
 
     def moment(self, trainer: Trainer) -> Moment:
         """Return where a run is when its next batch comes."""
