@@ -49,16 +49,13 @@ SHARDED = {"teacher_placement": "shard", "activation_checkpointing": True}
 CACHED = {"teacher_cache": {"kind": "hidden", "dtype": "float32"}}
 
 
-MUTED = {"tied": True, "muted": True}
-"""Some batches of a process have no token to learn from, and the student's head is its embedding."""
+MUTED = {"tied": True, "muted": True, "own_text": 0.5}
+"""Some batches of a process have no token to learn from, the student's head is its embedding, and it answers half of
+the batches, greedily."""
 LEARNT = {"learnt_loss": True}
 """The distillation loss has weights of its own, which are compared too."""
 AUXILIARY = {"auxiliary": True, "muted": True}
 """A loss of hidden states with weights of its own, which are compared too; some batches have no token for it."""
-
-
-OWN_TEXT = {"own_text": 0.5}
-"""The student answers half of the batches, greedily."""
 
 
 @pytest.mark.parametrize(
@@ -74,7 +71,6 @@ OWN_TEXT = {"own_text": 0.5}
         ("fsdp2", {}, {"warmed": True}, "32-true"),
         ("fsdp2", {}, LEARNT, "32-true"),
         ("fsdp2", {**CACHED, "teacher_placement": "shard"}, AUXILIARY, "32-true"),
-        ("fsdp2", {}, OWN_TEXT, "32-true"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)) or "plain",
 )
