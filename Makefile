@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test check kernel oldest gpu clean
+.PHONY: quickstart test check kernel oldest gpu gpu-wheels clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
@@ -26,8 +26,11 @@ kernel: $(VENV)/.dev $(VENV)/triton  ## the Triton kernel, on a CPU: run by Trit
 oldest: $(OLDEST)/.dev  ## the tests with the oldest versions that are allowed
 	$(OLDEST)/bin/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadgroup
 
-gpu: $(VENV)/.dev $(VENV)/.liger  ## what needs a GPU: tests, and benchmarks; writes results-gpu.json
+gpu: $(VENV)/.dev $(VENV)/.liger  ## what needs a GPU: tests, and benchmarks; appends to results-gpu.jsonl
 	$(BIN)/python benchmarks/gpu/run.py
+
+gpu-wheels: $(VENV)/.dev  ## what a machine with a GPU lacks, if it reaches no package index: into .wheels
+	$(BIN)/python benchmarks/gpu/pack.py $(if $(HAVE),--have $(HAVE))
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs build dist

@@ -7,6 +7,7 @@ import resource
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import told
 
 # Lightning and this library are imported where they are used, so that no arm holds the memory of another's.
 
@@ -112,6 +114,16 @@ def fit(rows: Sequence[dict[str, Any]], options: argparse.Namespace, module: Any
         **settings,
     )
     trainer.fit(module, datamodule=data)
+
+
+def attempt(arm: str, function: Any, *arguments: Any) -> Any | None:
+    """Run an arm in a process of its own; if it fails, tell so and return nothing, so that the others are run."""
+    try:
+        return in_own_process(function, *arguments)
+    except Exception as error:
+        traceback.print_exc()
+        print(told(arm, f"failed: {type(error).__name__}: {error}"[:500], outcome="failed"), flush=True)
+        return None
 
 
 def in_own_process(function: Any, *arguments: Any) -> Any:

@@ -30,7 +30,6 @@ import argparse
 import ctypes
 import gc
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -41,8 +40,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from arms import in_own_process, peak_bytes
-from record import record
+from arms import attempt, peak_bytes
+from record import record, told
 from torch import Tensor
 
 LOSSES = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "SkewForwardKL", "SkewReverseKL")
@@ -230,26 +229,39 @@ def run(arm: Arm, loss: str | None, dtype: str, tokens: int, options: argparse.N
     result.update(measure(lambda: gradients(arm, inputs, objective), options.repeats))
     if objective:
         result["gradient_difference"] = difference(arm, inputs, objective)
-    print(json.dumps(result), file=sys.stderr)
     return result
 
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run every arm, and compare what belongs together."""
+    """Run every arm, tell of it, and compare what belongs together."""
     results = []
     for dtype, tokens in itertools.product(options.dtypes, options.tokens):
-        floor = in_own_process(run, Arm("products"), None, dtype, tokens, options)
+        (floor,) = run_some([Arm("products")], None, dtype, tokens, options)
         results.append(floor)
         for loss in options.losses:
             arms = [Arm("naive"), *(Arm("chunked", chunk) for chunk in options.chunks)]
             arms += [Arm("compiled", 256)] * options.compile
             arms += [Arm("liger", 1024)] * (options.liger and loss == "JensenShannon")
-            found = [in_own_process(run, arm, loss, dtype, tokens, options) for arm in arms]
-            for result in found:
-                result["seconds_over_naive"] = result["seconds"] / found[0]["seconds"]
-                result["memory_over_naive"] = result["peak_memory_bytes"] / found[0]["peak_memory_bytes"]
+            for result in (found := run_some(arms, loss, dtype, tokens, options)):
                 result["seconds_over_products"] = result["seconds"] / floor["seconds"]
+                if found[0]["name"] == "naive":
+                    result["seconds_over_naive"] = result["seconds"] / found[0]["seconds"]
+                    result["memory_over_naive"] = result["peak_memory_bytes"] / found[0]["peak_memory_bytes"]
             results += found
+    return results
+
+
+def run_some(
+    arms: Sequence[Arm], loss: str | None, dtype: str, tokens: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Run arms; return what those that did not fail have measured."""
+    results = []
+    for arm in arms:
+        name = " ".join(map(str, filter(None, (loss, dtype, tokens, *arm))))
+        if (result := attempt(name, run, arm, loss, dtype, tokens, options)) is not None:
+            says = f"{1e3 * result['seconds']:.4g} ms, {result['peak_memory_bytes'] / 1e9:.3g} GB"
+            print(told(name, says, **result), flush=True)
+            results.append(result)
     return results
 
 

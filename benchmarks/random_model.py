@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
@@ -27,19 +27,26 @@ SHAPES = {
 """Large: as SmolLM2-135M, which `benchmarks/step.py` takes by default, and rows as long as Dolly's."""
 
 
+def tokenizer_of_words(vocabulary: int) -> Any:
+    """Return a tokenizer of so many words, two of which are special."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unknown>", "<end>"]
+    words = [*special, *(f"w{number}" for number in range(len(special), vocabulary))]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=special[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+
+
 def write_model(folder: Path, shape: Shape) -> str:
     """Write a model and its tokenizer; return the folder."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    special = ["<unknown>", "<end>"]
-    words = [*special, *(f"w{number}" for number in range(len(special), shape.vocabulary))]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=special[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=special[0], eos_token=special[1], pad_token=special[1]
-    ).save_pretrained(folder)
+    tokenizer_of_words(shape.vocabulary).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,

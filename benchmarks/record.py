@@ -26,6 +26,17 @@ def record(result: dict[str, Any], path: Path | None) -> str:
     return text
 
 
+def told(arm: str, says: str, **numbers: Any) -> str:
+    """Return the line that a benchmark prints of each arm as soon as it is known, which `gpu/run.py` looks for.
+
+    Args:
+        arm: Its name.
+        says: What matters, in a few words.
+        numbers: All of it.
+    """
+    return json.dumps({"arm": arm, "says": says, **numbers})
+
+
 def surroundings() -> dict[str, Any]:
     """Return what a result depends on besides its settings."""
     on_gpu = torch.cuda.is_available()

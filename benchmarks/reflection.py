@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from record import record
+from record import record, told
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
@@ -166,13 +166,18 @@ def main() -> None:
         return lambda: by_the_library(model, tokenizer, rows, decoding, options.tokens)
 
     by_the_library(model, tokenizer, rows.select(range(2)), Decoding(max_new_tokens=4), options.tokens)  # warm up
-    arms = {
-        "paper": measure(lambda: as_in_the_paper(model, tokenizer, some, device)),
-        "paper's decoding": measure(ours(PAPER_DECODING)),
-        "ours": measure(ours(Decoding())),
-        "bf16": measure(ours(Decoding(bf16=True))),
-        "bounded": measure(ours(Decoding(bf16=True, max_length_ratio=options.ratio))),
+    ways = {
+        "paper": lambda: as_in_the_paper(model, tokenizer, some, device),
+        "paper's decoding": ours(PAPER_DECODING),
+        "ours": ours(Decoding()),
+        "bf16": ours(Decoding(bf16=True)),
+        "bounded": ours(Decoding(bf16=True, max_length_ratio=options.ratio)),
     }
+    arms = {}
+    for name, way in ways.items():
+        seconds, found = arms[name] = measure(way)
+        says = f"{len(found) / seconds:.4g} rows/s"
+        print(told(name, says, rows=len(found), seconds=seconds), flush=True)
     settings = {name: str(value) for name, value in vars(options).items()}
     print(record({"arms": compare(arms), "options": settings, "threads": torch.get_num_threads()}, options.json))
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import MAX_PROMPT_LENGTH, Clock, in_own_process, run_ours
-from record import record
+from arms import MAX_PROMPT_LENGTH, Clock, attempt, in_own_process, run_ours
+from record import record, told
 
 VARIANTS = ("paper", "paper_dynamic", "live_fp32", "cached_fp32", "live_bf16", "cached_bf16")
 STUDENT_LAYERS = [0, 1, 2, 8, 9, 10, 11, 13, 18, 22, 23, 24, 27, 28, 29]
@@ -161,7 +161,14 @@ def main() -> None:
     options.epochs = 3
     choose_model(options)
     rows, tokens = in_own_process(choose_rows, options)
-    variants = {name: in_own_process(run_variant, name, rows, tokens, options) for name in options.variants}
+    variants = {}
+    for name in options.variants:
+        if (variant := attempt(name, run_variant, name, rows, tokens, options)) is not None:
+            variants[name] = variant
+            says = f"{variant['rows_per_second']:.4g} rows/s, {variant['peak_memory_bytes'] / 1e9:.3g} GB"
+            if "paper" in variants:
+                says += f", {variant['rows_per_second'] / variants['paper']['rows_per_second']:.3g} x paper"
+            print(told(name, says, **variant), flush=True)
     needed = in_own_process(needed_flops, tokens, options)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     used = {"bf16" if name.endswith("bf16") else "fp32" for name in variants}  # some CPUs take minutes in the other

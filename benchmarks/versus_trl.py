@@ -38,8 +38,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import MAX_PROMPT_LENGTH, Clock, fit, in_own_process, run_ours
-from record import record
+from arms import MAX_PROMPT_LENGTH, Clock, attempt, fit, in_own_process, run_ours
+from record import record, told
 
 # Trainers are imported where they are used, so that no arm holds the memory of the other's.
 
@@ -206,7 +206,12 @@ def main() -> None:
         parser.error("--rows must be a multiple of --batch")
     rows = in_own_process(rows_that_fit, options)
     task = Task(options, rows, in_own_process(our_batches, rows, options))
-    arms = {name: in_own_process(run_arm, task, name) for name in options.arms}
+    arms = {}
+    for name in options.arms:
+        if (arm := attempt(name, run_arm, task, name)) is not None:
+            arms[name] = arm
+            says = f"{arm['rows_per_second']:.4g} rows/s, {arm['peak_gb']:.3g} GB, first loss {arm['first_loss']:.5g}"
+            print(told(name, says, **arm), flush=True)
     settings = {name: str(value) for name, value in vars(options).items()}
     threads = {"threads": torch.get_num_threads(), "trl": version("trl")}
     print(record({"arms": arms, "ratio": ratios(arms), "options": settings, **threads}, options.json))

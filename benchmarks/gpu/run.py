@@ -1,16 +1,15 @@
-"""All that needs a GPU, on a machine that has one or more: tests, and three benchmarks.
+"""What is tested and measured on a GPU, in pieces of a few minutes each.
 
-    python benchmarks/gpu/run.py --json results-gpu.json
+    python benchmarks/gpu/run.py --list                           # the pieces, and how long each is expected to take
+    python benchmarks/gpu/run.py                                  # all of them
+    python benchmarks/gpu/run.py --pieces 1 kernel --json results-gpu.jsonl
 
-- ``tests``: ``tests/test_gpu.py``, one GPU against all of them.
-- ``loss``: ``benchmarks/loss.py``, against Liger where it is installed.
-- ``step``: ``benchmarks/step.py``.
-- ``reflection``: ``benchmarks/reflection.py``.
-
-Each piece is a process of its own, stopped with all that it has started when it takes longer than ``--limit``. What is
-known is written after each. The model and the data of the last two are random ones unless others are named: then they
-tell of speed and memory, not of quality. Nothing is fetched. Where there is no GPU nothing is done and nothing is
-written; ``--device cpu`` tries the pieces at toy size. See ``benchmarks/gpu/README.md``.
+A piece is a program of its own, which is stopped with all that it has started when it takes longer than ``--limit``.
+Each arm that it has measured, or tested, is a line of JSON in the file as soon as it is known, so that whatever
+stops a piece, or this script, costs one arm. A line more says how the piece ended. Lines are appended: pieces may be
+run in several calls. Where neither a model nor data are named they are random: then they tell of speed and memory, not
+of quality. Nothing is fetched. Where there is no GPU nothing is done and nothing is written; ``--rehearse`` runs every
+piece at toy size on a CPU. See ``benchmarks/gpu/README.md``.
 """
 
 from __future__ import annotations
@@ -25,86 +24,165 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from random_model import SHAPES, write_model, write_rows  # noqa: E402
 from record import surroundings  # noqa: E402
 
-PIECES = ("tests", "loss", "step", "reflection")
-NEEDS = {"tests": ("pytest", "peft")}
-"""Modules that this library does without."""
-SIZES = {
-    "cuda": {
-        "tests": "",
-        "loss": "--compile --dtypes bf16 --tokens 1024 4096 --width 2048 --chunks 256 auto --losses ForwardKL "
-        "JensenShannon",
-        "step": "--rows 128 --batch 16 --micro-batch-tokens 16384",
-        "reflection": "--rows 256 --paper-rows 48",
-    },
-    "cpu": {
-        "tests": "-k objective",
-        "loss": "--tokens 16 --vocabulary 64 --width 8 --losses JensenShannon --dtypes fp32 --chunks 8 --repeats 1",
-        "step": "--rows 4 --batch 2 --keep-layers 0 --variants live_fp32",
-        "reflection": "--rows 4 --paper-rows 2",
-    },
-}
-"""Arguments of each piece."""
 LAST_LINES = 40
 
 
-def command(piece: str, options: argparse.Namespace, folder: Path) -> list[str]:
+@dataclass(frozen=True)
+class Piece:
+    """A program with its arguments.
+
+    Args:
+        what: It tells.
+        seconds: It is expected to take on an H100: a guess, until it has been run.
+        program: A file in ``benchmarks``, or the names of tests in ``tests/test_gpu.py``, as ``pytest -k`` takes them.
+        sizes: Arguments on a GPU.
+        tiny: Arguments on a CPU.
+        needs: Modules that this library does without.
+        rows: Whether it takes a model and rows.
+    """
+
+    what: str
+    seconds: int
+    program: str
+    sizes: str = ""
+    tiny: str = ""
+    needs: tuple[str, ...] = ()
+    rows: bool = False
+
+
+def tests(what: str, seconds: int, names: str, tiny: str) -> Piece:
+    """Return a piece that is some of the tests."""
+    return Piece(what, seconds, names, tiny=tiny, needs=("pytest", "hypothesis", "peft"))
+
+
+STEPS = "--rows 128 --batch 16 --micro-batch-tokens 16384"
+TINY_PAIR = "tiny --steps 1 --warm-up 1 --profiled 1"
+PIECES = {
+    "equal": tests(
+        "tests: a GPU computes and trains as a CPU does",
+        120,
+        "objective or as_a_cpu_does or clips or packed or as_on_a_cpu",
+        "objective",
+    ),
+    "kernel": Piece(
+        "the Triton kernels against float64 and operations of torch; time and bytes against what was expected",
+        90,
+        "gpu/kernel.py",
+        tiny="--shapes 32,64,8 --losses ForwardKL topk",
+    ),
+    "small": Piece(
+        "tokens per second, MFU, waits per step: 0.1B learns from 1.5B", 60, "gpu/throughput.py", "small", TINY_PAIR
+    ),
+    "large": Piece(
+        "tokens per second, MFU, waits per step: 1.5B learns from 7B", 180, "gpu/throughput.py", "large", TINY_PAIR
+    ),
+    "resume": tests("tests: a run that is killed goes on with the same weights", 120, "killed", "auto"),
+    "strategies": tests("tests: all GPUs train as one does under DDP, FSDP1 and FSDP2", 240, "all_devices", "tied"),
+    "loss": Piece(
+        "the objective alone at five sizes, against Liger",
+        240,
+        "loss.py",
+        "--compile --dtypes bf16 --tokens 512 1024 2048 4096 8192 --width 2048 --chunks auto --losses JensenShannon",
+        "--tokens 16 --vocabulary 64 --width 8 --losses JensenShannon --dtypes fp32 --chunks 8 --repeats 1",
+    ),
+    "step": Piece(
+        "a training step against the paper's loop",
+        240,
+        "step.py",
+        STEPS,
+        "--rows 4 --batch 2 --keep-layers 0 --variants live_fp32",
+        rows=True,
+    ),
+    "trl": Piece(
+        "a training step against TRL's GKDTrainer",
+        150,
+        "versus_trl.py",
+        f"{STEPS} --arms trl_bf16 ours_live_bf16 ours_cached_bf16",
+        "--rows 4 --batch 2 --keep-layers 0 --arms ours_live_fp32",
+        needs=("trl",),
+        rows=True,
+    ),
+    "reflection": Piece(
+        "rows per second of the student's reflection, against the paper's settings",
+        180,
+        "reflection.py",
+        "--rows 256 --paper-rows 48",
+        "--rows 4 --paper-rows 2",
+        rows=True,
+    ),
+}
+
+
+def command(piece: Piece, options: argparse.Namespace, folder: Path) -> list[str]:
     """Return how a piece is run."""
-    sizes = shlex.split(SIZES[options.device][piece])
-    if piece == "tests":
-        tests = [str(ROOT / "tests" / "test_gpu.py"), "-m", "gpu", "-rs", "--durations=0"]
-        return [sys.executable, "-m", "pytest", *tests, f"--junitxml={folder / 'tests.xml'}", *sizes]
-    inputs = [] if piece == "loss" else ["--model", options.model, "--data", *options.data]
-    if piece != "loss" and options.keep_layers:
-        sizes += ["--keep-layers", *map(str, options.keep_layers)]
-    script = str(ROOT / "benchmarks" / f"{piece}.py")
-    return [sys.executable, script, *inputs, *sizes, "--json", str(folder / f"{piece}.json")]
+    sizes = shlex.split(piece.tiny if options.rehearse else piece.sizes)
+    if not piece.program.endswith(".py"):
+        names = f"({piece.program}) and ({' '.join(sizes)})" if sizes else piece.program
+        words = ["-m", "pytest", str(ROOT / "tests" / "test_gpu.py"), "-m", "gpu", "-k", names, "-p", "each_test"]
+        return [sys.executable, *words, "-p", "no:cacheprovider"]
+    words = [sys.executable, str(ROOT / "benchmarks" / piece.program), *sizes]
+    if piece.rows:
+        words += ["--model", options.model, "--data", *options.data]
+        if options.keep_layers:
+            words += ["--keep-layers", *map(str, options.keep_layers)]
+    return words
 
 
-def environment(device: str) -> dict[str, str]:
-    """Return the variables under which pieces run: without the hub, and without GPUs where they are not asked for."""
-    found = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return found if device == "cuda" else {**found, "CUDA_VISIBLE_DEVICES": "", "SRD_TEST_DEVICE": device}
+def environment(rehearse: bool) -> dict[str, str]:
+    """Return the variables under which pieces run: without the hub, and without GPUs in a rehearsal."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")]))
+    found = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**found, "CUDA_VISIBLE_DEVICES": "", "SRD_TEST_DEVICE": "cpu"} if rehearse else found
 
 
-def run(piece: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run a piece; return what came of it."""
-    if missing := [module for module in NEEDS.get(piece, ()) if find_spec(module) is None]:
+def run(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run a piece, and write every arm as it comes; return how it ended."""
+    piece = PIECES[name]
+    if missing := [module for module in piece.needs if find_spec(module) is None]:
         return {"outcome": "skipped", "reason": f"not installed: {', '.join(missing)}"}
     words = command(piece, options, folder)
-    print(f"{piece}: {shlex.join(words)}", flush=True)
-    output, start = folder / f"{piece}.txt", time.perf_counter()
-    code = run_together(words, options.limit, output, environment(options.device))
-    result: dict[str, Any] = {"command": shlex.join(words), "seconds": round(time.perf_counter() - start, 1)}
+    print(f"{name}: about {piece.seconds} s, at most {options.limit:g} s: {shlex.join(words)}", flush=True)
+    output, start, arms = folder / f"{name}.txt", time.perf_counter(), list[dict[str, Any]]()
+    with started(words, output, environment(options.rehearse)) as process:
+        for line in lines_of(process, output, start + options.limit):
+            if (arm := arm_in(line)) is not None:
+                arms.append(arm)
+                append({"piece": name, **arm}, options.json)
+                print(f"  {arm['arm']}: {arm['says']}", flush=True)
+        code = process.poll()
+    result: dict[str, Any] = {"arms": len(arms), "seconds": round(time.perf_counter() - start, 1)}
     if code is None:
         result |= {"outcome": "stopped", "reason": f"it took longer than {options.limit:g} s"}
+    elif failed := [arm["arm"] for arm in arms if arm.get("outcome") == "failed"]:
+        result |= {"outcome": "failed", "reason": f"{len(failed)} of {len(arms)}: {', '.join(failed)}"}
     elif code:
         result |= {"outcome": "failed", "reason": f"exit code {code}"}
+    elif all(arm.get("outcome") == "skipped" for arm in arms):
+        result |= {"outcome": "failed", "reason": "no test has run" if arms else "it has told of nothing"}
     else:
         result |= {"outcome": "passed"}
-    found = {} if code is None else found_by(piece, folder)
-    if result["outcome"] == "passed" and not found:
-        found = {"outcome": "failed", "reason": "it has written no numbers"}
-    result |= found
     if result["outcome"] != "passed":
         result["last_lines"] = output.read_text(errors="replace").splitlines()[-LAST_LINES:]
     return result
 
 
-def run_together(words: Sequence[str], limit: float, output: Path, variables: dict[str, str]) -> int | None:
-    """Run a command, then end what it has started and left; return its exit code, or nothing if it was stopped."""
+@contextlib.contextmanager
+def started(words: Sequence[str], output: Path, variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command that writes to a file; afterwards end what it has started and left."""
     with output.open("w") as file:
         process = subprocess.Popen(
             words,
@@ -116,66 +194,68 @@ def run_together(words: Sequence[str], limit: float, output: Path, variables: di
             start_new_session=True,
         )
         try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
+            yield process
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
-def found_by(piece: str, folder: Path) -> dict[str, Any]:
-    """Return the numbers that a piece has written, and what is to be said about them."""
-    if piece == "tests":
-        path = folder / "tests.xml"
-        return count_tests(path) if path.exists() else {}
-    path = folder / f"{piece}.json"
-    if not path.exists():
-        return {}
-    numbers = json.loads(path.read_text(), parse_constant=lambda name: None)  # NaN is no JSON
-    if piece == "loss" and not any(arm["name"] == "liger" for arm in numbers["results"]):
-        return {"result": numbers, "note": "Liger was not measured: it needs a GPU and liger-kernel"}
-    return {"result": numbers}
+def lines_of(process: subprocess.Popen[bytes], output: Path, until: float) -> Iterator[str]:
+    """Yield each line that a process writes to a file, until it ends or its time is over."""
+    with output.open("rb") as file:
+        rest, ended = b"", False
+        while not ended and time.perf_counter() < until:
+            ended = process.poll() is not None  # what it has written is read once more
+            *lines, rest = (rest + file.read()).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+            time.sleep(0 if ended else 0.05)
 
 
-def count_tests(path: Path) -> dict[str, Any]:
-    """Return how many tests there were, and which were skipped; tests of which none has run have not passed."""
-    suite = next(ElementTree.parse(path).iter("testsuite"))
-    tests, failed = int(suite.get("tests", 0)), int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    skipped = {
-        str(case.get("name")): str(reason.get("message"))
-        for case in suite.iter("testcase")
-        for reason in case.iter("skipped")
-    }
-    seconds = {str(case.get("name")): float(case.get("time", 0)) for case in suite.iter("testcase")}
-    found = {"result": {"tests": tests, "failed": failed, "skipped": skipped, "seconds": seconds}}
-    if tests == len(skipped):
-        return {"outcome": "failed", "reason": "no test has run", **found}
-    return found
+def arm_in(line: str) -> dict[str, Any] | None:
+    """Return what a line says of an arm, if it is such a line; see `record.told`."""
+    if not line.startswith('{"arm": '):
+        return None
+    return json.loads(line, parse_constant=lambda name: None)  # NaN is no JSON
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """Write results whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(results, indent=2))
-    temporary.replace(path)
+def append(result: dict[str, Any], path: Path) -> None:
+    """Append a line to a file, and see it on the disk."""
+    with path.open("a") as file:
+        file.write(f"{json.dumps(result)}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def chosen(text: str) -> str:
+    """Return the name of a piece from its name or its number."""
+    names = list(PIECES)
+    if text.isdecimal() and 1 <= int(text) <= len(names):
+        return names[int(text) - 1]
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text} is no piece; these are: {', '.join(names)}, or a number from 1 on")
+    return text
 
 
 def main() -> int:
     """Run the pieces; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cuda", help="cpu tries the pieces at toy size")
-    parser.add_argument("--pieces", nargs="+", choices=PIECES, default=PIECES, help="which to run")
-    parser.add_argument("--limit", type=float, default=540, help="seconds that each piece may take")
-    parser.add_argument("--model", help="folder of a model, for step and reflection; by default a random one")
+    parser.add_argument("--list", action="store_true", help="only say which pieces there are")
+    parser.add_argument("--rehearse", action="store_true", help="run them at toy size on a CPU")
+    parser.add_argument("--pieces", nargs="+", type=chosen, default=list(PIECES), help="which to run: names or numbers")
+    parser.add_argument("--limit", type=float, default=480, help="seconds that each piece may take")
+    parser.add_argument("--model", help="folder of a model, for those that take rows; by default a random one")
     parser.add_argument("--keep-layers", type=int, nargs="+", help="layers that the student has of it")
     parser.add_argument("--data", nargs="+", help="files of rows; by default random ones")
-    parser.add_argument("--json", type=Path, default=Path("results-gpu.json"), help="file to write")
+    parser.add_argument("--json", type=Path, default=Path("results-gpu.jsonl"), help="file to append to")
     options = parser.parse_args()
+    if options.list:
+        for number, (name, piece) in enumerate(PIECES.items(), 1):
+            print(f"{number:2} {name:<11}{piece.seconds:4} s  {piece.what}")
+        return 0
     if (options.model is None) != (options.data is None):
         parser.error("--model and --data come together: random rows are made of a random model's tokens")
-    if options.device == "cuda" and not torch.cuda.is_available():
+    if not options.rehearse and not torch.cuda.is_available():
         print("there is no GPU that torch can use: nothing was run, and nothing is written")
         return 0
     with tempfile.TemporaryDirectory() as folder:
@@ -183,23 +263,19 @@ def main() -> int:
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> int:
-    """Run one piece after the other, and write what is known after each."""
-    results: dict[str, Any] = {
-        **surroundings(),
-        "ran_on": options.device,
-        "model": options.model or "random",
-        "pieces": {},
-    }
-    if options.model is None and {"step", "reflection"} & {*options.pieces}:
-        shape = SHAPES[options.device]
+    """Run one piece after the other; what is skipped, because something is not installed, has not failed."""
+    append({**surroundings(), "rehearsal": options.rehearse, "model": options.model or "random"}, options.json)
+    if options.model is None and any(PIECES[name].rows for name in options.pieces):
+        shape = SHAPES["cpu" if options.rehearse else "cuda"]
         options.model, options.data = write_model(folder / "model", shape), [write_rows(folder / "rows.jsonl", shape)]
-    for piece in options.pieces:
-        result = results["pieces"][piece] = run(piece, options, folder)
-        write(results, options.json)
-        said = [result["outcome"], f"{result.get('seconds', 0):.0f} s", result.get("reason"), result.get("note")]
-        print(f"{piece}: {', '.join(str(part) for part in said if part)}", *result.get("last_lines", []), sep="\n  ")
-    print(f"results are in {options.json}")
-    return int(any(result["outcome"] != "passed" for result in results["pieces"].values()))
+    ended = {}
+    for name in options.pieces:
+        result = ended[name] = run(name, options, folder)
+        append({"piece": name, **result}, options.json)
+        said = [result["outcome"], f"{result.get('seconds', 0):.0f} s", result.get("reason")]
+        print(f"{name}: {', '.join(filter(None, said))}", *result.get("last_lines", []), sep="\n  ", flush=True)
+    print(f"results are in {options.json}:", *(f"{name} {result['outcome']}" for name, result in ended.items()))
+    return int(any(result["outcome"] in ("failed", "stopped") for result in ended.values()))
 
 
 if __name__ == "__main__":
