@@ -239,6 +239,15 @@ def test_a_model_that_answers_in_bf16_is_averaged_by_ddp_as_before(model, number
     assert counts[1] == counts[0]
 
 
+def test_a_compiled_body_is_not_compiled_again_for_answers(model, numbers):
+    expected, compiled = answers(model, numbers), []
+    model.base_model.compile(backend=lambda graph, _: compiled.append(graph) or graph)
+    assert answers(model, numbers) == expected
+    assert not compiled
+    model(torch.ones(1, 4, dtype=torch.int64))
+    assert compiled, "elsewhere it is as it was"
+
+
 def test_tied_weights_are_one_in_bf16_too(numbers):
     model = lively_model(tie_word_embeddings=True)
     seen = []

@@ -5,15 +5,18 @@ import pytest
 import references
 import torch
 from tiny import LOSSES
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srd_lightning.errors import SettingError
 from srd_lightning.losses import (
     DistillationLoss,
     ForwardKL,
+    JensenShannon,
     SkewForwardKL,
     cross_entropy,
     log_probabilities,
+    token_loss,
 )
 from srd_lightning.losses.chunked import chunked_objective
 from srd_lightning.losses.head import Head
@@ -64,11 +67,11 @@ class Case:
         tensors = [self.hidden, self.weight] + ([] if self.bias is None else [self.bias])
         return [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in tensors]
 
-    def chunked(self, loss, kd_weight, **options):
+    def chunked(self, loss, kd_weight, teacher=None, **options):
         leaves = self.leaves(self.dtype)
-        teacher = self.teacher.to(self.dtype)
+        teacher = teacher or self.teacher.to(self.dtype).__getitem__
         head = Head(*leaves[1:], scale=self.scale, soft_cap=self.soft_cap)
-        result = chunked_objective(leaves[0], head, self.targets, loss, teacher.__getitem__, kd_weight, **options)
+        result = chunked_objective(leaves[0], head, self.targets, loss, teacher, kd_weight, **options)
         result.loss.backward()
         return result, [leaf.grad for leaf in leaves]
 
@@ -372,6 +375,35 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(make_loss, reference, toke
         ).loss
         loss.backward()
     assert largest.numel == chunk * vocabulary
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Count what is compiled; only the graphs are made."""
+    counter, compile = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter))
+    token_loss.compiled.cache_clear()
+    torch.compiler.reset()
+    yield counter
+    token_loss.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("likeliest", [False, True], ids=["live", "topk"])
+@pytest.mark.parametrize("make_loss", [ForwardKL, partial(JensenShannon, beta=0.3)], ids=["fkl", "jsd"])
+def test_stages_of_temperature_and_share_are_compiled_once(compilations, make_loss, likeliest):
+    case, loss, counted = Case(), make_loss(), []
+    kept = TopK(5).observe(case.teacher, Head(torch.eye(VOCABULARY, dtype=torch.float64)))
+    kept = kept["teacher_logp"], kept["teacher_ids"].long(), kept["teacher_rest"]
+    options = {"teacher": lambda some: TopKTeacher(*(values[some] for values in kept))} if likeliest else {}
+    for temperature, kd_weight in ((1.0, 0.5), (1.5, 0.5), (1.5, 0.9), (2.0, 0.0001), (1.0, 0.7)):
+        loss.temperature = temperature
+        found, gradients = case.chunked(loss, kd_weight, chunk=TOKENS, compile=True, **options)
+        expected, expected_gradients = case.chunked(loss, kd_weight, chunk=TOKENS, **options)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients, expected_gradients)
+        counted.append(compilations.frame_count)
+    assert counted[0] > 0
+    assert counted == [counted[0]] * 5
 
 
 def test_it_says_that_it_cannot_be_differentiated_twice():

@@ -91,7 +91,9 @@ PIECES = {
         "tokens per second, MFU, waits per step: 1.5B learns from 7B", 180, "gpu/throughput.py", "large", TINY_PAIR
     ),
     "resume": tests("tests: a run that is killed goes on with the same weights", 120, "killed", "auto"),
-    "strategies": tests("tests: all GPUs train as one does under DDP, FSDP1 and FSDP2", 240, "all_devices", "tied"),
+    "strategies": tests(
+        "tests: all GPUs train as one does under DDP, FSDP1 and FSDP2", 240, "all_devices", "ddp-offload"
+    ),
     "loss": Piece(
         "the objective alone at five sizes, against Liger",
         240,

@@ -22,7 +22,7 @@ from srd_lightning.losses.by_token import ByToken
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.look_ahead import look_ahead, of_places
 from srd_lightning.losses.pieces import Logits, size_of_piece, slices, some_of
-from srd_lightning.losses.token_loss import TokenLoss, to_gradient
+from srd_lightning.losses.token_loss import TokenLoss, compiled, to_gradient
 from srd_lightning.losses.top_k import TopKTeacher
 
 CHUNK = 256
@@ -147,7 +147,7 @@ class _Work:
             cost = self.cost.of(tokens)
             way, size = _kernel(cost, logits[some], teacher), TEACHER_TOKENS
             if way is None:
-                way = _compiled() if self.compile and cost.weights is None else to_gradient
+                way = compiled() if self.compile and cost.weights is None else to_gradient
                 size = size_of_piece(logits)
             for piece in slices(some.stop - some.start, size):
                 yield way, cost.of(piece), logits[some][piece], some_of(teacher, piece), self.targets[tokens][piece]
@@ -164,19 +164,6 @@ def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | Non
     from srd_lightning.losses import triton_choice
 
     return triton_choice.way(cost, logits, teacher)
-
-
-@functools.cache
-def _compiled() -> ToGradient:
-    compiled = torch.compile(to_gradient)
-
-    def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
-        gradients = torch.empty_like(logits)  # in place, the compiler of torch 2.9 reads logits after they are written
-        sums = compiled(cost, logits, teacher, targets, gradients)
-        logits.copy_(gradients)
-        return sums
-
-    return way
 
 
 class _Chunked(torch.autograd.Function):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from srd_lightning.losses.base import FLOOR, DistillationLoss, log_probabilities, upcast
 from srd_lightning.losses.checks import check_gradient
-from srd_lightning.losses.top_k import TopKTeacher
+from srd_lightning.losses.top_k import TopKTeacher, spread
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,54 @@ def teacher_log_probabilities(
     return log_probabilities(teacher, temperature)
 
 
-def to_gradient(
-    cost: TokenLoss,
-    logits: Tensor,
-    teacher: Tensor | TopKTeacher | None,
-    targets: Tensor,
-    gradients: Tensor | None = None,
-) -> Tensor:
+class Numbers(NamedTuple):
+    """The numbers of a `TokenLoss`, as tensors: what was compiled with them holds for others as well.
+
+    Args:
+        temperature: ``[]``, or of each token, ``[n, 1]``; nothing where it is 1, and that is made use of.
+        ce: 1 - w, ``[]``; nothing where w is 1, and CE is not computed.
+        kd: What divergences are multiplied by, ``[]`` or ``[n]``.
+        gradient: What their gradient, by logits at the temperature, is multiplied by, ``[]`` or ``[n, 1]``.
+    """
+
+    temperature: Tensor | None
+    ce: Tensor | None
+    kd: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def of(cls, cost: TokenLoss, logits: Tensor, any_temperature: bool = False) -> Numbers:
+        """Return those of a cost, for logits; a temperature of 1 like any other, if it is to be."""
+        dtype, loss = torch.float64 if logits.dtype == torch.float64 else torch.float32, cost.loss
+        weights = (1.0, 1.0) if cost.weights is not None else (cost.value_weight, cost.divergence_weight)
+        numbers = loss.temperature, 1 - cost.kd_weight, *weights
+        temperature, ce, kd, gradient = _tensors(numbers, dtype, logits.device)
+        if cost.weights is not None:
+            kd, gradient = cost.value_weight, cost.divergence_weight
+        if cost.temperatures is not None:
+            temperature, any_temperature = cost.temperatures[:, None], True
+        return cls(
+            temperature if any_temperature or loss.temperature != 1 else None,
+            ce if cost.kd_weight < 1 else None,
+            kd,
+            gradient,
+        )
+
+
+@functools.lru_cache
+def _tensors(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return numbers as tensors, each one of its own: what is compiled for one that stands twice holds for no two."""
+    return [torch.full((), number, dtype=dtype, device=device) for number in numbers]
+
+
+class Likeliest(NamedTuple):
+    """What a teacher's likeliest tokens say at a temperature, see `spread`."""
+
+    known: Tensor
+    ids: Tensor
+
+
+def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
     """Overwrite the products of a head with the gradient by them.
 
     Args:
@@ -82,7 +125,6 @@ def to_gradient(
         logits: Before they are scaled and capped, ``[n, V]``.
         teacher: Its logits, ``[n, V]``, its likeliest tokens, or nothing where w is 0.
         targets: The tokens of the response, ``[n]``.
-        gradients: Where the gradient goes instead, ``[n, V]``.
 
     Returns:
         The sums over tokens of CE and of T² D, ``[2]``, at least fp32.
@@ -95,33 +137,89 @@ def to_gradient(
         >>> logits
         tensor([[-0.3808,  0.3808]])
     """
-    weight, cap = cost.kd_weight, cost.soft_cap
+    sums, gradient = _value_and_gradient(*_parts(cost, Numbers.of(cost, logits), logits, teacher, targets))
+    logits.copy_(gradient)
+    return sums
+
+
+@functools.cache
+def compiled() -> Callable[[TokenLoss, Tensor, Tensor | TopKTeacher | None, Tensor], Tensor]:
+    """Return `to_gradient`, compiled: once for a loss, whatever its temperature and its share below 1."""
+    in_one = torch.compile(_rounded)
+
+    def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
+        numbers = Numbers.of(cost, logits, any_temperature=True)
+        sums, gradient = in_one(*_parts(cost, numbers, logits, teacher, targets))
+        logits.copy_(gradient)  # in place, the compiler of torch 2.9 reads logits after they are written
+        return sums
+
+    return way
+
+
+def _parts(
+    cost: TokenLoss, numbers: Numbers, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor
+) -> tuple[DistillationLoss, float, float | None, Numbers, Tensor, Tensor | Likeliest | None, Tensor]:
+    """Return what is computed with: numbers that may change from step to step are in tensors."""
+    taught: Tensor | Likeliest | None
+    if isinstance(teacher, TopKTeacher):
+        assert cost.temperatures is None, "refused before training"
+        taught = Likeliest(teacher.and_others(cost.loss.temperature), teacher.ids)
+    else:
+        taught = teacher
+    return cost.loss, cost.scale, cost.soft_cap, numbers, logits, taught, targets
+
+
+def _rounded(
+    loss: DistillationLoss,
+    scale: float,
+    cap: float | None,
+    numbers: Numbers,
+    logits: Tensor,
+    teacher: Tensor | Likeliest | None,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient in the type of the logits."""
+    sums, gradient = _value_and_gradient(loss, scale, cap, numbers, logits, teacher, targets)
+    return sums, gradient.to(logits.dtype)
+
+
+def _value_and_gradient(
+    loss: DistillationLoss,
+    scale: float,
+    cap: float | None,
+    numbers: Numbers,
+    logits: Tensor,
+    teacher: Tensor | Likeliest | None,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return sums over tokens as `to_gradient` does, and the gradient, ``[n, V]``, at least fp32."""
     student = upcast(logits)
-    if cost.scale != 1:
-        student = student * cost.scale
+    if scale != 1:
+        student = student * scale
     if cap is not None:
         student = cap * torch.tanh(student / cap)
     ce = kd = student.new_zeros(())
     own = gradient = None
-    if weight < 1:
+    if numbers.ce is not None:
         own = student.log_softmax(-1)
         ce = -own.gather(1, targets[:, None]).sum()
     if teacher is not None:
-        loss = cost.loss
-        shared = own is not None and cost.temperatures is None and loss.temperature == 1
-        logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, cost.temperature)
-        teacher_logp = teacher_log_probabilities(teacher, cost.temperature, logp)
+        temperature = 1.0 if numbers.temperature is None else numbers.temperature
+        shared = own is not None and numbers.temperature is None
+        logp = own.clamp_(min=FLOOR) if own is not None and shared else log_probabilities(student, temperature)
+        if isinstance(teacher, Likeliest):
+            teacher_logp = spread(teacher.known, teacher.ids, logp)
+        else:
+            teacher_logp = log_probabilities(teacher, temperature)
         values, gradient = loss.value_and_gradient(teacher_logp, logp)
         check_gradient(loss, values, gradient, logp)
-        kd = upcast(values).sum() * loss.scale if cost.weights is None else (upcast(values) * cost.value_weight).sum()
-        gradient = gradient.mul_(cost.divergence_weight)
-    if own is not None:
+        kd = (upcast(values) * numbers.kd).sum()
+        gradient = gradient.mul_(numbers.gradient)
+    if own is not None and numbers.ce is not None:
         part = own.exp_()
         part.scatter_add_(1, targets[:, None], part.new_full((len(targets), 1), -1.0))
-        gradient = part.mul_(1 - weight) if gradient is None else gradient.add_(part, alpha=1 - weight)
+        gradient = part.mul_(numbers.ce) if gradient is None else gradient.addcmul_(part, numbers.ce)
     assert gradient is not None, "without a teacher kd_weight must be below 1"
     if cap is not None:
         gradient = gradient * (1 - (student / cap) ** 2)
-    place = logits if gradients is None else gradients
-    place.copy_(gradient if cost.scale == 1 else gradient * cost.scale)
-    return torch.stack([ce, kd])
+    return torch.stack([ce, kd]), gradient if scale == 1 else gradient * scale

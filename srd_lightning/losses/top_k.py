@@ -35,9 +35,7 @@ class TopKTeacher(NamedTuple):
         Raises:
             SettingError: The temperature lies outside those that are kept.
         """
-        known = self.and_others(temperature)
-        others = student_logp.scatter(1, self.ids, -torch.inf).log_softmax(-1)  # a distribution, however unlikely
-        return others.add_(known[:, -1:]).scatter_(1, self.ids, known[:, :-1]).clamp_(min=FLOOR)
+        return spread(self.and_others(temperature), self.ids, student_logp)
 
     def and_others(self, temperature: float) -> Tensor:
         """Return log-probabilities of the k at a temperature and, last, of all others together, ``[n, k + 1]``.
@@ -47,6 +45,18 @@ class TopKTeacher(NamedTuple):
         """
         rest = self.rest @ _shares(1 / temperature, self.rest.dtype, self.rest.device)
         return torch.cat([self.logp / temperature, rest[:, None]], 1).log_softmax(-1)
+
+
+def spread(known: Tensor, ids: Tensor, student_logp: Tensor) -> Tensor:
+    """Return log-probabilities, ``[n, V]``, of which k are known, and all others split as the student does it.
+
+    Args:
+        known: Log-probabilities of the k and of all others together, ``[n, k + 1]``.
+        ids: Which the k are, ``[n, k]``.
+        student_logp: The student's, ``[n, V]``.
+    """
+    others = student_logp.scatter(1, ids, -torch.inf).log_softmax(-1)  # a distribution, however unlikely
+    return others.add_(known[:, -1:]).scatter_(1, ids, known[:, :-1]).clamp_(min=FLOOR)
 
 
 POWERS = (2.0, 1.0, 0.8, 2 / 3, 0.5, 1 / 3, 0.25)

@@ -160,6 +160,7 @@ def generate_ids(
         _without_own_settings(model),
         rounded,
         lockstep(model),
+        torch.compiler.set_stance("force_eager"),  # a compiled body would be compiled again as texts grow
     ):
         torch.manual_seed(decoding.seed if seed is None else seed)
         if getattr(getattr(model, "config", None), "model_type", None) in ALONE:
