@@ -30,6 +30,7 @@ import argparse
 import ctypes
 import gc
 import itertools
+import json
 import os
 import statistics
 import sys

@@ -1,4 +1,5 @@
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from srd_lightning.losses import (
     ForwardKL,
     JensenShannon,
     SkewForwardKL,
+    chunked,
     cross_entropy,
     log_probabilities,
     token_loss,
@@ -375,6 +377,21 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(make_loss, reference, toke
         ).loss
         loss.backward()
     assert largest.numel == chunk * vocabulary
+
+
+def test_logits_of_a_teacher_are_gone_before_there_are_the_next(monkeypatch):
+    monkeypatch.setattr(chunked, "TEACHER_TOKENS", 4)
+    case, made, held = Case(), [], []
+
+    def teacher(some):
+        held.append([logits() is not None for logits in made])
+        logits = case.teacher[some].float()
+        made.append(weakref.ref(logits.untyped_storage()))
+        return logits
+
+    case.chunked(ForwardKL(), 0.5, teacher=teacher, chunk=8)
+    assert len(held) == 6
+    assert not any(map(any, held))
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ class _Work:
                 size = size_of_piece(logits)
             for piece in slices(some.stop - some.start, size):
                 yield way, cost.of(piece), logits[some][piece], some_of(teacher, piece), self.targets[tokens][piece]
+            del teacher
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -183,6 +184,7 @@ class _Chunked(torch.autograd.Function):
             costs = []
             for way, cost, piece, teacher, targets in work.pieces(logits, tokens.start):
                 costs.append(way(cost, piece, teacher, targets))  # overwrites the logits
+                del piece, teacher  # which would be held while there are the next
             sums += torch.stack(costs).sum(0)
             if grad_hidden is not None:
                 torch.mm(logits, head.weight, out=grad_hidden[tokens])
