@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from conftest import run_cli
 from jsonargparse import ArgumentParser
@@ -113,6 +114,31 @@ def test_another_recipe_with_another_kind_of_student_takes_its_place(tiny):
     (tiny / "later.yaml").write_text(yaml.safe_dump({"model": {"student": _recipe_of_debug()["model"]["student"]}}))
     student = cli.parse(base("--config", "later.yaml")).model.student
     assert student.config.vocab_size == 384
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("torch.optim.AdamW", "fused", True),
+        ("torch.optim.Adafactor", "eps", (None, 1e-4)),
+        ("bitsandbytes.optim.AdamW8bit", "min_8bit_size", 8192),
+        ("torchao.optim.AdamW8bit", "block_size", 128),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_an_optimizer_is_any_class_with_its_settings(name, setting, value, tiny):
+    pytest.importorskip(name.split(".")[0])
+    recipe = yaml.safe_load(Path(base()[1]).read_text())
+    del recipe["model"]["optimizer"]
+    Path("base.yaml").write_text(yaml.safe_dump(recipe))
+    given = json.dumps(value)
+    chosen = ["--model.optimizer", name, f"--model.optimizer.{setting}={given}", "--model.optimizer.lr=0.001"]
+    optimizer = cli.parse(["--config", "base.yaml", *chosen]).model.optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    assert f"{type(optimizer).__module__}.{type(optimizer).__name__}".startswith(name.split(".")[0])
+    assert type(optimizer).__name__ == name.rsplit(".", 1)[1]
+    assert optimizer.param_groups[0]["lr"] == 0.001
+    settings = {**vars(optimizer), **vars(getattr(optimizer, "args", optimizer)), **optimizer.param_groups[0]}
+    assert settings[setting] == value
 
 
 def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 from lightning import Trainer
 from torch import nn
 
@@ -22,6 +23,7 @@ from srd_lightning.storage import check_folder
 from srd_lightning.teacher.cache import check_same
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
 from srd_lightning.teacher.precompute import cache_teacher, width_of
+from srd_lightning.teacher.products import cast_products
 
 CacheKind = Literal["none", "hidden", "topk"]
 
@@ -74,6 +76,7 @@ class TeacherHandle:
         self.cached: CachedTeacher | None = None
         """The teacher as it lives on in its cache, in a run that has one."""
         self._digest: str | None = None
+        self._products: torch.dtype | None = None
 
     def begin(self) -> None:
         """Forget the cache of an earlier run."""
@@ -143,11 +146,16 @@ class TeacherHandle:
 
     def load(self) -> nn.Module:
         """Load the teacher if it is not there yet, and return it."""
-        return self.model if self.model is not None else self._hold(cast(Pretrained, self.source).model())
+        if self.model is None:
+            self._products = None
+            self._hold(cast(Pretrained, self.source).model())
+        return cast(nn.Module, self.model)
 
     def _ready_to_speak(self, trainer: Trainer) -> nn.Module:
         """Put it where it is to be, in the types of its weights: what is cached is the same in each place."""
-        model = self.load()
+        self.load()
+        self._cast_products(None)
+        model = cast(nn.Module, self.model)
         place_teacher(model, trainer, self.placement, None)
         return model
 
@@ -163,6 +171,7 @@ class TeacherHandle:
             if dtype is not None:  # once, not at every step
                 self.cached = self.cached.to(dtype)
         elif self.model is not None:
+            self._cast_products(dtype)
             place_teacher(self.model, trainer, self.placement, dtype)
 
     def _made_of_for_first(self) -> Callable[[], dict[str, str]]:
@@ -171,6 +180,16 @@ class TeacherHandle:
             made_of = self._made_of()
             return lambda: made_of
         return self._made_of
+
+    def _cast_products(self, dtype: torch.dtype | None) -> None:
+        """Cast the weights of products once, where autocast would do so at every step, of a model that is ours."""
+        if self.source is None or self.placement != "replicate" or dtype == self._products:
+            return
+        if self._products is not None:  # by an earlier run, in another precision
+            self._hold(self.source.model())
+        if dtype is not None:
+            cast_products(cast(nn.Module, self.model), dtype)
+        self._products = dtype
 
     def _made_of(self) -> dict[str, str]:
         assert self.cache is not None
