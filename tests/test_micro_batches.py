@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import lively_model, make_rows, tiny_model, tokenised
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srd_lightning.data.batches import collate
 from srd_lightning.data.layout import FIRST, LaidOut, lay_out
@@ -55,6 +56,36 @@ def test_parts_give_the_gradient_of_the_whole(chunk, tokenizer):
     torch.testing.assert_close(tuple(split), tuple(whole))
     for gradient, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+class HeadCasts(TorchDispatchMode):
+    """Counts how often something of the head's size is rounded to bf16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), settings=None):
+        result = operation(*arguments, **(settings or {}))
+        if operation == torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+            self.count += result.shape == (384, 32)
+        return result
+
+
+def test_the_head_is_cast_once_for_all_parts(tokenizer, monkeypatch):
+    batch = collate(tokenised(tokenizer, make_rows(7)).to_list(), pad_token_id=0)
+    found = []
+    for once in (True, False):
+        student, teacher = lively_model(0).train(), lively_model(1).to(torch.bfloat16)
+        step = DistillationStep(micro_batch_tokens=40).attach(student, teacher)
+        step.objective(batch, ForwardKL(), 0.6)  # looks at the models
+        if not once:
+            monkeypatch.setattr(step, "_cast_head", lambda device: None)
+        with torch.autocast("cpu", torch.bfloat16), HeadCasts() as casts:
+            objective = step.objective(batch, ForwardKL(1.5), 0.6)
+        objective.loss.backward()
+        found.append((casts.count, objective.loss, [parameter.grad for parameter in student.parameters()]))
+    (once, *results), (often, *others) = found
+    assert once == 1 < often == len(lay_out(batch, max_tokens=40).parts)
+    torch.testing.assert_close(results, others, rtol=0, atol=0)
 
 
 class Weighed(ForwardKL):

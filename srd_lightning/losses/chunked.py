@@ -71,6 +71,7 @@ def chunked_objective(
     chunk: int | Literal["auto"] = "auto",
     compile: bool = False,
     rows: Sequence[int] | None = None,
+    cast_head: Head | None = None,
 ) -> Objective:
     r"""Return :math:`(1 - w) \, \mathrm{CE} + w \, T^2 D_T(\text{teacher} \| \text{student})`, chunk by chunk.
 
@@ -87,6 +88,7 @@ def chunked_objective(
         compile: Compile what turns logits into gradients, where no kernel does it.
         rows: How many of the N tokens each row has, for losses that choose among the tokens of a row, see `ByToken`; by
             default all are of one.
+        cast_head: The head in the type of its product, where it is cast once for several calls.
 
     Returns:
         The loss and its parts; the loss is connected to the graph also where there is no token.
@@ -108,13 +110,13 @@ def chunked_objective(
         cost, hidden = TokenLoss(loss, kd_weight, head.scale, head.soft_cap), hidden.to(dtype)
         taught = len(targets) if kd_weight > 0 and teacher_logits is not None else 0
         if isinstance(loss, ByToken) and taught and teacher_logits is not None:
-            plan = look_ahead(loss, hidden, head, teacher_logits, rows or [len(targets)], chunk)
+            plan = look_ahead(loss, hidden, cast_head or head, teacher_logits, rows or [len(targets)], chunk)
             places = plan.order() if kd_weight < 1 else plan.order()[: plan.chosen]
             temperatures = None if plan.temperatures is None else plan.temperatures[places]
             cost = replace(cost, weights=plan.weights[places], temperatures=temperatures)
             hidden, targets, taught = hidden[places], targets[places], plan.chosen
             teacher_logits = of_places(teacher_logits, places)
-        work = _Work(head, targets, cost, teacher_logits, taught, chunk, compile)
+        work = _Work(cast_head or head, targets, cost, teacher_logits, taught, chunk, compile)
         sums = cast(Any, _Chunked).apply(hidden, head.weight, head.bias, work)
     return Objective(*(part / total for part in sums))
 

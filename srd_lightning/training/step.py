@@ -20,6 +20,7 @@ from srd_lightning.losses.auxiliary import LAST, AuxiliaryLoss
 from srd_lightning.losses.base import DistillationLoss, needs_all_logits, upcast
 from srd_lightning.losses.checks import check_scalar
 from srd_lightning.losses.chunked import Objective, chunked_objective
+from srd_lightning.losses.head import Head
 from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.split import BodyAndHead, CannotSplit, split
@@ -142,8 +143,12 @@ class DistillationStep:
         whole = self.parts is None or (kd_weight > 0 and needs_all_logits(loss))
         if auxiliary:
             self._check_hidden_states(None if whole else self.parts)
-        way = self._from_all_logits if whole else functools.partial(self._from_chunks, auxiliary=auxiliary)
-        shares = [functools.partial(way, part, loss, kd_weight, num_tokens) for part in batch.parts()]
+        parts = list(batch.parts())
+        way = self._from_all_logits
+        if not whole:
+            cast_head = self._cast_head(batch["labels"].device.type) if len(parts) > 1 else None
+            way = functools.partial(self._from_chunks, auxiliary=auxiliary, cast_head=cast_head)
+        shares = [functools.partial(way, part, loss, kd_weight, num_tokens) for part in parts]
         if len(shares) == 1:
             objective = shares[0]()
         else:
@@ -173,6 +178,13 @@ class DistillationStep:
                 "head, for the reason that was told; leave them out, or choose another model or loss"
             )
 
+    @torch.no_grad()
+    def _cast_head(self, device: str) -> Head | None:
+        """Return the student's head as autocast casts it, once for all parts of a batch."""
+        if self.parts is None or not torch.is_autocast_enabled(device):
+            return None
+        return self.parts.head().narrow(self.vocabulary).to(torch.get_autocast_dtype(device))
+
     def _from_chunks(
         self,
         batch: LaidOut,
@@ -180,6 +192,7 @@ class DistillationStep:
         kd_weight: float,
         num_tokens: Tensor,
         auxiliary: Sequence[AuxiliaryLoss],
+        cast_head: Head | None,
     ) -> Objective:
         parts, chunk = self.parts, self.chunk
         assert parts is not None, "without parts all logits are made"
@@ -193,7 +206,7 @@ class DistillationStep:
         def work() -> tuple[Objective, dict[int, Tensor]]:
             head, own = parts.head().narrow(self.vocabulary), parts.layers(batch, layers)
             return chunked_objective(
-                own[LAST], head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile, rows
+                own[LAST], head, targets, loss, logits, kd_weight, num_tokens, chunk, self.compile, rows, cast_head
             ), own if auxiliary else {}
 
         layers = (LAST, *(layer for other in auxiliary for layer in other.student_layers))
