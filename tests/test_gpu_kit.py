@@ -64,6 +64,7 @@ def test_every_program_runs_and_tells_of_its_arms(tmp_path):
         assert (piece["outcome"], piece["arms"]) == ("passed", len(arms[name]))
         assert f"{name}: passed" in done.stdout
     assert {arm["outcome"] for arm in arms["equal"].values()} == {"passed"}
+    assert len(arms["equal"]) > 30, "each test is told of"
     assert arms["kernel"]["ForwardKL exact float32 64"]["torch"][1] < 1e-6
     assert arms["kernel"]["topk objective 32,64,8 plain"]["seconds"] > 0
     assert [arm["waits_per_step"].keys() for arm in arms["small"].values()] == [{"_local_scalar_dense"}] * 3

@@ -29,7 +29,8 @@ class EachTest:
         reason = report.longrepr[2] if report.skipped else None  # file, line, reason
         says = f"{report.outcome}, {reason or f'{report.duration:.1f} s'}"
         name = report.nodeid.split("::", 1)[1]
-        self.reporter.write_line(told(name, says, outcome=report.outcome, seconds=report.duration))
+        line = told(name, says, outcome=report.outcome, seconds=report.duration)
+        self.reporter.write(f"\n{line}\n", flush=True)  # which may stand behind dots
 
 
 @pytest.hookimpl(trylast=True)
