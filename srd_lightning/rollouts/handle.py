@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -96,7 +94,7 @@ class RolloutsHandle:
         assert tokenizer is not None, "check() comes first"
         models = Models(module.student_to_ask, module.teacher, module.step.vocabulary, tokenizer, moment)
         rows = [Text(*row) for row in prompts_and_responses(batch)]
-        with trainer.precision_plugin.forward_context(), _eager(module.step.compile):
+        with trainer.precision_plugin.forward_context():
             texts = rollouts.texts(rows, models)
         self.seconds += time.perf_counter() - start
         return batch if texts is None else {**batch, **batch_of(texts, tokenizer)}
@@ -151,8 +149,3 @@ def tokenizer_of(module: Any, data: object) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer of the rows, or that of the module."""
     of_rows = data.rows_tokenizer() if isinstance(data, HasCuratedRows) else None
     return module.tokenizer if of_rows is None else of_rows
-
-
-def _eager(compiles: bool) -> Any:
-    """Leave compiled parts aside: each length of a text would have them compiled again, until they no longer are."""
-    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
