@@ -25,7 +25,7 @@ from srd_lightning.checkpoints.resume_state import ResumeState
 from srd_lightning.criteria.base import Criterion
 from srd_lightning.curation.curator import Curator, StagedRows
 from srd_lightning.curation.result import CurationResult
-from srd_lightning.curation.student_source import ReflectingStudent, find_tokenizer
+from srd_lightning.curation.student_source import ReflectingStudent, find_family, find_tokenizer
 from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached
 from srd_lightning.curriculum.ranking import Arrangement, digest_of_order
 from srd_lightning.data.loaders import Collate, Loaders, RebuiltEveryEpoch
@@ -230,7 +230,7 @@ class SRDDataModule(LightningDataModule):
         self._check_settings(stage, module, trainer, root)
         refuse_others = functools.partial(check_rows, outline_to_resume(trainer), self)
         refuse_others(self._settings)
-        if self._read_rows is None or self._tokenizer_is_another(module):
+        if self._read_rows is None or self._made_for_another(module):
             self.read_rows(stage, module)
         if stage == "fit":
             student = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device, trainer)
@@ -250,10 +250,12 @@ class SRDDataModule(LightningDataModule):
         self.staged = StagedRows(self.curator, self.rows["train"], student, root, result)
         refuse_others(self._digests_of_order)
 
-    def _tokenizer_is_another(self, module: Any) -> bool:
-        """Return whether the rows were tokenised for a module with another tokenizer."""
+    def _made_for_another(self, module: Any) -> bool:
+        """Return whether the rows were tokenised for a module with another tokenizer, or of another family."""
         of_module = self._tokenizer is None and not isinstance(self.student, Pretrained)
-        return of_module and find_tokenizer(None, None, module) is not self.tokenizer
+        if of_module and find_tokenizer(None, None, module) is not self.tokenizer:
+            return True
+        return self._read_rows is not None and find_family(self.student, module) != self._read_rows.family
 
     def _check_settings(self, stage: str, module: Any, trainer: Trainer | None, root: Path) -> None:
         """Check what can be known before rows are read."""
@@ -283,7 +285,8 @@ class SRDDataModule(LightningDataModule):
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
             module: Whose tokenizer it is, if this data module was given none.
         """
-        self._read_rows = self.reader.read(find_tokenizer(self._tokenizer, self.student, module), stage)
+        tokenizer = find_tokenizer(self._tokenizer, self.student, module)
+        self._read_rows = self.reader.read(tokenizer, stage, find_family(self.student, module))
         self.staged = None
 
     def report(self, console: Console) -> None:
@@ -410,7 +413,8 @@ class SRDDataModule(LightningDataModule):
     def _collate(self) -> Collate:
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-        return Collate(pad, self.pad_to_multiple_of, self._batch_columns)
+        assert self._read_rows is not None
+        return Collate(pad, self.pad_to_multiple_of, self._batch_columns, self._read_rows.family)
 
     @property
     def _on_gpu(self) -> bool:

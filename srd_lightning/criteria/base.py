@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.data.batches import collate
+from srd_lightning.data.layout import lay_out, predicting
 from srd_lightning.data.samplers import batches_by_token_budget
 from srd_lightning.data.tokenization import response_lengths
 from srd_lightning.digests import weights_digest
 from srd_lightning.errors import SettingError
-from srd_lightning.losses.base import IGNORE_INDEX, response_mask, upcast
-from srd_lightning.models.calling import eval_mode
+from srd_lightning.losses.base import upcast
+from srd_lightning.models.calling import eval_mode, inputs_of
+from srd_lightning.models.family import family_of
 from srd_lightning.models.generation import Decoding, generate
 
 SCORED_AT_ONCE = 2048
@@ -193,12 +194,12 @@ class ReflectionBatch:
         Returns:
             ``[N]``, for the response tokens of all rows, row after row.
         """
-        rows = self.rows if rows is None else rows
+        rows, family = self.rows if rows is None else rows, family_of(getattr(self.model, "config", None))
         parts: dict[int, Tensor] = {}
         for chosen in batches_by_token_budget(np.array([len(row["input_ids"]) for row in rows]), SCORED_AT_ONCE):
             some = [rows[row] for row in chosen]
-            batch = {name: values.to(self.device) for name, values in collate(some, pad_token_id=0).items()}
-            tokens = batch["labels"][batch["labels"] != IGNORE_INDEX]
+            batch = {name: values.to(self.device) for name, values in family.collate(some, pad_token_id=0).items()}
+            tokens = lay_out(batch).targets
             values = measure(tokens, *(_logits(model, batch) for model in models))
             lengths = response_lengths(some)
             parts |= zip(chosen, torch.split(values, lengths), strict=True)
@@ -237,17 +238,17 @@ def response_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     What a model does to its logits (scaling, soft-capping) is done to these.
 
     Args:
-        model: A causal language model with transformers' ``get_output_embeddings``.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``.
+        model: A language model with transformers' ``get_output_embeddings``.
+        batch: See `check_batch`.
 
     Returns:
         ``[N, V]``, for the N response tokens of all rows, in their order.
     """
-    mask = nn.functional.pad(response_mask(batch["labels"]), (0, 1), value=False)
+    mask, _ = predicting(batch)
     head: nn.Module = cast(Any, model).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][mask][None],))
     try:
-        return cast(Tensor, model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0])
+        return cast(Tensor, model(**inputs_of(model, batch)).logits[0])
     finally:
         hook.remove()
 

@@ -11,9 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from srd_lightning.data.families import DECODER, Family
 from srd_lightning.data.templates import ChatTemplate, PromptTemplate
 from srd_lightning.distributed.fsdp2 import runs_inside
 from srd_lightning.distributed.placement import asked_sharded, shard_student
+from srd_lightning.models.family import family_of
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.protocols import GathersStudent, HasStudent
 
@@ -80,7 +82,9 @@ class ReflectingStudent:
 
     @property
     def _shards(self) -> bool:
-        return self.trainer is not None and asked_sharded(self.trainer)
+        if self.trainer is None or not asked_sharded(self.trainer):
+            return False
+        return find_family(self.given, self.module) == DECODER  # see `StudentHandle.to_ask`
 
 
 def find_tokenizer(
@@ -101,6 +105,18 @@ def find_tokenizer(
     if found is None:
         raise ValueError("SRDDataModule needs a tokenizer: pass tokenizer=, or a student that is a Pretrained")
     return cast(PreTrainedTokenizerBase, found)
+
+
+def find_family(student: Pretrained | nn.Module | None, module: Any) -> Family:
+    """Return the family of the student that a data module was given, else of the module's; else that of decoders."""
+    if student is None:
+        student = module.models_by_name()["student"] if isinstance(module, HasStudent) else _student_of(module)
+    return family_of(student.config() if isinstance(student, Pretrained) else getattr(student, "config", None))
+
+
+def _student_of(module: Any) -> nn.Module | None:
+    student = getattr(module, "student", None)
+    return student if isinstance(student, nn.Module) else None
 
 
 def _usable(student: nn.Module, remedy: str) -> nn.Module:

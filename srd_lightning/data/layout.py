@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from srd_lightning.data.batches import FIELDS
-from srd_lightning.losses.base import response_mask
+from srd_lightning.data.batches import FIELDS, fields_of, is_of_encoder_decoder
+from srd_lightning.losses.base import IGNORE_INDEX, response_mask
 
 FIRST = "first_token"
 """Name of ``[B]`` in a batch that brings along something of its tokens, ``[M, width]``, without padding: where there
@@ -91,7 +91,7 @@ class LaidOut(dict[str, Any]):
     """A batch whose layout is known; to a model, ``model(**batch)``, it is the batch.
 
     Args:
-        fields: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher.
+        fields: See `check_batch`; and what is cached of the teacher.
         layout: Of these fields, on their device.
     """
 
@@ -101,7 +101,7 @@ class LaidOut(dict[str, Any]):
 
     def without_columns(self) -> LaidOut:
         """Return its fields alone: what is cached of the teacher is large."""
-        return LaidOut({name: self[name] for name in FIELDS}, self.layout)
+        return LaidOut({name: self[name] for name in fields_of(self)}, self.layout)
 
     def parts(self) -> list[LaidOut]:
         """Return the parts in which it is to be taken, or nothing but itself; what is no field stays whole."""
@@ -133,23 +133,23 @@ class Inspected:
             moved: The batch on its device.
             layout: Made on the host.
         """
-        tensors = tuple(moved[name] for name in FIELDS)
+        tensors = tuple(moved[name] for name in fields_of(moved))
         return cls(layout.to(tensors[0].device), tensors, tuple(map(_version, tensors)))
 
     def is_of(self, batch: Any) -> bool:
         """Return whether a batch has these very fields, unchanged; the mapping may be another."""
-        known = zip(FIELDS, self.tensors, self.versions, strict=True)
-        return isinstance(batch, Mapping) and all(
-            batch.get(name) is tensor and _version(tensor) == version for name, tensor, version in known
-        )
+        if not isinstance(batch, Mapping) or len(fields := fields_of(batch)) != len(self.tensors):
+            return False
+        known = zip(fields, self.tensors, self.versions, strict=True)
+        return all(batch.get(name) is tensor and _version(tensor) == version for name, tensor, version in known)
 
 
 def lay_out(batch: Mapping[str, Tensor], packing: bool = False, max_tokens: int | None = None) -> Layout:
     """Look where what stands in a batch.
 
     Args:
-        batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each; on a GPU, to look makes the host wait.
-        packing: Also say where the tokens stand without padding.
+        batch: See `check_batch`; on a GPU, to look makes the host wait. Positions are those of ``labels``.
+        packing: Also say where the tokens stand without padding; not of an encoder-decoder, nor are there parts.
         max_tokens: Most rows times longest row of a part; a single longer row is a part of its own. By default the
             batch is taken whole.
 
@@ -161,14 +161,39 @@ def lay_out(batch: Mapping[str, Tensor], packing: bool = False, max_tokens: int 
         >>> layout.positions.tolist(), layout.targets.tolist(), layout.right_padded
         ([0, 1, 3], [6, 7, 8], True)
     """
-    mask, labels = batch["attention_mask"], batch["labels"]
-    predicts = torch.nn.functional.pad(response_mask(labels), (0, 1), value=False)
+    mask, (predicts, ahead) = batch["attention_mask"], predicting(batch)
     positions = predicts.flatten().nonzero()[:, 0]
-    targets = labels.flatten()[positions + 1].long()
-    tokens = (batch[FIRST][:, None] + mask.cumsum(1)).flatten()[positions] if FIRST in batch else None
+    targets = batch["labels"].flatten()[positions + ahead].long()
+    tokens = (batch[FIRST][:, None] + _tokens_before(batch)).flatten()[positions] if FIRST in batch else None
     packed, rows = _packed(mask, predicts) if packing else None, tuple(predicts.sum(1).tolist())
     parts = () if max_tokens is None else _parts(batch, packing, max_tokens)
     return Layout(positions, targets, pads_right(mask), packed, tokens, parts, rows)
+
+
+def predicting(batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Return which positions predict a token of the response, and how far ahead of each its label stands.
+
+    A decoder is given the labels themselves, and says at each position which token comes next. The decoder of an
+    encoder-decoder is given them one place later, and says which token stands there.
+
+    Args:
+        batch: See `check_batch`.
+
+    Returns:
+        A mask of the positions of ``labels``, ``[B, T]``, and 1 or 0.
+    """
+    labels = batch["labels"]
+    if is_of_encoder_decoder(batch):
+        return labels != IGNORE_INDEX, 0
+    return torch.nn.functional.pad(response_mask(labels), (0, 1), value=False), 1
+
+
+def _tokens_before(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of its row, prompt included, stand before the token that each position predicts."""
+    mask = batch["attention_mask"]
+    if is_of_encoder_decoder(batch):
+        return mask.sum(1, keepdim=True) + torch.arange(batch["labels"].shape[1], device=mask.device)
+    return mask.cumsum(1)
 
 
 def layout_of(batch: Mapping[str, Tensor], packing: bool = False) -> Layout:

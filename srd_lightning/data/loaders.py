@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, DistributedSampler
 
 from srd_lightning.checkpoints.resume_state import ResumableLoader
-from srd_lightning.data.batches import collate
+from srd_lightning.data.families import DECODER, Family
 from srd_lightning.data.samplers import Lengths, MakeSampler, sampler_of
 from srd_lightning.protocols import BatchColumns
 
@@ -139,13 +139,15 @@ class Collate:
         pad_token_id: What pads.
         pad_to_multiple_of: Batches are as long as their longest row, rounded up to a multiple of this.
         columns: What batches carry besides, such as what a teacher said to their rows.
+        family: Of the models that they are made for.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 1
     columns: BatchColumns | None = None
+    family: Family = DECODER
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the batch, see `collate`."""
-        batch = collate(rows, self.pad_token_id, self.pad_to_multiple_of)
+        """Return the batch, see `Family.collate`."""
+        batch = self.family.collate(rows, self.pad_token_id, self.pad_to_multiple_of)
         return batch if self.columns is None else {**batch, **self.columns(rows)}

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.contamination import find_contamination
+from srd_lightning.data.families import DECODER, Family
 from srd_lightning.data.readers import FORMATS, check_there, form_of, from_files, from_rows
 from srd_lightning.data.templates import ChatTemplate, PromptTemplate, kind_of
 from srd_lightning.data.tokenization import Report, check_first_rows, digest_of_rows, digest_of_tokens, ids_of, tokenize
@@ -42,11 +43,13 @@ class ReadRows:
         splits: Tokenised rows by split.
         reports: What happened to them, by split.
         tokenizer: That made the tokens.
+        family: Of the models that they were made for.
     """
 
     splits: dict[str, Dataset]
     reports: dict[str, Report]
     tokenizer: PreTrainedTokenizerBase
+    family: Family
 
     def __post_init__(self) -> None:
         """Know the training rows as they were read."""
@@ -114,12 +117,13 @@ class RowReader:
         if isinstance(self.data, Mapping):
             check_splits(self.data, stage)
 
-    def read(self, tokenizer: PreTrainedTokenizerBase, stage: str) -> ReadRows:
+    def read(self, tokenizer: PreTrainedTokenizerBase, stage: str, family: Family = DECODER) -> ReadRows:
         """Read and tokenise all splits, once it is seen that a stage can do with them.
 
         Args:
             tokenizer: Of the student.
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
+            family: Of the student.
 
         Raises:
             DataError: There is nothing to run on, or a row is not what it must be.
@@ -132,10 +136,10 @@ class RowReader:
         tokenised, reports = {}, {}
         for split, rows in splits.items():
             tokenised[split], reports[split] = tokenize(
-                rows, tokenizer, template, self.max_length, self.max_prompt_length, split
+                rows, tokenizer, template, self.max_length, self.max_prompt_length, split, family
             )
             rank_zero_info(f"{split}: {reports[split]}")
-        return ReadRows(tokenised, reports, tokenizer)
+        return ReadRows(tokenised, reports, tokenizer, family)
 
 
 def check_splits(splits: Iterable[str], stage: str) -> None:

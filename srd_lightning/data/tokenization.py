@@ -25,6 +25,7 @@ from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.data.families import DECODER, Family
 from srd_lightning.data.readers import unwritable_cache
 from srd_lightning.data.templates import ChatTemplate, Example, PromptTemplate, fields_read, is_missing
 from srd_lightning.digests import bytes_digest
@@ -65,12 +66,13 @@ def tokenize(
     max_length: int = 512,
     max_prompt_length: int = 256,
     split: str = "train",
+    family: Family = DECODER,
 ) -> tuple[Dataset, Report]:
     """Fill the template and tokenise; drop and count what cannot be used.
 
-    Prompt and response are tokenised apart and put together, so that the border between them is exact. The beginning
-    token stands in front if the tokenizer puts one there, the end token behind. Rows that an earlier run, or another
-    rank, has tokenised in the same way are read from disk.
+    Prompt and response are tokenised apart and put together, so that the border between them is exact; which tokens
+    frame them is the family's. Rows that an earlier run, or another rank, has tokenised in the same way are read from
+    disk.
 
     Args:
         rows: As read.
@@ -79,6 +81,7 @@ def tokenize(
         max_length: Tokens of prompt and response together; a longer response is cut, and counted.
         max_prompt_length: Tokens of the prompt; a row with a longer one is dropped, and counted.
         split: For messages.
+        family: Of the student.
 
     Returns:
         Tokenised rows and the report.
@@ -89,7 +92,7 @@ def tokenize(
     """
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     try:
-        tokenised = _tokenised(rows, tokenizer, template, lengths, split)
+        tokenised = _tokenised(rows, tokenizer, template, lengths, split, family)
     except OSError as error:
         raise unwritable_cache(error) from error
     return _drop(tokenised, split, unread_fields(rows, template))
@@ -101,8 +104,10 @@ def _tokenised(
     template: PromptTemplate | ChatTemplate,
     lengths: Mapping[str, int],
     split: str,
+    family: Family,
 ) -> Dataset:
-    file = _file(_rows_digest(rows), _tokenizer_digest(tokenizer), _template_key(template), str(lengths))
+    made_of = (_tokenizer_digest(tokenizer), _template_key(template), str(lengths), *family.made_of)
+    file = _file(_rows_digest(rows), *made_of)
     with filelock.FileLock(f"{file}.lock"):  # of several ranks the first tokenises, and the others read
         tokenised = _read(file, len(rows)) if _is_known(rows, template) else None
         if tokenised is None:
@@ -115,6 +120,7 @@ def _tokenised(
                     "ids": row_ids(rows),
                     "tokenizer": tokenizer,
                     "template": template,
+                    "family": family,
                     "split": split,
                     **lengths,
                 },
@@ -244,6 +250,7 @@ def _tokenize_batch(
     ids: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     template: PromptTemplate | ChatTemplate,
+    family: Family,
     max_length: int,
     max_prompt_length: int,
     split: str,
@@ -252,14 +259,11 @@ def _tokenize_batch(
     examples = [
         _fill(template, row, ids[index], f"{split} row {index}") for row, index in zip(rows, indices, strict=True)
     ]
-    prefix = _beginning(tokenizer)
-    prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
-    responses = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
+    texts = [example.prompt for example in examples], [example.response for example in examples]
+    prompts, responses = family.tokens(tokenizer, *texts)
     columns: dict[str, list[Any]] = {name: [] for name in TOKENISED}
     for index, example, prompt, response in zip(indices, examples, prompts, responses, strict=True):
-        if prompt[: len(prefix)] != prefix:
-            prompt = prefix + prompt
-        full = [*prompt, *response, tokenizer.eos_token_id]
+        full = [*prompt, *response]
         columns["id"].append(ids[index])
         columns["prompt"].append(example.prompt)
         columns["response"].append(example.response)
@@ -277,12 +281,6 @@ def _fill(template: PromptTemplate | ChatTemplate, row: Mapping[str, Any], row_i
     except (KeyError, ValueError) as error:  # a template of one's own may raise its own
         known = "" if row_id is None else f" (id {row_id})"
         raise DataError(f"{name}{known}: {error.args[0]}") from error
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the token that the tokenizer puts in front of every text, if it does so."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def _reason_to_drop(example: Example, prompt_length: int, max_prompt_length: int) -> str:

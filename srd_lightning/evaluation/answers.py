@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.batches import check_batch, prompts_and_responses
+from srd_lightning.models.family import is_encoder_decoder
 from srd_lightning.models.generation import Decoding, generate
 
 
@@ -19,19 +20,20 @@ def answers(
     Args:
         student: Who answers; where it is sharded all ranks must ask, also those without a row, see `generate`.
         tokenizer: Of the student.
-        batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each.
+        batch: See `check_batch`.
         decoding: How answers are generated.
 
     Raises:
         DataError: The batch is not what it must be.
     """
-    check_batch(batch)
+    two_texts = is_encoder_decoder(student)
+    check_batch(batch, encoder_decoder=two_texts)
     rows = [(prompt, response) for prompt, response in prompts_and_responses(batch) if response]
     prompts, limits = [prompt for prompt, _ in rows], decoding.limits([len(response) for _, response in rows])
     found = generate(student, tokenizer, prompts, decoding, limits=limits)
     return [
         {
-            "prompt": tokenizer.decode(prompt),
+            "prompt": tokenizer.decode(prompt, skip_special_tokens=two_texts),  # of one text they may be the template's
             "response": tokenizer.decode(response, skip_special_tokens=True).strip(),
             "answer": answer,
         }

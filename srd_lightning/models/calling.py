@@ -1,4 +1,4 @@
-"""How a causal language model is called, so that padding and settings of its own do not change what it computes."""
+"""How a language model is called, so that padding and settings of its own do not change what it computes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,40 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from srd_lightning.data.batches import DECODER_INPUT, is_of_encoder_decoder
 from srd_lightning.data.layout import LaidOut, pads_right
+from srd_lightning.errors import ModelError
+from srd_lightning.models.family import is_encoder_decoder
 
 
 def logits_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return all logits of a model, ``[B, T, V]``.
+    """Return all logits of a model, ``[B, T, V]``, at the positions of ``labels``.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask``, and returns an object with ``logits``.
-        batch: Has both; of one whose layout is not known the device is asked for it.
+        model: Takes `inputs_of` a batch, and returns an object with ``logits``.
+        batch: See `check_batch`; of one whose layout is not known the device is asked for it.
     """
-    mask = batch["attention_mask"]
+    return cast(Tensor, model(**inputs_of(model, batch)).logits)
+
+
+def inputs_of(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what of a batch a model is called with, and what else it must be told of it.
+
+    Raises:
+        ModelError: The batch is made for a decoder and the model an encoder-decoder, or the other way round.
+    """
+    mask, two_texts = batch["attention_mask"], is_of_encoder_decoder(batch)
+    if two_texts != is_encoder_decoder(model):
+        kinds = ("a decoder", "an encoder-decoder")
+        raise ModelError(
+            f"this batch is made for {kinds[two_texts]}, but {type(model).__name__} is {kinds[not two_texts]}; choose "
+            "models of one family"
+        )
+    given: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    if two_texts:
+        return given | {DECODER_INPUT: batch[DECODER_INPUT]} | router_off(model)
     on_right = batch.layout.right_padded if isinstance(batch, LaidOut) else pads_right(mask)
-    given = extras(model, mask, on_right)
-    return cast(Tensor, model(input_ids=batch["input_ids"], attention_mask=mask, **given).logits)
+    return given | extras(model, mask, on_right)
 
 
 def extras(model: nn.Module, attention_mask: Tensor, right_padded: bool) -> dict[str, Any]:

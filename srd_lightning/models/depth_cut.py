@@ -41,8 +41,13 @@ def check_layers(config: Any, layers: Sequence[int]) -> None:
 
     Raises:
         SettingError: A number is out of range, repeated or out of order.
-        ModelError: The model does not say how many layers it has.
+        ModelError: It is an encoder-decoder, or does not say how many layers it has.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"keep_layers cuts decoders, but {type(config).__name__} is of an encoder-decoder, which has two stacks of "
+            "layers; leave it out, and choose a smaller student"
+        )
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if not isinstance(depth, int):
         raise ModelError(f"keep_layers cannot be used with {type(config).__name__}, which has no num_hidden_layers")

@@ -46,6 +46,20 @@ def check_files(name: str, gguf_file: str | None) -> None:
         )
 
 
+def model_of_adapter(name: str) -> str | None:
+    """Return the name of the model that the adapter in a folder belongs to, if that is all that there is in it."""
+    folder = Path(name)
+    if not (folder / ADAPTER).is_file() or (folder / CONFIG).is_file():
+        return None
+    try:
+        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / ADAPTER} is damaged ({type(error).__name__}: {error}); copy it again") from error
+    if not isinstance(base, str):
+        raise ModelError(f"{folder / ADAPTER} names no base_model_name_or_path; write there which model it belongs to")
+    return base
+
+
 def _instead(folder: Path, suffix: str) -> str:
     found = sorted(path.name for path in folder.glob(f"*{suffix}"))
     return f", but {', '.join(found[:5])}; name one of these" if found else "; copy it there, or name another folder"

@@ -15,10 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
+from srd_lightning.data.batches import padded
+from srd_lightning.data.families import EncoderDecoder
 from srd_lightning.distributed.fsdp2 import runs_inside
 from srd_lightning.errors import SettingError
 from srd_lightning.models.calling import eval_mode
+from srd_lightning.models.family import family_of
 from srd_lightning.models.lockstep import lockstep
 
 ROUND = 16
@@ -38,7 +42,8 @@ class Decoding:
         temperature: 0 is greedy; above 0 tokens are sampled.
         top_p: Sample from the smallest set of tokens with this probability; 1 is all.
         top_k: Sample from this many tokens; 0 is all.
-        no_repeat_ngram_size: Forbid n-grams of this size to repeat, prompt included; 0 allows them.
+        no_repeat_ngram_size: Forbid n-grams of this size to repeat, prompt included but for encoder-decoders; 0 allows
+            them.
         seed: Of the sampling.
         max_length_ratio: Stop an answer that is this many times as long as the reference response, in tokens (but
             none before 8), where there is one; by default only ``max_new_tokens`` stops it.
@@ -202,19 +207,30 @@ def _answer_in_rounds(
     running, steps, cache = list(range(len(prompts))), 0, None
     if not prompts:
         return []
-    input_ids, attention_mask = _pad_left(prompts, config.pad_token_id, next(model.parameters()).device)
+    family, device, states = family_of(getattr(model, "config", None)), next(model.parameters()).device, None
+    if isinstance(family, EncoderDecoder):  # prompts are read once; answers begin with a token that is none of theirs
+        ids, attention_mask = padded(prompts, config.pad_token_id), padded([[1] * len(ids) for ids in prompts], 0)
+        ids, attention_mask = ids.to(device), attention_mask.to(device)
+        states = model.get_encoder()(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+        text = ids.new_full((len(prompts), 1), family.decoder_start_token_id)
+        config.decoder_start_token_id = family.decoder_start_token_id
+    else:
+        text, attention_mask = _pad_left(prompts, config.pad_token_id, device)
     while running:
         of_round = copy.copy(config)
         of_round.max_new_tokens = min(ROUND, max(limits[row] for row in running) - steps)
+        given: dict[str, Any] = {"input_ids": text}
+        if states is not None:
+            given = {"decoder_input_ids": text, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
         output = model.generate(
-            input_ids=input_ids,
+            **given,
             attention_mask=attention_mask,
             past_key_values=cache,
             generation_config=of_round,
             **({"synced_gpus": False} if runs_inside(model) else {}),  # ranks are in lockstep already
             logits_processor=LogitsProcessorList([] if changes is None else [changes(attention_mask)]),
         )
-        new = output.sequences[:, input_ids.shape[1] :]
+        new = output.sequences[:, text.shape[1] :]
         steps += new.shape[1]
         for row, ids in zip(running, new.tolist(), strict=True):
             answers[row] += ids
@@ -224,12 +240,15 @@ def _answer_in_rounds(
             if steps < limits[row] and not set(ids) & set(config.eos_token_id)
         ]
         running = [running[place] for place in left]
-        places = torch.tensor(left, dtype=torch.int64, device=input_ids.device)
-        input_ids = output.sequences[places]
-        attention_mask = torch.cat([attention_mask[places], torch.ones_like(new[places])], dim=1)
+        places = torch.tensor(left, dtype=torch.int64, device=device)
+        text, attention_mask = output.sequences[places], attention_mask[places]
+        if states is None:
+            attention_mask = torch.cat([attention_mask, torch.ones_like(new[places])], dim=1)
+        else:
+            states = states[places]
         cache = getattr(output, "past_key_values", None)
-        if not isinstance(cache, Cache):  # there may be none, and others may not know which rows they hold
-            cache = None  # the next round begins with the whole text
+        if not isinstance(cache, Cache) or states is not None:  # there may be none, others may not know their rows, and
+            cache = None  # BART's decoder forgets its place: the next round begins with the whole text
         elif running:
             cache.reorder_cache(places)  # meant for beams
     return answers

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from srd_lightning.data.batches import DECODER_INPUT
 from srd_lightning.distributed.fsdp2 import blocks, inside, release, runs_inside
 from srd_lightning.distributed.process_group import Ranks, reason_of
 from srd_lightning.errors import RankError
 from srd_lightning.models.calling import eval_mode, logits_of
+from srd_lightning.models.family import is_encoder_decoder
 
 _IN_LOCKSTEP: WeakSet[nn.Module] = WeakSet()
 
@@ -115,7 +117,8 @@ class _Pace:
     def pass_along(self) -> None:
         """Make a pass with a dummy token, since others make one."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        logits_of(self._model, {"input_ids": token, "attention_mask": torch.ones_like(token)})
+        batch = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        logits_of(self._model, batch | ({DECODER_INPUT: token} if is_encoder_decoder(self._model) else {}))
 
     def tell(self, error: Exception) -> None:
         """Let the others know why this rank fails, unless they are in a pass, where they cannot listen."""

@@ -11,14 +11,21 @@ from typing import Any, cast
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from srd_lightning.digests import bytes_digest, file_digest
 from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_one_line, lacks_memory
 from srd_lightning.models.depth_cut import check_layers, keep_layers
-from srd_lightning.models.files import ADAPTER, CONFIG, check_files
-from srd_lightning.models.soundness import check_causal, check_decoder, check_weights
+from srd_lightning.models.family import family_of, is_encoder_decoder
+from srd_lightning.models.files import ADAPTER, CONFIG, check_files, model_of_adapter
+from srd_lightning.models.soundness import check_causal, check_weights
 from srd_lightning.models.vocabulary import check_ends, check_tokens
 
 ON_CPUS = ("eager", "sdpa")
@@ -27,14 +34,16 @@ ON_CPUS = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A causal language model and its tokenizer, by name; nothing is loaded until it is asked for.
+    """A language model and its tokenizer, by name; nothing is loaded until it is asked for.
+
+    A decoder, or an encoder-decoder such as T5: its configuration says which.
 
     Args:
         name: Folder or hub id.
         dtype: Type of the weights, such as ``bfloat16``. Keep a student that trains in ``float32``.
         revision: Branch, tag or commit on the hub.
         gguf_file: File in the folder or repository to read (and dequantize) instead of safetensors.
-        keep_layers: Numbers, from 0, of the decoder layers to keep; cuts a student in depth out of its teacher.
+        keep_layers: Numbers, from 0, of the layers of a decoder to keep; cuts a student in depth out of its teacher.
         lora: Arguments of ``peft.LoraConfig``; only the adapters then train. Needs the ``lora`` extra.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, …; the model's own choice by default.
         trust_remote_code: Run code that comes with the weights.
@@ -68,7 +77,7 @@ class Pretrained:
 
         Raises:
             MissingDataError: There is no such folder or hub id, or the hub cannot be reached.
-            ModelError: Its files are damaged, it is no causal language model, or it does not know all tokens.
+            ModelError: Its files are damaged, it is no language model, or it does not know all tokens.
             SettingError: Another setting does not fit the model, or needs a package that is not installed.
         """
         check_files(self.name, self.gguf_file)
@@ -79,7 +88,7 @@ class Pretrained:
         if (Path(self.name) / ADAPTER).is_file() and not (Path(self.name) / CONFIG).is_file():
             return  # an adapter, whose model is elsewhere
         config = self.config()
-        check_decoder(config, self.name)
+        family_of(config)  # which an encoder-decoder must say in full
         if self.keep_layers is not None:
             check_layers(config, self.keep_layers)
         if tokenizer is not None:
@@ -91,9 +100,11 @@ class Pretrained:
 
         Raises:
             MissingDataError: There is none of this name.
-            ModelError: It is damaged, or of no causal language model.
+            ModelError: It is damaged, or of no language model.
             SettingError: ``gguf_file`` needs a package that is not installed.
         """
+        if (base := model_of_adapter(self.name)) is not None:
+            return replace(self, name=base, revision=None).config()
         options: dict[str, Any] = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         try:
             config = AutoConfig.from_pretrained(
@@ -108,12 +119,14 @@ class Pretrained:
                     f"{file} cannot be used ({_in_short(error)}); copy it again, or name another folder"
                 ) from error
             raise _not_found(self.name, error) from error
-        own_code = self.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-            check_decoder(config, self.name)
+        kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        if getattr(config, "is_encoder_decoder", False):
+            kinds = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        own_code = self.trust_remote_code and _auto_class(config).__name__ in (getattr(config, "auto_map", None) or {})
+        if type(config) not in kinds and not own_code:
             raise ModelError(
-                f"{self.name} is of type {config.model_type}, which transformers have no causal language model for; an "
-                "image-text model can be loaded with its own class and be given as a module in Python"
+                f"{self.name} is of type {config.model_type}, which transformers have no language model of text for; "
+                "an image-text model can be loaded with its own class and be given as a module in Python"
             )
         return config
 
@@ -142,7 +155,7 @@ class Pretrained:
                 model, cross_entropy=False, fused_linear_cross_entropy=False
             )
         if self.lora is not None:
-            config = self._lora()
+            config = self._lora("SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM")
             with torch.random.fork_rng():
                 torch.manual_seed(0)  # the same adapters on every rank and in every run
                 try:
@@ -159,9 +172,10 @@ class Pretrained:
             from transformers import GgufConfig  # transformers >= 5 only
 
             options |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+        auto_class = AutoModelForCausalLM if self.gguf_file is not None else _auto_class(self.config())
         try:
             with torch.device("cpu"):  # where Lightning says otherwise, every GPU would hold what is to be spread
-                model, found = AutoModelForCausalLM.from_pretrained(
+                model, found = auto_class.from_pretrained(
                     self.name, revision=self.revision, output_loading_info=True, **options
                 )
         except Exception as error:
@@ -186,9 +200,9 @@ class Pretrained:
                 f"{self.name} cannot have attn_implementation {self.attn_implementation}: {_in_short(error)}"
             ) from error
 
-    def _lora(self) -> Any:
+    def _lora(self, task: str = "CAUSAL_LM") -> Any:
         try:
-            return _extra("peft", "lora").LoraConfig(task_type="CAUSAL_LM", **cast(dict[str, Any], self.lora))
+            return _extra("peft", "lora").LoraConfig(task_type=task, **cast(dict[str, Any], self.lora))
         except (TypeError, ValueError) as error:
             raise SettingError(f"lora has settings that peft.LoraConfig does not take: {_in_short(error)}") from error
 
@@ -242,6 +256,10 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         ) from error
     check_ends(tokenizer)
     return tokenizer
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def _not_found(name: str, error: Exception) -> MissingDataError:

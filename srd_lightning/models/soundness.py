@@ -1,4 +1,4 @@
-"""What a student and a teacher must be: decoders that do not see the answer, with weights that are numbers."""
+"""What a student and a teacher must be: models that do not see the answer, with weights that are numbers."""
 
 from __future__ import annotations
 
@@ -9,30 +9,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.data.batches import DECODER_INPUT
 from srd_lightning.errors import ModelError, in_one_line
 from srd_lightning.models.calling import eval_mode
+from srd_lightning.models.family import family_of, is_encoder_decoder
 from srd_lightning.models.vocabulary import check_tokens
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Of the logits by type, relative to the largest: how far another last token may change those before it by rounding."""
 HALF_TOLERANCE = 2e-2
-
-
-def check_decoder(config: Any, name: str) -> None:
-    """Check that a model is no encoder-decoder, as far as its configuration says.
-
-    Args:
-        config: Of the model, if it has one.
-        name: Of the model, for the message.
-
-    Raises:
-        ModelError: It is one.
-    """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder ({type(config).__name__}), whose encoder would see the answer that it is to "
-            "learn; students and teachers must be decoders, such as GPT-2 or Llama"
-        )
 
 
 @torch.no_grad()
@@ -42,19 +27,23 @@ def check_causal(model: nn.Module, name: str) -> None:
     Takes a forward pass of eight tokens. Models in half precision on a CPU, where that is slow, are believed.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask``, returns an object with ``logits``.
+        model: Takes ``input_ids`` and ``attention_mask``, and as an encoder-decoder ``decoder_input_ids``; returns an
+            object with ``logits``.
         name: Of the model, for the message.
 
     Raises:
-        ModelError: It looks ahead, as encoders and encoder-decoders do, or it cannot be called like that.
+        ModelError: It looks ahead, as encoders do, or it cannot be called like that.
     """
     weight = next(model.parameters())
     if isinstance(weight, DTensor) or weight.is_meta or (weight.is_cpu and weight.dtype != torch.float32):
         return
     tokens = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]], device=weight.device)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if is_encoder_decoder(model):
+        given |= {"input_ids": tokens[:1].repeat(2, 1), DECODER_INPUT: tokens}
     with eval_mode(model):
         try:
-            output = cast(Any, model)(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+            output = cast(Any, model)(**given)
             first, second = cast(Tensor, output.logits[:, :-1].float())
         except (TypeError, AttributeError) as error:
             raise ModelError(
@@ -108,7 +97,7 @@ def check_module(model: nn.Module, name: str, tokenizer: PreTrainedTokenizerBase
     Raises:
         ModelError: It cannot be a student or a teacher.
     """
-    check_decoder(getattr(model, "config", None), name)
+    family_of(getattr(model, "config", None))  # which an encoder-decoder must say in full
     check_weights(model, name)
     if tokenizer is not None and hasattr(model, "get_input_embeddings"):
         check_tokens(len(cast(Any, model).get_input_embeddings().weight), tokenizer, name)

@@ -14,13 +14,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from srd_lightning.data.layout import Packed, layout_of
+from srd_lightning.data.batches import DECODER_INPUT, is_of_encoder_decoder
+from srd_lightning.data.layout import Packed, lay_out, layout_of
 from srd_lightning.distributed.fsdp2 import inside
 from srd_lightning.errors import ModelError, lacks_memory
 from srd_lightning.losses.auxiliary import LAST
-from srd_lightning.losses.base import response_mask
 from srd_lightning.losses.head import Head
 from srd_lightning.models.calling import eval_mode, extras, logits_of, router_off
+from srd_lightning.models.encoder_decoder import SplitEncoderDecoder
+from srd_lightning.models.family import is_encoder_decoder
+from srd_lightning.models.output_head import output_head
 
 Batch = Mapping[str, Tensor]
 SAMPLE = 32
@@ -32,7 +35,7 @@ class CannotSplit(ValueError):
 
 
 class BodyAndHead(Protocol):
-    """What is asked of a model in two parts. Another family, such as encoder-decoders, is one more class like this."""
+    """What is asked of a model in two parts. Another family is one more class like these two."""
 
     @property
     def model(self) -> nn.Module:
@@ -98,26 +101,17 @@ class SplitModel:
         return whole.base_model
 
     def head(self) -> Head:
-        """Return the head as it is now; weights of LoRA are part of it, and get their gradient through it."""
-        module = cast(Any, self.model).get_output_embeddings()
-        config = cast(Any, self.model).config.get_text_config()
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)
-        if hasattr(module, "modules_to_save"):  # PEFT's: a trained copy of the head
-            module = module.modules_to_save[module.active_adapter]
-        weight = module.weight
-        if hasattr(module, "base_layer") and not module.merged:
-            weight = sum((module.get_delta_weight(adapter) for adapter in module.active_adapters), weight)
-        return Head(weight, module.bias, scale, cap)
+        """See `BodyAndHead.head`."""
+        return output_head(self.model)
 
 
-def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
+def split(model: nn.Module, batch: Batch, packing: bool = False) -> BodyAndHead:
     """Take a model apart, and see on a few tokens that the parts give its own logits.
 
     Args:
-        model: A causal language model.
+        model: A language model.
         batch: Its first row lends its tokens.
-        packing: As in `SplitModel`.
+        packing: As in `SplitModel`; not with an encoder-decoder.
 
     Returns:
         The parts.
@@ -126,7 +120,7 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         CannotSplit: They do not, with the reason.
         ModelError: Packed rows do not get the states that they get alone.
     """
-    parts = SplitModel(model)
+    parts: BodyAndHead = SplitEncoderDecoder(model) if is_encoder_decoder(model) else SplitModel(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise CannotSplit(f"{type(model).__name__} has no output head that get_output_embeddings() returns")
@@ -136,7 +130,8 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         raise CannotSplit("the adapter of the output head is a variant of LoRA, such as DoRA")
     sample = _sample(batch)
     with eval_mode(model), torch.no_grad():
-        logits = logits_of(model, sample)[:, :-1][response_mask(sample["labels"])]  # what fails here, fails as a whole
+        every = logits_of(model, sample).flatten(0, 1)  # what fails here, fails as a whole
+        logits = every.index_select(0, lay_out(sample).positions)
         try:
             found = inside(model, lambda: parts.head()(parts.hidden(sample)))
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -146,8 +141,10 @@ def split(model: nn.Module, batch: Batch, packing: bool = False) -> SplitModel:
         if found.shape != logits.shape or _difference(found, logits) > _tolerance(logits):
             raise CannotSplit(f"body and head of {type(model).__name__} give other logits than the whole")
         if packing:
-            _check_packing(parts, SplitModel(model, packing=True), sample)
-    return SplitModel(model, packing)
+            packed = SplitModel(model, packing=True)
+            _check_packing(parts, packed, sample)
+            return packed
+    return parts
 
 
 def _sample(batch: Batch) -> dict[str, Tensor]:
@@ -156,10 +153,15 @@ def _sample(batch: Batch) -> dict[str, Tensor]:
     input_ids = torch.cat([input_ids, input_ids.flip(1)])
     mask = torch.ones_like(input_ids)
     mask[-1, 1 + input_ids.shape[1] // 2 :] = 0
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    sample = {"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.masked_fill(mask == 0, -100)}
+    if is_of_encoder_decoder(batch):
+        said = batch[DECODER_INPUT][:1, :SAMPLE]
+        sample[DECODER_INPUT] = torch.cat([said, said.flip(1)])
+        sample["labels"] = sample[DECODER_INPUT]
+    return sample
 
 
-def _check_packing(alone: SplitModel, packed: SplitModel, sample: Batch) -> None:
+def _check_packing(alone: BodyAndHead, packed: SplitModel, sample: Batch) -> None:
     expected = alone.hidden(sample)
     if _difference(packed.hidden(sample), expected) > _tolerance(expected):
         attention = getattr(cast(Any, alone.model).config, "_attn_implementation", "unknown")

@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from srd_lightning.data.batches import collate
 from srd_lightning.data.samplers import batches_by_token_budget
 from srd_lightning.data.tokenization import lengths_of, response_lengths
 from srd_lightning.distributed.fsdp2 import inside, release
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError, StorageError
 from srd_lightning.losses.head import Head
+from srd_lightning.models.family import family_of
 from srd_lightning.models.lockstep import share
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.models.split import BodyAndHead, CannotSplit, split
@@ -152,7 +152,7 @@ def _text_config(source: Pretrained | nn.Module) -> Any:
 
 def _take_apart(model: nn.Module, rows: Dataset, device: torch.device) -> BodyAndHead:
     try:
-        return split(model, _batch([rows[0]], device))
+        return split(model, _batch([rows[0]], model, device))
     except CannotSplit as error:
         raise ModelError(f"this teacher cannot be cached, set teacher_cache to none: {error}") from error
 
@@ -177,7 +177,7 @@ def _fill(
             check()
             some = rows.select(batch).to_list()
             with torch.no_grad():
-                hidden, kept = inside(parts.model, functools.partial(look, _batch(some, device)))
+                hidden, kept = inside(parts.model, functools.partial(look, _batch(some, parts.model, device)))
             _check_finite(some, hidden, kept, parts.model)
             cache.append(some, kept)
             progress.update(len(batch))
@@ -210,5 +210,6 @@ def _check_finite(
     )
 
 
-def _batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
-    return {name: values.to(device) for name, values in collate(rows, pad_token_id=0).items()}
+def _batch(rows: Sequence[Mapping[str, Any]], model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    family = family_of(getattr(model, "config", None))
+    return {name: values.to(device) for name, values in family.collate(rows, pad_token_id=0).items()}

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.data.families import DECODER
 from srd_lightning.distributed.placement import check_placement, shards_student
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import LAST, check_auxiliary
@@ -22,6 +23,7 @@ from srd_lightning.losses.base import DistillationLoss, needs_all_logits
 from srd_lightning.losses.by_token import has_token_temperatures
 from srd_lightning.losses.checks import check_loss
 from srd_lightning.losses.top_k import POWERS
+from srd_lightning.models.family import family_of
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.models.soundness import check_module
 from srd_lightning.models.vocabulary import check_same_tokenizer
@@ -48,6 +50,7 @@ def check_run(module: Any, trainer: Trainer) -> None:
         check_parts(trainer, step.micro_batch_tokens, module.loss, teacher.placement)
     else:
         check_parts(trainer, step.micro_batch_tokens, module.loss, "replicate")
+    check_families(module.models_by_name(), step)
     if trains and len(module.auxiliary):
         check_hidden_states(trainer, module)
     if trains:
@@ -93,6 +96,38 @@ def check_same_family(student: Pretrained, teacher: Pretrained, tokenizer: PreTr
         rank_zero_warn(
             f"student and teacher are the same model {student.name}: the distillation loss begins at 0, and only holds "
             "the student where it is"
+        )
+
+
+def check_families(models: Mapping[str, Any], step: Any) -> None:
+    """Check that student and teacher are of one family, and that a step can do with it what it is asked to.
+
+    Args:
+        models: ``student`` and ``teacher``: a model, a `Pretrained`, or nothing.
+        step: The `DistillationStep`.
+
+    Raises:
+        ModelError: One is a decoder and the other an encoder-decoder, or their decoders begin with different tokens.
+        SettingError: A setting is for decoders only.
+    """
+    families = {
+        name: family_of(model.config() if isinstance(model, Pretrained) else getattr(model, "config", None))
+        for name, model in models.items()
+        if model is not None
+    }
+    student, teacher = families["student"], families.get("teacher", families["student"])
+    if student != teacher:
+        raise ModelError(
+            f"the student is of the family {student} and the teacher {teacher}, so no batch is made for both; choose "
+            "two decoders, or two encoder-decoders whose decoders begin with the same token"
+        )
+    if student == DECODER:
+        return
+    settings = {"packing": step.packing, "compile": step.compile, "micro_batch_tokens": step.micro_batch_tokens}
+    if asked := [name for name, value in settings.items() if value]:
+        raise SettingError(
+            f"{asked[0]} is for decoders, but the student is an encoder-decoder; leave it out, and for less memory "
+            "take a smaller batch_size and accumulate_grad_batches of the trainer"
         )
 
 

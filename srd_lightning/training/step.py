@@ -12,17 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from srd_lightning.data.batches import check_batch, problem_of
-from srd_lightning.data.layout import Inspected, LaidOut, Layout, lay_out, layout_of
+from srd_lightning.data.layout import Inspected, LaidOut, Layout, lay_out, layout_of, predicting
 from srd_lightning.distributed.fsdp2 import inside, is_sharded, release
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError, SettingError
 from srd_lightning.losses.auxiliary import LAST, AuxiliaryLoss
-from srd_lightning.losses.base import DistillationLoss, needs_all_logits, upcast
+from srd_lightning.losses.base import IGNORE_INDEX, DistillationLoss, needs_all_logits, upcast
 from srd_lightning.losses.checks import check_scalar
 from srd_lightning.losses.chunked import Objective, chunked_objective
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.models.calling import logits_of
+from srd_lightning.models.family import is_encoder_decoder
 from srd_lightning.models.split import BodyAndHead, CannotSplit, split
 from srd_lightning.models.vocabulary import vocabulary_size
 from srd_lightning.teacher.live import CachedTeacher, LiveTeacher, Teacher
@@ -77,7 +78,7 @@ class DistillationStep:
 
     def inspect(self, batch: Any) -> Layout | None:
         """Return the layout of a batch, if it is sound, while it is on the host; if not, the step will say so."""
-        sound = self.student is not None and problem_of(batch, self._tokens) is None
+        sound = self.student is not None and problem_of(batch, self._tokens, self._encoder_decoder) is None
         return self._lay_out(batch) if sound else None
 
     def expect(self, batch: Any, layout: Layout | None) -> None:
@@ -96,7 +97,7 @@ class DistillationStep:
         """
         if self._inspected is not None and self._inspected.is_of(batch):
             return LaidOut(batch, self._inspected.layout)
-        return LaidOut(batch, self._lay_out(check_batch(batch, self._tokens, name)))
+        return LaidOut(batch, self._lay_out(check_batch(batch, self._tokens, name, self._encoder_decoder)))
 
     def _lay_out(self, batch: Batch) -> Layout:
         return lay_out(batch, self.packing, self.micro_batch_tokens)
@@ -104,6 +105,10 @@ class DistillationStep:
     @property
     def _tokens(self) -> int | None:
         return self.vocabulary or vocabulary_size(self.student)
+
+    @property
+    def _encoder_decoder(self) -> bool:
+        return is_encoder_decoder(self.student)
 
     def objective(
         self,
@@ -116,8 +121,7 @@ class DistillationStep:
         """Return the objective of a batch, taken in parts where it is large.
 
         Args:
-            batch: ``input_ids``, ``attention_mask``, ``labels``, ``[B, T]`` each, and what is cached of the teacher;
-                see `laid_out`.
+            batch: See `check_batch`; and what is cached of the teacher; see `laid_out`.
             loss: The distillation loss.
             kd_weight: Its share.
             num_tokens: What sums over tokens are divided by, a scalar; by default their number.
@@ -262,7 +266,7 @@ class DistillationStep:
                 logits = logits[..., : self.vocabulary]
                 full = teacher.new_zeros(logits.shape[:2].numel(), teacher.shape[-1])
                 full = full.index_copy_(0, positions, teacher).view(*logits.shape[:2], -1)
-                kd = check_scalar(loss, loss(logits, full, batch["labels"]))
+                kd = check_scalar(loss, loss(*_as_of_decoder(logits, full, batch)))
             else:
                 kd = loss.of_tokens(own(), teacher, count, batch.layout.rows)
             total = total + kd_weight * kd
@@ -283,6 +287,15 @@ class DistillationStep:
 def _rows_of(logits: Tensor, positions: Tensor, vocabulary: int | None) -> Tensor:
     """Take ``[N, V]`` out of ``[B, T, V]``."""
     return logits.flatten(0, 1).index_select(0, positions)[:, :vocabulary]
+
+
+def _as_of_decoder(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits of student and teacher and the labels, where each position predicts the label of the next."""
+    _, ahead = predicting(batch)
+    if ahead == 1:
+        return student, teacher, batch["labels"]
+    pad = nn.functional.pad
+    return pad(student, (0, 0, 0, 1)), pad(teacher, (0, 0, 0, 1)), pad(batch["labels"], (1, 0), value=IGNORE_INDEX)
 
 
 def _all_logits(what: object, reason: str) -> str:

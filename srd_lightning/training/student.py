@@ -12,6 +12,7 @@ from srd_lightning.distributed.fsdp2 import is_sharded, runs_inside, whole_tenso
 from srd_lightning.distributed.placement import asked_sharded, shard_student, shards_student, whole_weights
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import ModelError
+from srd_lightning.models.family import is_encoder_decoder
 from srd_lightning.models.lockstep import lockstep
 from srd_lightning.models.pretrained import Pretrained
 
@@ -90,11 +91,14 @@ class StudentHandle:
     def to_ask(self, student: nn.Module, module: LightningModule) -> nn.Module:
         """Return the student as `generate` takes it, on all ranks together: as it is, else a copy with all weights.
 
+        An encoder-decoder is copied too: its decoder makes many passes for one of its encoder, so ranks that generate
+        unlike numbers of tokens would not stay together.
+
         Args:
             student: Of the module.
             module: With its trainer.
         """
-        as_it_is = self._skeleton is None or asked_sharded(module.trainer)
+        as_it_is = self._skeleton is None or (asked_sharded(module.trainer) and not is_encoder_decoder(student))
         return student if as_it_is else cast(nn.Module, self.gather(student, module))
 
     def begin_answering(self, student: nn.Module, module: LightningModule) -> None:
