@@ -1,50 +1,36 @@
-"""Tiny random models of many architectures: cut in depth, saved and loaded; what sees the answer is refused."""
-
-import inspect
+"""Tiny random models of many architectures: curated, trained, tested, exported, cut in depth, loaded again."""
 
 import pytest
+import references
 import torch
+from families import ENCODER_DECODERS, own_loss, said_alone, tiny
+from lightning import Trainer
+from tiny import QUIET, make_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
-from transformers.utils import logging
 
+from srd_lightning import CacheSettings, ForwardKL, HuggingFaceExport, KDLightningModule, SRDDataModule
+from srd_lightning.criteria import NegativeLogLikelihood
+from srd_lightning.criteria.base import ReflectionBatch
 from srd_lightning.errors import ModelError
 from srd_lightning.models.depth_cut import keep_layers
+from srd_lightning.models.family import family_of
 from srd_lightning.models.generation import Decoding, generate
 from srd_lightning.models.soundness import check_causal, check_module
+from srd_lightning.training.step import DistillationStep
 
-DEPTH = 4
-PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95]]
-SIZES = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": DEPTH,
-    "head_dim": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "n_groups": 1,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_d_ssm": 64,
-    "state_size": 8,
-    "num_heads": 4,
-    "use_mamba_kernels": False,
+RUNS = {
+    "llama": {},
+    "gpt2": {"n_positions": 600, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 4},
+    "mixtral": {"output_router_logits": True},
+    "qwen3_moe": {},
+    "mamba": {},
+    **ENCODER_DECODERS,
 }
-"""Of whatever a configuration has of these."""
+"""Settings of architectures that go through all that there is."""
+PROMPTS = [[70, 71, 72], [80], [90, 91, 92, 93, 94, 95]]
 SPARSE = {"mlp_only_layers": [2], "decoder_sparse_step": 2}
 LATENT = {
     "q_lora_rank": 8,
@@ -93,16 +79,6 @@ REFUSED = {
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid"], "num_mem_blocks": 2, "num_heads": 4},
 }
 """Settings of architectures whose layers differ in what no setting can say of a cut."""
-
-
-def tiny(name, **settings):
-    """Return a random model of an architecture, small in what its configuration has."""
-    logging.set_verbosity_error()
-    kind = CONFIG_MAPPING[name]
-    names = {*inspect.signature(kind).parameters, *dir(kind), *kind.attribute_map}
-    sizes = {kind.attribute_map.get(size, size): value for size, value in SIZES.items() if size in names}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(kind(**{**sizes, **settings})).eval()
 
 
 @torch.no_grad()
@@ -154,18 +130,6 @@ class TestWhatSeesTheAnswer:
         with pytest.raises(ModelError, match="XLNetLMHeadModel is no causal language model"):
             check_module(model, "the teacher", None)
 
-    @pytest.mark.parametrize("name", ["t5", "mt5", "bart"])
-    def test_encoder_decoders_by_name(self, name):
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "encoder_ffn_dim": 32}
-        sizes |= {"encoder_layers": 1, "decoder_layers": 1, "decoder_ffn_dim": 32, "vocab_size": 384}
-        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
-        kind = CONFIG_MAPPING[name]
-        config = kind(**{size: value for size, value in sizes.items() if size in inspect.signature(kind).parameters})
-        with pytest.raises(
-            ModelError, match=f"^the student is an encoder-decoder .{kind.__name__}., whose encoder would see"
-        ):
-            check_module(AutoModelForSeq2SeqLM.from_config(config), "the student", None)
-
 
 @pytest.mark.parametrize("name", ["llama", "rwkv"])
 def test_answers_do_not_depend_on_the_rows_beside(name):
@@ -183,3 +147,97 @@ def test_who_answers_alone(name, sizes, monkeypatch):
     )
     generate(model, ByT5Tokenizer(), PROMPTS, Decoding(max_new_tokens=2))
     assert seen == sizes
+
+
+def of_run(name, seed):
+    return tiny(name, seed, **{"max_position_embeddings": 600, "num_hidden_layers": 2, **RUNS[name]}).float()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ByT5Tokenizer()
+
+
+def rows_of(model, tokenizer):
+    data = SRDDataModule(make_rows(4), tokenizer, student=model, schedule={0: 1.0})
+    data.setup("fit")
+    return data.rows["train"].to_list()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_objective_and_gradient_are_those_of_each_row_alone(name, tokenizer):
+    """Padding, the place of labels and the head's chunks change nothing."""
+    student, teacher = of_run(name, 0), of_run(name, 1)
+    rows = rows_of(student, tokenizer)
+    batch = family_of(student.config).collate(rows, pad_token_id=0)
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    step = DistillationStep(chunk=3).attach(student, teacher)
+    found = step.objective(step.laid_out(batch, "batch"), ForwardKL(), 0.25)
+    assert step.parts is not None
+    ce = kl = tokens = 0
+    for row in rows:
+        own = said_alone(student, row).log_softmax(-1)
+        with torch.no_grad():
+            theirs = said_alone(teacher, row).log_softmax(-1)
+        for place, token in enumerate(row["input_ids"][row["prompt_length"] :]):
+            ce, tokens = ce - own[place, token], tokens + 1
+            kl = kl + references.forward_kl(theirs[place].exp(), own[place].exp())
+    expected = (0.75 * ce + 0.25 * kl) / tokens
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.ce.item() == pytest.approx(ce.item() / tokens, rel=1e-5)
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    gradients, wanted = (
+        torch.cat([part.flatten().double() for part in torch.autograd.grad(loss, weights, materialize_grads=True)])
+        for loss in (found.loss, expected)
+    )
+    assert (gradients - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_reflected_on_is_what_the_model_itself_says(name, tokenizer):
+    model = of_run(name, 0)
+    rows = rows_of(model, tokenizer)
+    reflected = ReflectionBatch(model, tokenizer, rows, Decoding(max_new_tokens=5))
+    with torch.no_grad():
+        assert NegativeLogLikelihood().scores(reflected) == pytest.approx(
+            [own_loss(model, row).item() for row in rows], rel=1e-4
+        )
+    alone = [ReflectionBatch(model, tokenizer, [row], Decoding(max_new_tokens=5)).answers[0] for row in rows]
+    assert reflected.answers == alone
+
+
+@pytest.mark.filterwarnings("ignore:the student MixtralForCausalLM is configured to add its router's auxiliary loss")
+@pytest.mark.parametrize("name", RUNS)
+def test_from_curation_to_the_exported_student(name, tokenizer, tmp_path):
+    """Three stages, with a live and a cached teacher, which give the same student; that is tested and loaded again."""
+    students, measures = [], []
+    for cache in ("none", CacheSettings("hidden", dtype="float32")):
+        module = KDLightningModule(of_run(name, 0), of_run(name, 1), kd_weight=0.5, teacher_cache=cache)
+        module.decoding = Decoding(max_new_tokens=2)
+        rows = {"train": make_rows(8), "validation": make_rows(3), "test": make_rows(3)}
+        data = SRDDataModule(rows, tokenizer, schedule={0: 0.25, 1: 0.5, 2: 0.75}, decoding=Decoding(max_new_tokens=2))
+        export = HuggingFaceExport(str(tmp_path / f"student{len(students)}"))
+        trainer = Trainer(**QUIET, max_epochs=3, default_root_dir=tmp_path, callbacks=[export])
+        trainer.fit(module, datamodule=data)
+        assert trainer.global_step == 3
+        assert data.curation.scored == (0 if students else 8)
+        students.append(module.student)
+        measures.append(trainer.callback_metrics)
+    assert measures[1]["val_kl"].item() == pytest.approx(measures[0]["val_kl"].item(), rel=1e-4)
+    tested = Trainer(**QUIET, default_root_dir=tmp_path).test(module, datamodule=data, verbose=False)[0]
+    assert tested["test_nll"] == pytest.approx(measures[1]["val_nll"].item(), rel=1e-5)  # of the same rows
+    loaded = (AutoModelForSeq2SeqLM if name in ENCODER_DECODERS else AutoModelForCausalLM).from_pretrained(
+        export.dirpath
+    )
+    row = data.rows["test"][0]
+    untrained, trained, again = (said_alone(model.eval(), row) for model in (of_run(name, 0), module.student, loaded))
+    torch.testing.assert_close(again, trained, rtol=1e-6, atol=1e-6)
+    assert (trained - untrained).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name in CUT])
+def test_a_cut_answers_alike_with_and_without_cache(name):
+    cut = keep_layers(tiny(name, **CUT[name]), [1, 3])
+    options = {"input_ids": torch.arange(70, 77)[None], "max_new_tokens": 6, "do_sample": False}
+    cached, whole = (cut.generate(**options, use_cache=use_cache).tolist() for use_cache in (True, False))
+    assert cached == whole

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -115,13 +116,15 @@ class EncoderDecoder:
         """
         prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
         responses = [row["input_ids"][row["prompt_length"] :] for row in rows]
-        shifted = [[self.decoder_start_token_id, *response[:-1]] for response in responses]
+        labels = padded([response or [IGNORE_INDEX] for response in responses], IGNORE_INDEX, pad_to_multiple_of)
+        shifted = padded([[self.decoder_start_token_id, *response] for response in responses], pad_token_id)
+        shifted = torch.nn.functional.pad(shifted, (0, labels.shape[1] - shifted.shape[1]), value=pad_token_id)
         mask = [[1] * len(prompt) for prompt in prompts]
         return {
             "input_ids": padded(prompts, pad_token_id, pad_to_multiple_of),
             "attention_mask": padded(mask, 0, pad_to_multiple_of),
-            "labels": padded([response or [IGNORE_INDEX] for response in responses], IGNORE_INDEX, pad_to_multiple_of),
-            DECODER_INPUT: padded(shifted, pad_token_id, pad_to_multiple_of),
+            "labels": labels,
+            DECODER_INPUT: shifted,
         }
 
 
