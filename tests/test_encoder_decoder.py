@@ -305,9 +305,15 @@ class TestPretrained:
         assert family_of(source.config()) == T5
         assert source.model().config.is_encoder_decoder
 
-    def test_losses_of_hidden_states(self, folder):
-        module, _ = self.fit(tiny("t5", 1), folder, auxiliary=[HiddenStateMSE(32, 32, weight=0.1)])
-        assert module.auxiliary[0].projection.weight.grad is not None
+
+def test_losses_of_hidden_states(batch):
+    student, teacher, loss = tiny("bart"), tiny("bart", 1), HiddenStateMSE(32, 32, weight=0.1)
+    step = DistillationStep().attach(student, teacher)
+    found = step.objective(step.laid_out(batch, "batch"), ForwardKL(), 0.0, auxiliary=[loss])
+    given = {name: values for name, values in batch.items() if name != "labels"}
+    states = [model.model(**given).last_hidden_state[batch["labels"] >= 0] for model in (student, teacher)]
+    expected = (loss.projection(states[0]) - states[1]).square().mean()
+    assert (found.loss - found.ce).item() == pytest.approx(0.1 * expected.item(), rel=1e-4)
 
 
 def test_a_loop_of_ones_own_with_batches_of_transformers(model, rows):

@@ -58,9 +58,14 @@ AUXILIARY = {"auxiliary": True, "muted": True}
 """A loss of hidden states with weights of its own, which are compared too; some batches have no token for it."""
 
 
+ENCODER_DECODER = {"encoder_decoder": True}
+
+
 @pytest.mark.parametrize(
     ("strategy", "settings", "model", "precision"),
     [
+        ("ddp", {}, ENCODER_DECODER, "32-true"),
+        ("fsdp2", SHARDED, ENCODER_DECODER, "32-true"),
         ("ddp", {"teacher_placement": "shard"}, AUXILIARY, "32-true"),
         ("ddp", {"micro_batch_tokens": 90}, MUTED, "32-true"),
         ("ddp", {}, {}, "bf16-mixed"),

@@ -3,6 +3,7 @@
 Each rank writes its losses and last measures (``rank0.json``, …), the first one exports the student (``student``).
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch.loops import utilities
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 
 from srd_lightning import (
     GKD,
@@ -95,6 +96,12 @@ def rows():
     ]
 
 
+def encoder_decoder(seed):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 384, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
+
+
 def numbers(trainer):
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -103,14 +110,15 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     settings, callbacks = json.loads(settings), []
     trainer_options, data_options = settings.pop("trainer", {}), settings.pop("data", {})
     mute = Mute(settings.pop("muted", False))
-    tied, lora = settings.pop("tied", False), settings.pop("lora", False)
+    tied, lora, two = (settings.pop(name, False) for name in ("tied", "lora", "encoder_decoder"))
+    tiny = encoder_decoder if two else functools.partial(distil.tiny, tie_word_embeddings=tied)
     if isinstance(cache := settings.get("teacher_cache"), dict):
         settings["teacher_cache"] = CacheSettings(**cache)
     if share := settings.pop("own_text", 0.0):
         settings["rollouts"] = GKD(share, Decoding(max_new_tokens=4))  # greedy, so that ranks do not matter
     L.seed_everything(0)
     losses = Losses()
-    student = distil.tiny(0, tie_word_embeddings=tied)
+    student = tiny(0)
     width = student.config.hidden_size
     if settings.pop("learnt_loss", False):
         settings["loss"] = Learnt()
@@ -121,7 +129,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     kind = KDLightningModule if settings.pop("reflects_sharded", False) else Distillation
     module = kind(
         get_peft_model(student, LoraConfig(r=4, target_modules=["q_proj", "lm_head"])) if lora else student,
-        distil.tiny(1, tie_word_embeddings=tied),
+        tiny(1),
         auxiliary=auxiliary,
         tokenizer=ByT5Tokenizer(),
         decoding=Decoding(max_new_tokens=4),
@@ -132,7 +140,7 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     data = SRDDataModule(
         {"train": rows(), "validation": rows()[:6], "test": rows()[30:35]},
         schedule={0: 0.25, 1: 0.5, 2: 0.75},
-        scores=str(Path(folder).parent / f"scores-{tied}-{lora}"),
+        scores=str(Path(folder).parent / f"scores-{tied}-{lora}-{two}"),
         decoding=Decoding(max_new_tokens=2),
         **{"batch_size": GLOBAL_BATCH // int(devices), **data_options},
     )
