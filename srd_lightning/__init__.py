@@ -14,6 +14,7 @@ from srd_lightning._moved import Moved
 
 if TYPE_CHECKING:
     from srd_lightning.callbacks import (
+        AnswerScores,
         AnswerWriter,
         CurriculumCallback,
         HuggingFaceExport,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
     from srd_lightning.datamodule import SRDDataModule
     from srd_lightning.distributed.fsdp2 import FSDP2
+    from srd_lightning.evaluation.answer_scores import AnswerScore
     from srd_lightning.losses.auxiliary import AuxiliaryLoss, HiddenStateMSE
     from srd_lightning.losses.base import DistillationLoss
     from srd_lightning.losses.blends import AdaptiveKL, AlphaBeta
@@ -57,6 +59,8 @@ _HOME = {
     "ALPACA": "data.templates",
     "AdaptiveKL": "losses",
     "AlphaBeta": "losses",
+    "AnswerScore": "evaluation.answer_scores",
+    "AnswerScores": "callbacks",
     "AnswerWriter": "callbacks",
     "AuxiliaryLoss": "losses.auxiliary",
     "CacheSettings": "teacher.handle",
@@ -112,6 +116,8 @@ __all__ = [
     "TAID",
     "AdaptiveKL",
     "AlphaBeta",
+    "AnswerScore",
+    "AnswerScores",
     "AnswerWriter",
     "AuxiliaryLoss",
     "CacheSettings",

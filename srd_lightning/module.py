@@ -409,20 +409,31 @@ class KDLightningModule(LightningModule):
         """Log ``val_nll`` and ``val_kl``, means over response tokens."""
         self._log_likelihoods("val", batch, batch_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log ``test_nll`` and ``test_kl`` over tokens, and ``test_rouge_l`` of the generated answers over rows."""
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Log ``test_nll`` and ``test_kl`` over tokens, and ``test_rouge_l`` of the generated answers over rows.
+
+        Returns:
+            ``answers``, as of `predict_step`, for `AnswerScores`.
+        """
         self._log_likelihoods("test", batch, batch_idx)
-        scores = [rouge_l(row["response"], row["answer"]) for row in self.predict_step(batch, batch_idx)]
+        rows = self.predict_step(batch, batch_idx)
+        scores = [rouge_l(row["response"], row["answer"]) for row in rows]
         self._log_mean("test_rouge_l", sum(scores) / max(len(scores), 1), len(scores))
+        return {"answers": rows}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
-        """Return prompt, reference response and generated answer of every row that has a response."""
+        """Return prompt, reference response and generated answer of every row that has a response.
+
+        Rows that repeat a prompt are sampled anew: every batch of every rank has a seed of its own.
+        """
         gathered = self.student_handle.for_generation
+        ranks = self._trainer.world_size if self._trainer else 1
         return answers(
             cast(nn.Module, self.student) if gathered is None else gathered,
             self._need_tokenizer(),
             batch,
             self.decoding,
+            self.decoding.seed + batch_idx * ranks + self.global_rank,
         )
 
     def _need_tokenizer(self) -> PreTrainedTokenizerBase:

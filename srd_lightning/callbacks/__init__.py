@@ -1,9 +1,10 @@
 """Callbacks: what is staged, what is checked, what is written at the end. One idea a file.
 
-Imports `curriculum`, `data`, `distributed`, `checkpoints` and `training`. What the module itself needs done around its
-steps is in `training.hooks`, and the callback that saves is `checkpoints.resume_checkpoint`.
+Imports `curriculum`, `data`, `distributed`, `evaluation`, `checkpoints` and `training`. What the module itself needs
+done around its steps is in `training.hooks`, and the callback that saves is `checkpoints.resume_checkpoint`.
 """
 
+from srd_lightning.callbacks.answer_scores import AnswerScores
 from srd_lightning.callbacks.answer_writer import AnswerWriter
 from srd_lightning.callbacks.curriculum_check import CurriculumCallback
 from srd_lightning.callbacks.export import HuggingFaceExport
@@ -13,6 +14,7 @@ from srd_lightning.callbacks.new_optimizer import NewOptimizerEachStage
 from srd_lightning.callbacks.runtime import RuntimeBenchmark
 
 __all__ = [
+    "AnswerScores",
     "AnswerWriter",
     "CurriculumCallback",
     "HuggingFaceExport",

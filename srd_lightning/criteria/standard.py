@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from srd_lightning.criteria.base import Criterion, ReflectionBatch
 from srd_lightning.data.tokenization import response_lengths
-from srd_lightning.errors import ModelError, SettingError
-from srd_lightning.evaluation.text_metrics import rouge_l, same_number, same_words
+from srd_lightning.errors import ModelError
+from srd_lightning.evaluation.text_metrics import rouge_l, sacrebleu_metrics, same_number, same_words
 from srd_lightning.losses import divergences
 from srd_lightning.losses.base import log_probabilities
 from srd_lightning.models.pretrained import Pretrained
@@ -69,10 +69,10 @@ class ChrF(Criterion):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(weight)
-        _sacrebleu()
+        sacrebleu_metrics()
 
     def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
-        return _sentence_scores(_sacrebleu().CHRF(), reflected)
+        return _sentence_scores(sacrebleu_metrics().CHRF(), reflected)
 
 
 class Bleu(Criterion):
@@ -82,18 +82,10 @@ class Bleu(Criterion):
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__(weight)
-        _sacrebleu()
+        sacrebleu_metrics()
 
     def scores(self, reflected: ReflectionBatch) -> Sequence[float]:
-        return _sentence_scores(_sacrebleu().BLEU(effective_order=True), reflected)
-
-
-def _sacrebleu() -> Any:
-    try:
-        from sacrebleu import metrics
-    except ImportError as error:
-        raise SettingError('ChrF and Bleu need sacrebleu: pip install "srd-lightning[translation]"') from error
-    return metrics
+        return _sentence_scores(sacrebleu_metrics().BLEU(effective_order=True), reflected)
 
 
 def _sentence_scores(metric: Any, reflected: ReflectionBatch) -> list[float]:

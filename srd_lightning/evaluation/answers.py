@@ -13,7 +13,11 @@ from srd_lightning.models.generation import Decoding, generate
 
 
 def answers(
-    student: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Tensor], decoding: Decoding
+    student: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Mapping[str, Tensor],
+    decoding: Decoding,
+    seed: int | None = None,
 ) -> list[dict[str, str]]:
     """Return prompt, reference response and generated answer of every row that has a response.
 
@@ -22,6 +26,7 @@ def answers(
         tokenizer: Of the student.
         batch: See `check_batch`.
         decoding: How answers are generated.
+        seed: Of the sampling; by default that of ``decoding``.
 
     Raises:
         DataError: The batch is not what it must be.
@@ -30,7 +35,7 @@ def answers(
     check_batch(batch, encoder_decoder=two_texts)
     rows = [(prompt, response) for prompt, response in prompts_and_responses(batch) if response]
     prompts, limits = [prompt for prompt, _ in rows], decoding.limits([len(response) for _, response in rows])
-    found = generate(student, tokenizer, prompts, decoding, limits=limits)
+    found = generate(student, tokenizer, prompts, decoding, seed, limits)
     return [
         {
             "prompt": tokenizer.decode(prompt, skip_special_tokens=two_texts),  # of one text they may be the template's

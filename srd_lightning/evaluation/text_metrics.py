@@ -10,10 +10,13 @@ import re
 import unicodedata
 from decimal import Decimal
 from types import SimpleNamespace
+from typing import Any
 
 from nltk.stem.porter import PorterStemmer
 from rapidfuzz.distance import LCSseq
 from rouge_score.tokenize import tokenize
+
+from srd_lightning.errors import SettingError
 
 _STEMMER = SimpleNamespace(stem=functools.lru_cache(maxsize=1_000_000)(PorterStemmer().stem))
 
@@ -73,3 +76,16 @@ def same_number(reference: str, answer: str) -> bool:
         return False
     first, second = (Decimal(found[-1].replace(",", "")) for found in numbers)
     return first == second
+
+
+def sacrebleu_metrics() -> Any:
+    """Return sacrebleu's metrics.
+
+    Raises:
+        SettingError: It is not installed; names the extra.
+    """
+    try:
+        from sacrebleu import metrics
+    except ImportError as error:
+        raise SettingError('chrF and BLEU need sacrebleu: pip install "srd-lightning[translation]"') from error
+    return metrics

@@ -23,6 +23,7 @@ from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 from srd_lightning import (
     GKD,
     TAID,
+    AnswerScores,
     CacheSettings,
     Decoding,
     ForwardKL,
@@ -36,6 +37,7 @@ from srd_lightning import (
     TokenTemperature,
 )
 from srd_lightning.distributed.fsdp2 import FSDP2, is_sharded
+from srd_lightning.evaluation.answer_scores import CorpusChrF
 
 utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
 """Lightning evaluates over gloo in another mode than over NCCL: let it take the harder one, as on GPUs."""
@@ -153,7 +155,10 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
         accelerator=accelerator,
         devices=int(devices),
         strategy=strategies[strategy]() if strategy in strategies else strategy,
-        callbacks=[*callbacks, mute, losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")],
+        callbacks=[
+            *(*callbacks, mute, losses, HyperparameterScheduler(STAGED), HuggingFaceExport(f"{folder}/student")),
+            AnswerScores([CorpusChrF()]),
+        ],
         default_root_dir=folder,
         enable_checkpointing=False,
         **drive.QUIET,
