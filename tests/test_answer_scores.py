@@ -128,6 +128,8 @@ class TestPassAtK:
     def test_prompts_that_cannot_be_scored(self):
         with pytest.raises(DataError, match="but 'Write a function' has none"):
             PassAtK().check(["Write a function"])
+        with pytest.raises(DataError, match=r"the test 'assert f.1. == 2<.im_end.>' is no Python"):
+            PassAtK().check(["Write f\nassert f(1) == 2<|im_end|>\n"])
         with pytest.raises(DataError, match=r"PassAtK.k=2. needs 2 answers .* stands in 1 test rows"):
             PassAtK(k=2).check([PROMPT])
         PassAtK(k=2).check([PROMPT, PROMPT])

@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 import yaml
 from conftest import run_cli
+from families import tiny as encoder_decoder
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from tiny import make_rows, tiny_model
-from transformers import AutoModelForCausalLM, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 
 from srd_lightning import HuggingFaceExport, JensenShannon, ReverseKL, cli
 from srd_lightning.command import settings_help
@@ -29,13 +31,15 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.s
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A folder to run in, with a tiny student and teacher and some rows."""
+    """A folder to run in, with a tiny student and teacher, two more that are encoder-decoders, and some rows."""
     monkeypatch.chdir(tmp_path)
     tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+    tokenizer.chat_template = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}\n{% endfor %}"
     for name, seed in (("student", 0), ("teacher", 1)):
         tiny_model(seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        encoder_decoder("t5", seed).save_pretrained(tmp_path / f"t5-{name}")
+        for folder in (name, f"t5-{name}"):
+            tokenizer.save_pretrained(tmp_path / folder)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(16)))
     return tmp_path
 
@@ -43,11 +47,12 @@ def tiny(tmp_path, monkeypatch):
 def tiny_options(path):
     """Return what turns a recipe for real models into one for tiny ones, leaving the rest as it is."""
     models = yaml.safe_load(path.read_text())["model"]
+    kind = "t5-" if "t5" in models["student"].get("name", "") else ""
     options = ["--data.data={train: rows.jsonl, validation: rows.jsonl, test: rows.jsonl}"]
     if "name" in models["student"]:
-        options += ["--model.student.name=student", "--model.student.keep_layers=null"]
+        options += [f"--model.student.name={kind}student", "--model.student.keep_layers=null"]
     if "name" in models.get("teacher", {}):
-        options += ["--model.teacher.name=teacher"]
+        options += [f"--model.teacher.name={kind}teacher"]
     return [*options, "--data.decoding.max_new_tokens=2", "--data.max_length=512", "--data.max_prompt_length=400"]
 
 
@@ -68,7 +73,36 @@ def test_configuration_trains(config, tiny):
     run = cli.run(["fit", "--config", str(config), "--trainer.accelerator=cpu", *tiny_options(config), *options])
     assert run.trainer.global_step >= 1
     (exported,) = (callback for callback in run.trainer.callbacks if isinstance(callback, HuggingFaceExport))
-    assert AutoModelForCausalLM.from_pretrained(exported.dirpath).num_parameters() > 0
+    kind = AutoModelForSeq2SeqLM if "t5" in config.stem else AutoModelForCausalLM
+    assert kind.from_pretrained(exported.dirpath).num_parameters() > 0
+
+
+@each_config
+def test_commands_in_its_head_are_read(config, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^#   (?:\S.* && )?srd (?:fit|test) (.*?)(?: +# .*)?$", config.read_text(), re.MULTILINE)
+    assert commands
+    for arguments in commands:
+        assert cli.parse(shlex.split(arguments)).datamodule.data
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ("qwen2.5_gsm8k", {"numeric_accuracy"}),
+        ("qwen2.5_coder_mbpp", {"pass_at_1"}),
+        ("mt5_iwslt", {"bleu", "chrf"}),
+    ],
+)
+def test_configuration_scores_its_answers(config, names, tiny):
+    path = ROOT / "configs" / f"{config}.yaml"
+    rows = [{"instruction": f"Add {n}.\nassert {n} == {n}\nCode alone.", "output": f"{n} = {n}"} for n in range(3)]
+    (tiny / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model.decoding.max_new_tokens=3", "--trainer.precision=32-true", "--trainer.accelerator=cpu"]
+    run = cli.run(["test", "--config", str(path), *tiny_options(path), *options])
+    measures = run.trainer.callback_metrics
+    assert measures.keys() == {"test_nll", "test_kl", "test_rouge_l", *(f"test_{name}" for name in names)}
+    assert all(torch.isfinite(value) for value in measures.values())
 
 
 def test_debug_recipe_runs_as_it_stands(tmp_path, monkeypatch):

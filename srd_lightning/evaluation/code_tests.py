@@ -90,7 +90,7 @@ class PassAtK(AnswerScore):
         """See that every prompt has tests, and is there k times.
 
         Raises:
-            DataError: A prompt has no tests, or is there too seldom.
+            DataError: A prompt has no tests, or one that is no Python, or is there too seldom.
         """
         for prompt, count in Counter(prompts).items():
             if not TEST.search(prompt):
@@ -98,6 +98,8 @@ class PassAtK(AnswerScore):
                     f"PassAtK takes the lines of a prompt that begin with assert for its tests, but {_short(prompt)} "
                     "has none; write them into it, as MBPP's prompt has them"
                 )
+            for test in TEST.findall(prompt):
+                _check_test(test)
             if count < self.k:
                 raise DataError(
                     f"PassAtK(k={self.k}) needs {self.k} answers to every prompt, but {_short(prompt)} stands in "
@@ -189,6 +191,16 @@ def without_network() -> tuple[str, ...]:
         return ()
     works = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
     return command if works else ()
+
+
+def _check_test(test: str) -> None:
+    try:
+        compile(test, "test", "exec")
+    except SyntaxError as error:
+        raise DataError(
+            f"the test {_short(test)} is no Python ({error.msg}); each stands on a line of its own, with another line "
+            "behind the last, or it ends with what a chat template puts there"
+        ) from error
 
 
 def _short(prompt: str) -> str:
