@@ -318,7 +318,7 @@ class KDLightningModule(LightningModule):
             self._check_same_family()
         student = self.build_student()
         if self._trainer and self._trainer.state.fn == "fit":
-            compatibility.check_student(student, self.student_handle.activation_checkpointing)
+            compatibility.check_student(student, self.student_handle.activation_checkpointing, self._trainer)
         self.student_handle.prepare(student, self)
         for loss in (self.loss, *self.auxiliary) if self._trainer else ():
             shard_along(loss, self.trainer)

@@ -30,7 +30,8 @@ class HuggingFaceExport(Callback):
     ``NAME-rescued-…`` that the message names. A run with ``fast_dev_run`` saves nothing.
 
     Args:
-        dirpath: The folder; replaced as a whole when training ends. LoRA adapters are merged into the weights.
+        dirpath: The folder; replaced as a whole when training ends. LoRA adapters are merged into the weights; of
+            weights that are quantised, only the adapters are saved.
 
     Raises:
         SettingError: The module has no student, or the folder is one that the run itself needs.
@@ -153,8 +154,11 @@ def _check_student(student: Any, folder: Path) -> None:
 
 
 def _merged(student: Any) -> Any:
-    """Return the student with LoRA adapters merged into its weights, as a copy on the CPU; without, itself."""
-    if not hasattr(student, "merge_and_unload"):
+    """Return the student with LoRA adapters merged into its weights, as a copy on the CPU; without, itself.
+
+    So is one with quantised weights, of which then only the adapters are saved: merged, they would be rounded.
+    """
+    if not hasattr(student, "merge_and_unload") or getattr(student.get_base_model(), "is_quantized", False):
         return student
     weights = {id(weight): nn.Parameter(weight.detach().cpu().clone(), False) for weight in student.parameters()}
     buffers = {id(buffer): buffer.detach().cpu().clone() for buffer in student.buffers()}

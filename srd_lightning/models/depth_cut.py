@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srd_lightning.errors import ModelError, SettingError, in_one_line, lacks_memory
+from srd_lightning.models.quantised import method_of
 
 try:
     from transformers.initialization import no_init_weights
@@ -41,8 +42,12 @@ def check_layers(config: Any, layers: Sequence[int]) -> None:
 
     Raises:
         SettingError: A number is out of range, repeated or out of order.
-        ModelError: It is an encoder-decoder, or does not say how many layers it has.
+        ModelError: It is an encoder-decoder, quantised, or does not say how many layers it has.
     """
+    if (method := method_of(config)) is not None:
+        raise ModelError(
+            f"keep_layers cannot be used with weights that are quantised ({method}); name the model that it was made of"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"keep_layers cuts decoders, but {type(config).__name__} is of an encoder-decoder, which has two stacks of "

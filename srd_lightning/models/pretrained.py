@@ -25,6 +25,7 @@ from srd_lightning.errors import MissingDataError, ModelError, SettingError, in_
 from srd_lightning.models.depth_cut import check_layers, keep_layers
 from srd_lightning.models.family import family_of, is_encoder_decoder
 from srd_lightning.models.files import ADAPTER, CONFIG, check_files, model_of_adapter
+from srd_lightning.models.quantised import check_can_load
 from srd_lightning.models.soundness import check_causal, check_weights
 from srd_lightning.models.vocabulary import check_ends, check_tokens
 
@@ -89,6 +90,8 @@ class Pretrained:
             return  # an adapter, whose model is elsewhere
         config = self.config()
         family_of(config)  # which an encoder-decoder must say in full
+        if self.gguf_file is None:  # from one they are dequantised
+            check_can_load(config, self.name)
         if self.keep_layers is not None:
             check_layers(config, self.keep_layers)
         if tokenizer is not None:

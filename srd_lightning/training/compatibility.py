@@ -25,6 +25,7 @@ from srd_lightning.losses.checks import check_loss
 from srd_lightning.losses.top_k import POWERS
 from srd_lightning.models.family import family_of
 from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.quantised import check_trainable
 from srd_lightning.models.soundness import check_module
 from srd_lightning.models.vocabulary import check_same_tokenizer
 from srd_lightning.preflight import callbacks_of
@@ -41,7 +42,7 @@ def check_run(module: Any, trainer: Trainer) -> None:
     trains = trainer.state.fn == "fit"
     teacher, step = module.teacher_handle, module.step
     if module.student is not None and trains:
-        check_student(module.student, module.student_handle.activation_checkpointing)
+        check_student(module.student, module.student_handle.activation_checkpointing, trainer)
     if module.student is not None and teacher.model is not None:
         module.shared_vocabulary(teacher.model)
     if teacher.given is not None:
@@ -169,12 +170,14 @@ def check_hidden_states(trainer: Trainer, module: Any) -> None:
             check_auxiliary(loss, student, teacher)
 
 
-def check_student(student: nn.Module, activation_checkpointing: bool) -> None:
+def check_student(student: nn.Module, activation_checkpointing: bool, trainer: Trainer) -> None:
     """Check that something is to be trained, and say what is not trained of a mixture of experts that asks for it.
 
     Raises:
-        ModelError: All weights are frozen, or activations cannot be made again.
+        ModelError: All weights are frozen, or quantised without adapters, or activations cannot be made again.
+        SettingError: The device cannot train quantised weights.
     """
+    check_trainable(student, trainer.strategy.root_device.type == "cpu")
     if not any(weight.requires_grad for weight in student.parameters()):
         raise ModelError(
             f"nothing of the student {type(student).__name__} can be trained: none of its weights requires a gradient; "
