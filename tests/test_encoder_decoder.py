@@ -178,10 +178,12 @@ class TestRefused:
             self.fit(tiny("t5"), tiny("t5", 1), tmp_path, **settings)
 
     def test_one_of_each(self, tmp_path):
-        with pytest.raises(ModelError, match=r"the student is of the family EncoderDecoder.* and the teacher Decoder"):
+        with pytest.raises(ModelError, match=r"^the student is an encoder-decoder .* token 0 and the teacher a decoder,"):
             self.fit(tiny("t5"), tiny_model(), tmp_path)
-        with pytest.raises(ModelError, match=r"the student is of the family Decoder.* and the teacher EncoderDecoder"):
+        with pytest.raises(ModelError, match=r"^the student is a decoder and the teacher an encoder-decoder .* token 1,"):
             self.fit(tiny_model(), tiny("bart"), tmp_path)
+        with pytest.raises(ModelError, match=r"begins with token 0 and the teacher an encoder-decoder .* token 1,"):
+            self.fit(tiny("t5"), tiny("bart"), tmp_path)
 
     def test_no_token_to_begin_with(self, tmp_path):
         student = tiny("t5")

@@ -42,6 +42,10 @@ class Family(Protocol):
 class Decoder:
     """Reads the prompt and goes on: GPT-2, Llama, Qwen, Mamba, …; the response ends with the end token."""
 
+    def __str__(self) -> str:
+        """Return what it is called in messages."""
+        return "a decoder"
+
     @property
     def made_of(self) -> tuple[str, ...]:
         """See `Family.made_of`."""
@@ -85,6 +89,10 @@ class EncoderDecoder:
     """
 
     decoder_start_token_id: int
+
+    def __str__(self) -> str:
+        """Return what it is called in messages."""
+        return f"an encoder-decoder whose decoder begins with token {self.decoder_start_token_id}"
 
     @property
     def made_of(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcess
 from transformers.modeling_outputs import BaseModelOutput
 
 from srd_lightning.data.batches import padded
-from srd_lightning.data.families import EncoderDecoder
+from srd_lightning.data.families import EncoderDecoder, Family
 from srd_lightning.distributed.fsdp2 import runs_inside
 from srd_lightning.errors import SettingError
 from srd_lightning.models.calling import eval_mode
@@ -151,7 +151,8 @@ def generate_ids(
     limits = limits or [decoding.max_new_tokens] * len(prompts)
     sharded = runs_inside(model)
     ends = end_tokens(model, tokenizer)
-    config = _generation_config(decoding, ends, tokenizer.pad_token_id)
+    family = family_of(getattr(model, "config", None))
+    config = _generation_config(decoding, ends, tokenizer.pad_token_id, family)
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     rounded: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -176,7 +177,7 @@ def generate_ids(
     return [_through_end(ids, ends)[:limit] for ids, limit in zip(answers, limits, strict=True)]
 
 
-def _generation_config(decoding: Decoding, ends: list[int], pad: int | None) -> GenerationConfig:
+def _generation_config(decoding: Decoding, ends: list[int], pad: int | None, family: Family) -> GenerationConfig:
     sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         sampling = {
@@ -190,6 +191,7 @@ def _generation_config(decoding: Decoding, ends: list[int], pad: int | None) -> 
         no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         eos_token_id=ends,
         pad_token_id=ends[0] if pad is None else pad,
+        decoder_start_token_id=family.decoder_start_token_id if isinstance(family, EncoderDecoder) else None,
         return_dict_in_generate=True,
         **sampling,
     )
@@ -207,13 +209,12 @@ def _answer_in_rounds(
     running, steps, cache = list(range(len(prompts))), 0, None
     if not prompts:
         return []
-    family, device, states = family_of(getattr(model, "config", None)), next(model.parameters()).device, None
-    if isinstance(family, EncoderDecoder):  # prompts are read once; answers begin with a token that is none of theirs
+    start, device, states = config.decoder_start_token_id, next(model.parameters()).device, None
+    if start is not None:  # an encoder-decoder reads its prompts once, and begins its answers with this token
         ids, attention_mask = padded(prompts, config.pad_token_id), padded([[1] * len(ids) for ids in prompts], 0)
         ids, attention_mask = ids.to(device), attention_mask.to(device)
         states = model.get_encoder()(input_ids=ids, attention_mask=attention_mask).last_hidden_state
-        text = ids.new_full((len(prompts), 1), family.decoder_start_token_id)
-        config.decoder_start_token_id = family.decoder_start_token_id
+        text = ids.new_full((len(prompts), 1), start)
     else:
         text, attention_mask = _pad_left(prompts, config.pad_token_id, device)
     while running:

@@ -214,11 +214,19 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         id="model_encoder_decoder",
-        done="an encoder-decoder as student",
-        prepare=configured(BartConfig()),
+        done="an encoder-decoder as student, and a decoder as teacher",
+        prepare=configured(BartConfig(vocab_size=384)),
         settings=of(),
-        says="student is an encoder-decoder (BartConfig), whose encoder would see the answer that it is to "
-        "learn; students and teachers must be decoders, such as GPT-2 or Llama",
+        says="the student is an encoder-decoder whose decoder begins with token 2 and the teacher a decoder, so no batch "
+        "is made for both; choose two decoders, or two encoder-decoders whose decoders begin with the same token",
+    ),
+    Fault(
+        id="model_encoder_decoder_cut",
+        done="`keep_layers` of an encoder-decoder",
+        prepare=configured(BartConfig(vocab_size=384)),
+        settings=of(keep_layers=[0]),
+        says="keep_layers cuts decoders, but BartConfig is of an encoder-decoder, which has two stacks of layers; leave "
+        "it out, and choose a smaller student",
     ),
     Fault(
         id="model_encoder",
@@ -233,7 +241,7 @@ FAULTS: list[Fault] = [
         done="a model of images and text by name",
         prepare=configured(LlavaConfig()),
         settings=of(),
-        says="student is of type llava, which transformers have no causal language model for; an "
+        says="student is of type llava, which transformers have no language model of text for; an "
         "image-text model can be loaded with its own class and be given as a module in Python",
     ),
     Fault(
