@@ -55,7 +55,8 @@ class KDLightningModule(LightningModule):
     r"""Trains a student by :math:`(1 - w) \, \mathrm{CE} + w \, \text{distillation loss}`.
 
     Batches are Hugging Face's: ``input_ids``, ``attention_mask`` and unshifted ``labels`` with -100 where nothing is
-    learnt. Models take the first two and return an object with ``logits``. The teacher is frozen, in eval mode, and no
+    learnt; of encoder-decoders also ``decoder_input_ids``. Models take all but the labels and return an object with
+    ``logits``. The teacher is frozen, in eval mode, and no
     part of the checkpoint.
 
     Args:

@@ -3,7 +3,7 @@
 import inspect
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
 from transformers.utils import logging
 
 DEPTH = 4
@@ -87,6 +87,13 @@ def _encoder_decoder(name, seed, settings):
     if name == "bart":
         model.final_logits_bias.normal_()
     return model
+
+
+class Numbers(ByT5Tokenizer):
+    """Writes token ids as numbers, so that answers show every token."""
+
+    def decode(self, ids, **options):
+        return " ".join(map(str, ids))
 
 
 def said_alone(model, row):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import said_alone, tiny
+from families import Numbers, said_alone, tiny
 from lightning import Trainer
 from tiny import PLAIN, QUIET, make_rows, tiny_model
 from torch.utils.data import DataLoader
@@ -15,6 +15,7 @@ from srd_lightning import (
     HuggingFaceExport,
     KDLightningModule,
     Pretrained,
+    RuntimeBenchmark,
     SRDDataModule,
 )
 from srd_lightning.criteria import InstructionFollowingDifficulty, TeacherKL
@@ -23,9 +24,10 @@ from srd_lightning.data.families import DECODER, EncoderDecoder
 from srd_lightning.data.layout import FIRST, lay_out
 from srd_lightning.errors import DataError, ModelError, SettingError
 from srd_lightning.evaluation.answers import answers
+from srd_lightning.models import generation
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.family import family_of
-from srd_lightning.models.generation import Decoding
+from srd_lightning.models.generation import Decoding, generate
 from srd_lightning.models.soundness import check_causal
 from srd_lightning.models.split import split
 from srd_lightning.training.step import DistillationStep
@@ -178,12 +180,14 @@ class TestRefused:
             self.fit(tiny("t5"), tiny("t5", 1), tmp_path, **settings)
 
     def test_one_of_each(self, tmp_path):
-        with pytest.raises(ModelError, match=r"^the student is an encoder-decoder .* token 0 and the teacher a decoder,"):
-            self.fit(tiny("t5"), tiny_model(), tmp_path)
-        with pytest.raises(ModelError, match=r"^the student is a decoder and the teacher an encoder-decoder .* token 1,"):
-            self.fit(tiny_model(), tiny("bart"), tmp_path)
-        with pytest.raises(ModelError, match=r"begins with token 0 and the teacher an encoder-decoder .* token 1,"):
-            self.fit(tiny("t5"), tiny("bart"), tmp_path)
+        one, other = "an encoder-decoder whose decoder begins with token", "a decoder"
+        for student, teacher, said in (
+            (tiny("t5"), tiny_model(), f"{one} 0 and the teacher {other},"),
+            (tiny_model(), tiny("bart"), f"{other} and the teacher {one} 1,"),
+            (tiny("t5"), tiny("bart"), f"{one} 0 and the teacher {one} 1,"),
+        ):
+            with pytest.raises(ModelError, match=f"^the student is {said} so no batch is made for both"):
+                self.fit(student, teacher, tmp_path)
 
     def test_no_token_to_begin_with(self, tmp_path):
         student = tiny("t5")
@@ -231,6 +235,13 @@ class TestSplit:
             same(found[layer], expected)
         same(parts.head()(found[-1]), states.logits[batch["labels"] >= 0])
 
+    def test_no_position_goes_through_the_head(self, batch):
+        model, shapes = tiny("bart"), []
+        parts = split(model, batch)
+        model.lm_head.register_forward_hook(lambda head, given, logits: shapes.append(list(logits.shape)))
+        assert len(parts.hidden(batch)) == (batch["labels"] >= 0).sum()
+        assert shapes == [[4, 0, 384]]
+
     def test_no_hook_is_left(self, model, batch):
         split(model, batch).hidden(batch)
         assert not model.get_output_embeddings()._forward_pre_hooks
@@ -268,6 +279,29 @@ def test_criteria_of_two_models(model, rows):
     with torch.no_grad():
         assert TeacherKL(teacher).scores(reflected) == pytest.approx(expected, rel=1e-4)
         assert all(score > 0 for score in InstructionFollowingDifficulty().scores(reflected))
+
+
+@torch.no_grad()
+def argmax_loop(model, prompt, steps):
+    ids = [model.config.decoder_start_token_id]
+    while len(ids) <= steps:
+        logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([ids])).logits
+        if (best := int(logits[0, -1].argmax())) == 1:
+            break
+        ids.append(best)
+    return " ".join(map(str, ids[1:]))
+
+
+@pytest.mark.parametrize("steps_per_round", [2, 5, 16])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_answers_are_those_of_a_loop(name, steps_per_round, monkeypatch):
+    """Each prompt alone, though together they are padded, leave when they have ended, and have limits of their own."""
+    monkeypatch.setattr(generation, "ROUND", steps_per_round)
+    model, limits = tiny(name, 5), [12, 3, 12, 9]
+    prompts = [[70, 71, 72, 1], [80, 1], [90, 91, 92, 93, 94, 95, 1], [100, 101, 102, 1]]
+    expected = [argmax_loop(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    assert len(set(expected)) == 4
+    assert generate(model, Numbers(), prompts, Decoding(max_new_tokens=12), limits=limits) == expected
 
 
 def test_answers_beside_their_prompts(model, batch):
@@ -325,3 +359,13 @@ def test_a_loop_of_ones_own_with_batches_of_transformers(model, rows):
     trainer = Trainer(**QUIET, max_epochs=1)
     trainer.fit(module, loader)
     assert trainer.global_step == 2
+
+
+def test_tokens_of_both_texts_are_counted(rows, batch, tmp_path):
+    benchmark = RuntimeBenchmark()
+    loader = DataLoader(rows, 4, collate_fn=lambda some: T5.collate(some, pad_token_id=0))
+    module = KDLightningModule(tiny("t5"), kd_weight=0.0)
+    Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, callbacks=[benchmark]).fit(module, loader)
+    (stage,) = benchmark.report["stages"]
+    assert stage["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert stage["positions"] == batch["input_ids"].numel() + batch["labels"].numel()

@@ -3,7 +3,7 @@
 import pytest
 import references
 import torch
-from families import ENCODER_DECODERS, own_loss, said_alone, tiny
+from families import ENCODER_DECODERS, Numbers, own_loss, said_alone, tiny
 from lightning import Trainer
 from tiny import QUIET, make_rows
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, ByT5Tokenizer
@@ -197,13 +197,14 @@ def test_objective_and_gradient_are_those_of_each_row_alone(name, tokenizer):
 def test_what_is_reflected_on_is_what_the_model_itself_says(name, tokenizer):
     model = of_run(name, 0)
     rows = rows_of(model, tokenizer)
-    reflected = ReflectionBatch(model, tokenizer, rows, Decoding(max_new_tokens=5))
+    reflected = ReflectionBatch(model, Numbers(), rows, Decoding(max_new_tokens=5))
     with torch.no_grad():
         assert NegativeLogLikelihood().scores(reflected) == pytest.approx(
             [own_loss(model, row).item() for row in rows], rel=1e-4
         )
-    alone = [ReflectionBatch(model, tokenizer, [row], Decoding(max_new_tokens=5)).answers[0] for row in rows]
+    alone = [ReflectionBatch(model, Numbers(), [row], Decoding(max_new_tokens=5)).answers[0] for row in rows]
     assert reflected.answers == alone
+    assert all(alone)
 
 
 @pytest.mark.filterwarnings("ignore:the student MixtralForCausalLM is configured to add its router's auxiliary loss")

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning.callbacks.curriculum_check import rows_of_loaders
 from srd_lightning.curriculum.curriculum import find_curriculum
+from srd_lightning.data.batches import is_of_encoder_decoder
+from srd_lightning.losses.base import IGNORE_INDEX
 from srd_lightning.storage import check_file, write_atomically
 
 
@@ -88,8 +90,11 @@ class RuntimeBenchmark(Callback):
     ) -> None:
         """Count tokens where they are, without waiting for the GPU."""
         if isinstance(batch, Mapping) and "attention_mask" in batch:
-            self._tokens = self._tokens + batch["attention_mask"].sum()
-            self._positions += batch["attention_mask"].numel()
+            real = [batch["attention_mask"]]
+            if is_of_encoder_decoder(batch):
+                real.append(batch["labels"] != IGNORE_INDEX)
+            self._tokens = self._tokens + sum(mask.sum() for mask in real)
+            self._positions += sum(mask.numel() for mask in real)
         self._idle_since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
