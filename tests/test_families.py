@@ -23,7 +23,7 @@ RUNS = {
     "gpt2": {"n_positions": 600, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "qwen2": {},
     "qwen3": {},
-    "gemma3_text": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 16},
     "mixtral": {"output_router_logits": True},
     "qwen3_moe": {},
     "mamba": {},

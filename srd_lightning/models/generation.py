@@ -21,7 +21,7 @@ from srd_lightning.data.batches import padded
 from srd_lightning.data.families import EncoderDecoder, Family
 from srd_lightning.distributed.fsdp2 import runs_inside
 from srd_lightning.errors import SettingError
-from srd_lightning.models.calling import eval_mode
+from srd_lightning.models.calling import eval_mode, router_off
 from srd_lightning.models.family import family_of
 from srd_lightning.models.lockstep import lockstep
 
@@ -225,6 +225,7 @@ def _answer_in_rounds(
             given = {"decoder_input_ids": text, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
         output = model.generate(
             **given,
+            **router_off(model),
             attention_mask=attention_mask,
             past_key_values=cache,
             generation_config=of_round,
