@@ -1,7 +1,8 @@
 """Callbacks: what is staged, what is checked, what is written at the end. One idea a file.
 
-Imports `losses`, `curriculum`, `data`, `distributed`, `evaluation`, `checkpoints` and `training`. What the module itself
-needs done around its steps is in `training.hooks`, and the callback that saves is `checkpoints.resume_checkpoint`.
+Imports `losses`, `curriculum`, `data`, `distributed`, `evaluation`, `checkpoints` and `training`. What the module
+itself needs done around its steps is in `training.hooks`, and the callback that saves is
+`checkpoints.resume_checkpoint`.
 """
 
 from srd_lightning.callbacks.answer_scores import AnswerScores
