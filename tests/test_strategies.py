@@ -64,7 +64,7 @@ ENCODER_DECODER = {"encoder_decoder": True}
 @pytest.mark.parametrize(
     ("strategy", "settings", "model", "precision"),
     [
-        ("ddp", {}, ENCODER_DECODER, "32-true"),
+        ("fsdp2", {**SHARDED, **CACHED}, ENCODER_DECODER, "32-true"),
         ("fsdp2", SHARDED, ENCODER_DECODER, "32-true"),
         ("ddp", {"teacher_placement": "shard"}, AUXILIARY, "32-true"),
         ("ddp", {"micro_batch_tokens": 90}, MUTED, "32-true"),

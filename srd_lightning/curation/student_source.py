@@ -110,7 +110,7 @@ def find_tokenizer(
 def find_family(student: Pretrained | nn.Module | None, module: Any) -> Family:
     """Return the family of the student that a data module was given, else of the module's; else that of decoders."""
     if student is None:
-        student = module.models_by_name()["student"] if isinstance(module, HasStudent) else _student_of(module)
+        student = module.models_by_name().get("student") if isinstance(module, HasStudent) else _student_of(module)
     return family_of(student.config() if isinstance(student, Pretrained) else getattr(student, "config", None))
 
 
