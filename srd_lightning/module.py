@@ -275,7 +275,7 @@ class KDLightningModule(LightningModule):
             check_optimizer(trainer, self.optimizer)
         if not self._models_checked:
             compatibility.check_models(self.models_by_name(), self._tokenizer_of_rows(trainer))
-            compatibility.check_families(self.models_by_name(), self.step)
+            compatibility.check_families(self.models_by_name(), self.step, self.rollouts_handle.rollouts)
             self._check_same_family()
             self._models_checked = True
         if trainer.state.fn == TrainerFn.FITTING:

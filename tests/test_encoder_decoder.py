@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer, DataCollatorForSeq2Seq, T5Config
 
 from srd_lightning import (
+    GKD,
     DistillationLoss,
     ForwardKL,
     HiddenStateMSE,
@@ -171,7 +172,7 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         "settings",
-        [{"packing": True}, {"compile": True}, {"micro_batch_tokens": 64}],
+        [{"packing": True}, {"compile": True}, {"micro_batch_tokens": 64}, {"rollouts": GKD()}],
         ids=lambda given: next(iter(given)),
     )
     def test_settings_for_decoders(self, settings, tmp_path):

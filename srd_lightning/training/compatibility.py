@@ -99,12 +99,13 @@ def check_same_family(student: Pretrained, teacher: Pretrained, tokenizer: PreTr
         )
 
 
-def check_families(models: Mapping[str, Any], step: Any) -> None:
+def check_families(models: Mapping[str, Any], step: Any, rollouts: object = None) -> None:
     """Check that student and teacher are of one family, and that a step can do with it what it is asked to.
 
     Args:
         models: ``student`` and ``teacher``: a model, a `Pretrained`, or nothing.
         step: The `DistillationStep`.
+        rollouts: What trains with the student's own text, if anything does.
 
     Raises:
         ModelError: One is a decoder and the other an encoder-decoder, or their decoders begin with different tokens.
@@ -124,6 +125,7 @@ def check_families(models: Mapping[str, Any], step: Any) -> None:
     if student == DECODER:
         return
     settings = {"packing": step.packing, "compile": step.compile, "micro_batch_tokens": step.micro_batch_tokens}
+    settings["rollouts"] = rollouts is not None
     if asked := [name for name, value in settings.items() if value]:
         raise SettingError(
             f"{asked[0]} is for decoders, but the student is an encoder-decoder; leave it out, and for less memory "
