@@ -187,7 +187,7 @@ def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):
     scores = [row for part in (tiny / "scores").glob("part-*.parquet") for row in pq.read_table(part).to_pylist()]
     assert len(scores) == 8
     assert loaded == ["student"]
-    monkeypatch.setattr("srd_lightning.criteria.base.generate", None)
+    monkeypatch.setattr("srd_lightning.criteria.base.generate_ids", None)
     assert cli.run(["fit", *base("--data.scores=scores")]).trainer.global_step == 12
 
 
@@ -229,7 +229,7 @@ def test_help_imports_nothing_that_takes_its_time():
 
 
 def test_subcommands_are_those_of_the_trainer():
-    assert {*LightningCLI.subcommands(), "curate", "cache-teacher"} == set(cli.SUBCOMMANDS)
+    assert {*LightningCLI.subcommands(), "curate", "cache-teacher", "generate"} == set(cli.SUBCOMMANDS)
     assert all(callable(getattr(cli.SRDTrainer, name)) for name in cli.SUBCOMMANDS)
 
 
@@ -243,7 +243,9 @@ def test_help_of_a_subcommand_fits_a_screen(capsys):
     said = help_of(capsys, "fit", "--help")
     assert said[0] == "usage: srd fit [--config FILE ...] [--SETTING VALUE ...]"
     shown = [line.split()[0] for line in said if line.startswith("  --")]
-    assert shown == [f"--{name}" for names in settings_help.FIRST.values() for name in names]  # the parser has them all
+    of_generate = settings_help.FIRST["what is written"]
+    named = [name for names in settings_help.FIRST.values() for name in names if names is not of_generate]
+    assert shown == [f"--{name}" for name in named]  # the parser has them all
     assert len(said) < 60
     assert all(len(line) <= settings_help.WIDTH for line in said)
     assert any(

@@ -24,7 +24,7 @@ from srd_lightning.curation.student_source import ReflectingStudent
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import DataError, ModelError, StorageError
 from srd_lightning.evaluation.text_metrics import rouge_l
-from srd_lightning.models.generation import Decoding, generate
+from srd_lightning.models.generation import Decoding, generate, generate_ids
 
 GREEDY = Decoding(max_new_tokens=6)
 SAMPLING = Decoding(max_new_tokens=6, temperature=1.0)
@@ -60,9 +60,9 @@ def let_only(monkeypatch, batches):
     def answer(*arguments, **options):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return generate(*arguments, **options)
+        return generate_ids(*arguments, **options)
 
-    monkeypatch.setattr(criteria_base, "generate", answer)
+    monkeypatch.setattr(criteria_base, "generate_ids", answer)
 
 
 class TestReflector:
@@ -104,12 +104,12 @@ class TestReflector:
     def test_a_criterion_added_later_takes_the_answers_that_are_there(self, score, monkeypatch, tmp_path):
         expected = score("at once", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100)
         score("later", tokens=100)
-        monkeypatch.setattr(criteria_base, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate_ids", None)
         assert score("later", criteria=[*PAPER, AnswerLength(), RankSurprisalRatio()], tokens=100) == expected
         assert files(tmp_path / "later") == files(tmp_path / "at once")
 
     def test_no_answers_where_no_criterion_asks_for_them(self, score, monkeypatch):
-        monkeypatch.setattr(criteria_base, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate_ids", None)
         assert {tuple(scores) for scores in score(criteria=[Perplexity()]).values()} == {("perplexity",)}
 
     def test_another_student_is_refused(self, score, model):
@@ -152,7 +152,7 @@ class TestAStoppedRun:
             with pytest.raises(TypeError):
                 score(decoding=decoding)
         assert len(files(tmp_path / "scores")) > 2
-        monkeypatch.setattr(criteria_base, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate_ids", None)
         score(decoding=decoding)
         assert files(tmp_path / "scores") == files(tmp_path / "whole")
 

@@ -48,7 +48,8 @@ class TestScoreBatch:
 
     def test_rouge_l_is_of_the_answer_against_the_truth(self, model, tokenizer, monkeypatch):
         rows = [{"instruction": "Hi", "output": "one two three"}, {"instruction": "b", "output": "x"}]
-        monkeypatch.setattr(criteria_base, "generate", lambda *arguments, **options: ["two three four five", "X!"])
+        written = [tokenizer.encode(text) for text in ("two three four five", "X!")]
+        monkeypatch.setattr(criteria_base, "generate_ids", lambda *arguments, **options: written)
         found = score(model, tokenizer, tokenised(tokenizer, rows).to_list())
         assert [score["rouge_l"] for score in found] == [pytest.approx(4 / 7), 1.0]
         scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -86,12 +87,12 @@ class TestScoreBatch:
         assert [row["nll"] for row in found] == [row["nll"] for row in score(model, tokenizer, rows)]
 
     def test_no_answer_is_generated_that_no_criterion_looks_at(self, model, tokenizer, data, monkeypatch):
-        monkeypatch.setattr(criteria_base, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate_ids", None)
         found = score_batch(ReflectionBatch(model, tokenizer, data.to_list(), GREEDY), [NegativeLogLikelihood()])
         assert {tuple(row) for row in found} == {("id", "nll")}
 
     def test_answers_that_are_known_are_not_generated_again(self, model, tokenizer, data, monkeypatch):
-        monkeypatch.setattr(criteria_base, "generate", None)
+        monkeypatch.setattr(criteria_base, "generate_ids", None)
         rows = data.to_list()[:2]
         reflected = ReflectionBatch(model, tokenizer, rows, GREEDY, answers=[rows[0]["response"], "x"])
         assert [row["rouge_l"] for row in score_batch(reflected, [RougeL()])] == [1.0, 0.0]

@@ -51,6 +51,16 @@ def test_two_processes_write_the_same_bytes_as_one(expected, tmp_path, strategy)
     assert [(tmp_path / f"order{rank}.json").read_text() for rank in (0, 1)] == [order, order]
 
 
+def test_two_processes_write_the_same_responses_as_one(tmp_path):
+    written = []
+    for devices in (1, 2):
+        code, errors = run(tmp_path / str(devices), devices, "ddp", "writes")
+        assert code == 0, errors[-3000:]
+        written.append((tmp_path / str(devices) / "written.jsonl").read_bytes())
+    assert written[0] == written[1]
+    assert 0 < len(written[0].splitlines()) < ROWS
+
+
 class TestKilled:
     @pytest.mark.parametrize("devices", [1, 2], ids=["one_process", "two_processes"])
     def test_goes_on_and_writes_the_same_bytes(self, expected, tmp_path, devices):

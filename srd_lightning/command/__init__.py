@@ -1,5 +1,5 @@
 """The command line, behind `srd_lightning.cli`, which has all that ``srd --help`` needs.
 
-Imports `curriculum`, `distributed`, `models`, `criteria`, `rollouts`, `checkpoints`, `training`, `callbacks`, `module`
-and `datamodule`. Begin with `commandline`.
+Imports `curriculum`, `distributed`, `models`, `criteria`, `curation`, `rollouts`, `checkpoints`, `training`,
+`callbacks`, `module` and `datamodule`. Begin with `commandline`.
 """

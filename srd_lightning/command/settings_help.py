@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 FIRST: Mapping[str, tuple[str, ...]] = {
     "the run": ("config", "ckpt_path", "print_config", "seed_everything"),
+    "what is written": ("path", "split", "writer", "decoding.max_new_tokens", "decoding.temperature"),
     "data": (
         "data.data",
         "data.template",
@@ -76,8 +77,8 @@ def first_help(parser: argparse.ArgumentParser, defaults: Namespace) -> str:
     name = parser.prog.replace(" [options]", "")
     lines = [f"usage: {name} [--config FILE ...] [--SETTING VALUE ...]", "", parser.description or ""]
     for heading, names in FIRST.items():
-        lines += ["", f"{heading}:"]
-        lines += [line(known[name], name, defaults.get(name)) for name in names if name in known]
+        settings = [line(known[name], name, defaults.get(name)) for name in names if name in known]
+        lines += ["", f"{heading}:", *settings] if settings else []
     lines += [
         "",
         f"{name} --help.all shows all settings; {name} --model.loss.help ForwardKL those of a class.",

@@ -9,5 +9,6 @@ SUBCOMMANDS = {
     "predict": "Let the student answer the rows of the split predict, else test.",
     "curate": "Reflect and rank only: let the student answer every prompt, save the scores, show what came of it.",
     "cache-teacher": "Curate, and let the teacher see every row that is kept, so that fit need not load it.",
+    "generate": "Let the teacher, or another model, write the responses of a split, as a data file to train on.",
 }
 """What the command line can do; `SRDTrainer` has a method for each."""

@@ -1,17 +1,23 @@
-"""`SRDTrainer`: Lightning's Trainer that can also stop after curation, or after the teacher was cached."""
+"""`SRDTrainer`: Lightning's Trainer that can also curate only, cache the teacher, or let it write."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from srd_lightning.curation.responses import ResponseWriter, check_path
+from srd_lightning.curation.student_source import find_tokenizer
 from srd_lightning.datamodule import SRDDataModule
+from srd_lightning.errors import SettingError
+from srd_lightning.models.generation import Decoding
+from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.module import KDLightningModule
 
 
@@ -46,7 +52,46 @@ class SRDTrainer(Trainer):
 
         self._on_all_ranks(work)
 
-    def _on_all_ranks(self, work: Callable[[], None]) -> None:
+    def generate(
+        self,
+        model: KDLightningModule,
+        datamodule: SRDDataModule,
+        path: str,
+        split: str = "train",
+        writer: Pretrained | None = None,
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+    ) -> None:
+        """Let a model write the responses of a split, as a data file to train on; see `ResponseWriter`.
+
+        Args:
+            model: Whose teacher writes.
+            datamodule: Has the rows and their template.
+            path: The file, .jsonl; what an earlier run has written is replaced.
+            split: Whose prompts are answered.
+            writer: Who writes; by default the teacher.
+            decoding: How it writes.
+        """
+        check_path(Path(path))
+        source = writer or model.models_by_name()["teacher"]
+        if source is None:
+            raise SettingError("generate needs somebody who writes, but there is no teacher; name one: --writer.name")
+
+        reader, reflector = datamodule.reader, datamodule.curator.reflector
+        of_data = None if isinstance(source, Pretrained) else datamodule.rows_tokenizer()
+        writes = ResponseWriter(
+            source,
+            source.name if isinstance(source, Pretrained) else type(source).__name__,
+            find_tokenizer(of_data, source, model),
+            reader.template,
+            reader.max_prompt_length,
+            decoding,
+            reflector.tokens_per_batch,
+            reflector.threads,
+        )
+        root, device = Path(self.default_root_dir), self.strategy.root_device
+        self._on_all_ranks(functools.partial(writes.write, reader.rows(split), Path(path), root, device))
+
+    def _on_all_ranks(self, work: Callable[[], object]) -> None:
         """Do something on every rank, on its device: as the set-up of a prediction that has no batches."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Total length of")  # there is nothing to predict
@@ -59,7 +104,7 @@ setattr(SRDTrainer, "cache-teacher", SRDTrainer.cache_teacher)  # LightningCLI l
 class _SetUpOnly(LightningModule):
     """Does something in its set-up, when ranks and devices are there, and predicts nothing."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], object]) -> None:
         super().__init__()
         self.work = work
 

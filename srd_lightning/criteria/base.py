@@ -28,7 +28,7 @@ from srd_lightning.errors import SettingError
 from srd_lightning.losses.base import upcast
 from srd_lightning.models.calling import eval_mode, inputs_of
 from srd_lightning.models.family import family_of
-from srd_lightning.models.generation import Decoding, generate
+from srd_lightning.models.generation import Decoding, end_tokens, generate_ids, texts
 
 SCORED_AT_ONCE = 2048
 """Tokens, with padding, that go through a model at one time where responses are scored; logits are freed between."""
@@ -150,10 +150,20 @@ class ReflectionBatch:
     def answers(self) -> list[str]:
         """The student's answers, ``[B]``."""
         if self.known_answers is None:
-            prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
-            limits = self.decoding.limits(response_lengths(self.rows))
-            self.known_answers = generate(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
+            self.known_answers = texts(self.model, self.tokenizer, self._answer_ids)
         return self.known_answers
+
+    @cached_property
+    def cut(self) -> list[bool]:
+        """Whether each answer was cut at its limit, ``[B]``; where only their texts are known, they are made again."""
+        ends = end_tokens(self.model, self.tokenizer)
+        return [ids[-1] not in ends for ids in self._answer_ids]
+
+    @cached_property
+    def _answer_ids(self) -> list[list[int]]:
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
+        limits = self.decoding.limits(response_lengths(self.rows))
+        return generate_ids(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
 
     def pairs(self) -> Iterator[tuple[Mapping[str, Any], str]]:
         """Yield each row with the answer to it."""

@@ -117,6 +117,17 @@ class RowReader:
         if isinstance(self.data, Mapping):
             check_splits(self.data, stage)
 
+    def rows(self, split: str) -> Dataset:
+        """Return the rows of one split as they were written.
+
+        Raises:
+            DataError: There is no such split, or it cannot be read.
+        """
+        splits = load_splits(self.data)
+        if split not in splits:
+            raise DataError(f"there is no split {split!r}, but `data` has {', '.join(splits)}; name one of these")
+        return splits[split]
+
     def read(self, tokenizer: PreTrainedTokenizerBase, stage: str, family: Family = DECODER) -> ReadRows:
         """Read and tokenise all splits, once it is seen that a stage can do with them.
 

@@ -192,6 +192,29 @@ def response_of(row: Mapping[str, Any]) -> str:
     return _first(row, RESPONSE_FIELDS)
 
 
+def with_response(row: Mapping[str, Any], response: str) -> dict[str, Any]:
+    """Return a row with another response in the place of its own, or with one where it had none.
+
+    Args:
+        row: As for `PromptTemplate` or `ChatTemplate`.
+        response: Text.
+
+    Example:
+        >>> with_response({"question": "1 + 1?", "answer": "3", "source": None}, "2")
+        {'question': '1 + 1?', 'output': '2'}
+        >>> with_response({"messages": [{"role": "user", "content": "Hi"}]}, "Hello")["messages"][-1]
+        {'role': 'assistant', 'content': 'Hello'}
+    """
+    if has_turns(row):
+        turns = turns_of(row)
+        context = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        own: tuple[str, Any] = "messages", [*context, {"role": "assistant", "content": response}]
+    else:
+        own = "output", response
+    others = TURNS_FIELDS if has_turns(row) else RESPONSE_FIELDS
+    return dict([*((name, row[name]) for name in row if name not in others and not is_missing(row[name])), own])
+
+
 def has_turns(row: Mapping[str, Any]) -> bool:
     """Return whether the row is a conversation."""
     return any(not is_missing(row.get(name)) for name in TURNS_FIELDS)

@@ -116,8 +116,18 @@ def generate(
     limits: Sequence[int] | None = None,
 ) -> list[str]:
     """Return one answer per prompt, as text without the end token; see `generate_ids`."""
+    return texts(model, tokenizer, generate_ids(model, tokenizer, prompts, decoding, seed, limits))
+
+
+def texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, answers: Sequence[list[int]]) -> list[str]:
+    """Return answers as text without the end token.
+
+    Args:
+        model: That wrote them.
+        tokenizer: Of the model.
+        answers: Token ids, as `generate_ids` gives them.
+    """
     ends = end_tokens(model, tokenizer)
-    answers = generate_ids(model, tokenizer, prompts, decoding, seed, limits)
     return [tokenizer.decode(ids[:-1] if ids[-1] in ends else ids, skip_special_tokens=True).strip() for ids in answers]
 
 

@@ -8,7 +8,7 @@ FAULTS = [
         done="`srd` alone",
         argv=(),
         bare=True,
-        says="say what to do: fit, validate, test, predict, curate, cache-teacher; srd --help explains them",
+        says="say what to do: fit, validate, test, predict, curate, cache-teacher, generate; srd --help explains them",
     ),
     Fault(
         id="misspelt_subcommand",
@@ -22,7 +22,15 @@ FAULTS = [
         done="`srd dance`",
         argv=("dance",),
         bare=True,
-        says="there is no subcommand 'dance'; there are fit, validate, test, predict, curate, cache-teacher",
+        says="there is no subcommand 'dance'; there are fit, validate, test, predict, curate, cache-teacher, generate",
+    ),
+    Fault(
+        id="responses_in_place_of_data",
+        done="`srd generate --path` with the name of one's data",
+        files={"train.jsonl": '{"instruction": "a", "output": "b"}\n'},
+        argv=("generate", "--path", "train.jsonl"),
+        says="path would replace train.jsonl, which does not hold what an earlier run has written; name another file, or "
+        "move this one away",
     ),
     Fault(
         id="no_settings",

@@ -11,7 +11,7 @@ import drive
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from srd_lightning import results_folder
+from srd_lightning import Decoding, results_folder
 from srd_lightning.cli import SRDTrainer
 from srd_lightning.curation import reflection
 
@@ -68,6 +68,10 @@ def main(folder, devices, strategy="ddp", trouble=""):
         results_folder.PATIENCE = 0.1
     options = {"devices": int(devices), "strategy": STRATEGIES[strategy] if int(devices) > 1 else "auto"}
     trainer = SRDTrainer(accelerator="cpu", default_root_dir=folder, logger=False, **options)
+    if trouble == "writes":
+        module.teacher.lm_head.weight.data[1] *= -8  # the end token: some answers end
+        trainer.generate(module, data, f"{folder}/written.jsonl", decoding=Decoding(max_new_tokens=12))
+        return
     try:
         trainer.curate(module, data)
     except Exception as error:
