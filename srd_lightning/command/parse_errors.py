@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import re
 import textwrap
@@ -12,7 +13,7 @@ from typing import Any, cast, get_args
 from srd_lightning.command.subcommands import SUBCOMMANDS
 from srd_lightning.errors import in_one_line
 
-MANY = 12
+MANY = 16
 """More choices than this are not listed."""
 TYPES = {
     "int": "a whole number",
@@ -173,6 +174,8 @@ def _no_class(name: str, reason: str | None, typehint: Any) -> str:
     """Return the sentence for a class that is none, or not of the kind that is wanted."""
     choices = {kind.__name__ for kind in _subclasses(typehint) if kind.__module__.partition(".")[0] in PACKAGES}
     near = difflib.get_close_matches(name, sorted(choices), 1, cutoff=0.7)
+    public = importlib.import_module("srd_lightning").__all__  # which imports the rooms: only when it is asked
+    choices = choices.intersection(public) or choices
     if reason and not name:
         return in_one_line(reason.partition(". Got value: ")[0])
     if near:

@@ -201,8 +201,9 @@ FAULTS = [
         id="no_loss",
         done="`--model.loss torch.nn.Linear`, a class that is no loss",
         argv=("fit", "--model.loss", "torch.nn.Linear"),
-        says="model.loss: torch.nn.Linear is not one of its classes; there are DistillationLoss, ForwardKL, "
-        "JensenShannon, ReverseKL, SkewForwardKL, SkewReverseKL, TotalVariation, or the import path of your own",
+        says="model.loss: torch.nn.Linear is not one of its classes; there are AdaptiveKL, AlphaBeta, ContrastivePair, "
+        "DistillationLoss, ForwardKL, JensenShannon, ReverseKL, Selected, SkewForwardKL, SkewReverseKL, TAID, "
+        "TokenTemperature, TotalVariation, or the import path of your own",
     ),
     Fault(
         id="loss_without_module",
