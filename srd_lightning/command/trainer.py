@@ -88,8 +88,8 @@ class SRDTrainer(Trainer):
             reflector.tokens_per_batch,
             reflector.threads,
         )
-        root, device = Path(self.default_root_dir), self.strategy.root_device
-        self._on_all_ranks(functools.partial(writes.write, reader.rows(split), Path(path), root, device))
+        root = Path(self.default_root_dir)
+        self._on_all_ranks(functools.partial(writes.write, reader.rows(split), Path(path), root, self))
 
     def _on_all_ranks(self, work: Callable[[], object]) -> None:
         """Do something on every rank, on its device: as the set-up of a prediction that has no batches."""

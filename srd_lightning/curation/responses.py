@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -83,14 +83,15 @@ class ResponseWriter:
                 "set decoding.max_new_tokens"
             )
 
-    def write(self, rows: Dataset, path: Path, root: Path, device: torch.device | None = None) -> Counter[str]:
+    def write(self, rows: Dataset, path: Path, root: Path, trainer: Trainer | None = None) -> Counter[str]:
         """Write the rows with the model's responses, all of them or nothing.
 
         Args:
             rows: As read; of their responses nothing is used.
             path: A jsonl file.
             root: Folder in which what was written is kept until all of it is there, and after.
-            device: Of this rank; by default where the model is.
+            trainer: Gives the device, and under FSDP2 shards a model that is loaded by name; by default the model stays
+                where it is.
 
         Returns:
             Why rows were left out, and how many.
@@ -107,7 +108,8 @@ class ResponseWriter:
             split="generate",
             family=find_family(self.source, None),
         )
-        student = ReflectingStudent(self.source, None, self.tokenizer, self.template, device)
+        device = None if trainer is None else trainer.strategy.root_device
+        student = ReflectingStudent(self.source, None, self.tokenizer, self.template, device, trainer)
         model = student.untrained()
         reflector = Reflector([CutAtLimit()], self.decoding, self.tokens_per_batch, self.threads)
         made_of = reflector.fingerprint(prompts, model, student)
