@@ -45,8 +45,8 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(kit, tmp_path, capsys):
 
 
 def test_every_program_runs_and_tells_of_its_arms(tmp_path):
-    """The pieces left out are other arguments of the same programs."""
-    names = ["equal", "kernel", "small", "loss", "step", "trl", "reflection"]
+    """The pieces left out are other arguments of the same programs, or tests, which the suite runs anyway."""
+    names = ["kernel", "small", "loss", "step", "trl", "reflection"]
     done, lines = run(tmp_path, "--rehearse", "--pieces", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     head, *lines = lines
@@ -63,8 +63,6 @@ def test_every_program_runs_and_tells_of_its_arms(tmp_path):
     for name, piece in ended.items():
         assert (piece["outcome"], piece["arms"]) == ("passed", len(arms[name]))
         assert f"{name}: passed" in done.stdout
-    assert {arm["outcome"] for arm in arms["equal"].values()} == {"passed"}
-    assert len(arms["equal"]) > 30, "each test is told of"
     assert arms["kernel"]["ForwardKL exact float32 64"]["torch"][1] < 1e-6
     assert arms["kernel"]["topk objective 32,64,8 plain"]["seconds"] > 0
     assert [arm["waits_per_step"].keys() for arm in arms["small"].values()] == [{"_local_scalar_dense"}] * 3
