@@ -136,9 +136,12 @@ def test_the_launcher_waits_for_all_when_the_first_process_is_told_to_end(whole)
         assert batches(runs) == [(0, 7), (8, 14)]
 
 
-def test_texts_of_the_student_go_on_in_every_rank(tmp_path):
+@pytest.mark.parametrize(
+    ("rollouts", "strategy"), [("gkd", "ddp"), ("distillm", "fsdp2"), ("minillm", "fsdp2"), ("replay", "ddp")]
+)
+def test_texts_of_the_student_go_on_in_every_rank(tmp_path, rollouts, strategy):
     """The rows that are compared are those that it wrote, or that were drawn from what each rank had kept."""
-    settings = {"devices": 2, "strategy": "fsdp2", "rollouts": True, "max_epochs": 3}
+    settings = {"devices": 2, "strategy": strategy, "rollouts": rollouts, "max_epochs": 3}
     run(tmp_path / "whole", [{**settings, "saves": {"save_top_k": -1}}])
     (middle,) = (tmp_path / "whole" / "checkpoints").glob("*-step=3.ckpt")
     run(tmp_path / "resumed", [{**settings, "ckpt_path": str(middle)}])

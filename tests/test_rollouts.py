@@ -287,9 +287,7 @@ def test_progress_is_in_optimizer_steps_of_the_whole_curriculum(tmp_path):
 
 
 METHODS = {
-    "gkd": (lambda: GKD(0.5, SAMPLED), {}),
     "distillm": (lambda: DistiLLM(0.9, rise=0.02, tolerance=-100.0, capacity=6, decoding=SAMPLED), {}),
-    "minillm": (lambda: MiniLLM(0.7, max_new_tokens=6), {}),
     "replay": (lambda: ReflectionReplay(0.5), {"schedule": {0: 0.5, 1: 1.0}, "refresh": [1], "batch_size": 2}),
 }
 

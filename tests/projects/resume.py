@@ -19,11 +19,14 @@ from fsdp1_on_cpu import FSDP1OnCPU
 from transformers import ByT5Tokenizer
 
 from srd_lightning import (
+    GKD,
     CurriculumCallback,
     Decoding,
     DistiLLM,
     HyperparameterScheduler,
     KDLightningModule,
+    MiniLLM,
+    ReflectionReplay,
     ResumeCheckpoint,
     SRDDataModule,
 )
@@ -116,18 +119,23 @@ class Stop(L.Callback):
 SHARDED = {"fsdp1": lambda: FSDP1OnCPU(state_dict_type="sharded"), "fsdp2": FSDP2}
 
 
-def own_text():
-    """Return rollouts with all that there is to resume: a share that rises, a buffer that is full soon."""
-    return DistiLLM(0.5, tolerance=-100.0, capacity=4, decoding=Decoding(max_new_tokens=4, temperature=1.0))
+SAMPLED = Decoding(max_new_tokens=4, temperature=1.0)
+ROLLOUTS = {
+    "gkd": lambda: GKD(0.5, SAMPLED),
+    "distillm": lambda: DistiLLM(0.5, tolerance=-100.0, capacity=4, decoding=SAMPLED),  # a buffer that is full soon
+    "minillm": lambda: MiniLLM(0.7, max_new_tokens=4),
+    "replay": lambda: ReflectionReplay(0.5),
+    None: lambda: None,
+}
 
 
-def parts(folder, devices=1, dropout=0.1, rollouts=False, **data_options):
+def parts(folder, devices=1, dropout=0.1, rollouts=None, **data_options):
     """Return the module and its data."""
     module = KDLightningModule(
         distil.tiny(0, attention_dropout=dropout),
         distil.tiny(1),
         tokenizer=ByT5Tokenizer(),
-        rollouts=own_text() if rollouts else None,
+        rollouts=ROLLOUTS[rollouts](),
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
     )
@@ -146,7 +154,7 @@ def main(
     folder, devices=1, strategy="auto", stop=None, seed=0, dropout=0.1, ckpt_path="last", accelerator="cpu", **options
 ):
     data, saves = options.pop("data", {}), options.pop("saves", {})
-    module, rows = parts(folder, devices, dropout, options.pop("rollouts", False), **data)
+    module, rows = parts(folder, devices, dropout, options.pop("rollouts", None), **data)
     L.seed_everything(seed)
     trainer = L.Trainer(
         max_epochs=options.pop("max_epochs", 4),
