@@ -554,6 +554,14 @@ def test_an_engine_that_returns_something_else(answers, said, tmp_path):
         fit(GKD(1.0, SAMPLED, lambda *_: answers), tmp_path)
 
 
+@pytest.mark.parametrize("method", [GKD(1.0, SAMPLED), MiniLLM(max_new_tokens=6), MiniLLM(1.0, 0.0, max_new_tokens=6)])
+def test_no_token_is_written_that_the_teacher_does_not_know(method):
+    student, teacher = tiny_model(0, vocab_size=1024), tiny_model(1).eval()
+    models = Models(lambda: student, teacher, 384, ByT5Tokenizer(), Moment(0, 0, 0, 0, lambda: 0.0))
+    written = method.texts([Text([5, 6, 7], [8]), Text([9], [4])], models)
+    assert max(token for text in written for token in text.response) < 384
+
+
 def test_rows_of_which_nothing_is_learnt_stay_as_they_are():
     student = lively_model(0)
     models = Models(lambda: student, student, None, ByT5Tokenizer(), Moment(0, 0, 0, 0, lambda: 0.0))

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from srd_lightning.checkpoints.resume_state import batch_seed
 from srd_lightning.digests import uniform
@@ -24,6 +25,21 @@ is the end token, unless the answer was cut. The student itself by default; one 
 given the student's weights as they are now, by a callback of yours."""
 SAMPLED = Decoding(temperature=1.0)
 """By default texts are samples of what the student says: at temperature 1, of all tokens, at most 256."""
+
+
+class SharedTokens(LogitsProcessor):
+    """Lets only tokens be chosen that both models know: of a head that has more rows the others mean nothing.
+
+    Args:
+        vocabulary: How many, the first.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores ``[B, V]``, -inf beyond these tokens."""
+        return scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= self.vocabulary, -torch.inf)
 
 
 class Text(NamedTuple):
@@ -101,13 +117,15 @@ class Models:
             rows: Of this rank.
             decoding: How texts are generated; its seed, the batch and the rank decide what is sampled.
             engine: Who writes; by default the student.
-            changes: As `generate_ids` takes it.
+            changes: As `generate_ids` takes it; by default texts are of tokens that both models know.
 
         Raises:
             DataError: An engine gives something else than tokens for each prompt.
         """
         prompts = [list(row.prompt) for row in rows if row.response]
         seed = self.moment.seed(decoding.seed)
+        shared = self.vocabulary
+        changes = changes or (None if shared is None else lambda _: SharedTokens(shared))
         if engine is None:
             answers = generate_ids(self.student(), self.tokenizer, prompts, decoding, seed, None, changes)
         else:

@@ -175,11 +175,12 @@ class TeacherMix(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return ``[B, V]``, from tokens ``[B, T]`` and scores ``[B, V]``."""
-        own = log_probabilities(scores, 1.0)
-        theirs = torch.full_like(own, -torch.inf)
-        logp = log_probabilities(self._next(input_ids)[:, : self.vocabulary], 1.0)
-        theirs[:, : logp.shape[1]] = logp
-        return _log_mixture(theirs, own, self.share)
+        own, theirs = (
+            log_probabilities(logits[:, : self.vocabulary], 1.0) for logits in (scores, self._next(input_ids))
+        )
+        mixed = torch.full_like(upcast(scores), -torch.inf)  # of tokens that only the student knows
+        mixed[:, : own.shape[1]] = _log_mixture(theirs, own, self.share)
+        return mixed
 
     def _next(self, input_ids: Tensor) -> Tensor:
         """Return what the teacher gives for the next token; it sees each token once, where it keeps what it saw."""
