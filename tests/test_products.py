@@ -9,6 +9,7 @@ from tiny import QUIET, lively_model, make_rows, tiny_model
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from srd_lightning import CacheSettings, KDLightningModule, Pretrained, SRDDataModule
+from srd_lightning.errors import NonFiniteError
 from srd_lightning.teacher.products import cast_products
 
 BF16 = torch.bfloat16
@@ -67,6 +68,15 @@ def test_a_teacher_that_is_loaded_is_cast_where_there_is_autocast_and_loaded_ane
     module = KDLightningModule(tiny_model(0), named)
     found = [fit(module, tmp_path / str(run), precision) for run, precision in enumerate(["32-true", "bf16-mixed"] * 2)]
     assert found == [torch.float32, BF16] * 2
+
+
+def test_a_step_that_is_not_finite_still_says_which_model_is_to_blame(named, tmp_path):
+    student = tiny_model(0)
+    student.lm_head.weight.data[3] = torch.nan
+    module = KDLightningModule(student, named)
+    module.preflight = lambda trainer: None  # which has seen it
+    with pytest.raises(NonFiniteError, match="the student's logits are NaN or infinite before its first step"):
+        fit(module, tmp_path, "bf16-mixed")
 
 
 def test_a_cache_is_filled_by_the_teacher_as_it_is_loaded(named, tmp_path):

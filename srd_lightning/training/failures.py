@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -104,7 +105,9 @@ def _not_finite(
         return ids(batch_idx) if ids is not None and guilty else []
 
     rows = [row for found in Ranks().all_results(rows_of_batch) for row in found]
-    reasons = [found for found in Ranks().all_results(reason) if found is not None]
+    trainer = module._trainer
+    with trainer.precision_plugin.forward_context() if trainer else contextlib.nullcontext():  # as in the step
+        reasons = [found for found in Ranks().all_results(reason) if found is not None]
     advice = "look at these rows, resume from the last checkpoint with a lower gradient_clip_val or another precision, "
     advice = reasons[0] if reasons else f"{advice}or begin anew with a lower learning rate"
     return NonFiniteError(
