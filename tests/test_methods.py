@@ -2,6 +2,7 @@
 
 import math
 import re
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from srd_lightning import (
 )
 from srd_lightning.data.batches import collate
 from srd_lightning.errors import SettingError
+from srd_lightning.losses import look_ahead
 from srd_lightning.losses.checks import check_loss
 from srd_lightning.losses.paper import (
     PaperForwardKL,
@@ -298,6 +300,22 @@ def test_the_teacher_is_asked_for_chosen_tokens_only_and_others_have_no_gradient
     plan = Selected(share=0.2).plan(torch.arange(1.0, TOKENS + 1)[None], ROWS)
     assert plan.weights.tolist() == [0, 0, 0, 0, 5, *[0] * 7, 4.5, 4.5, *[0] * 5, 3.5, 3.5]
     assert (plan.chosen, plan.order()[:5].tolist()) == (5, [4, 12, 13, 19, 20])
+
+
+def test_looking_ahead_holds_the_teachers_logits_of_one_slice_at_a_time(monkeypatch):
+    (hidden, head, teacher), targets = case()
+    monkeypatch.setattr(look_ahead, "TEACHER_TOKENS", 3)
+    given = []
+
+    def of(tokens):
+        assert all(logits() is None for logits in given)
+        logits = teacher[tokens].clone()
+        given.append(weakref.ref(logits))
+        assert len(logits) <= 4
+        return logits
+
+    chunked_objective(hidden, Head(head), targets, Selected(by=Hellinger()), of, 1.0, chunk=4, rows=ROWS)
+    assert len(given) == 7 + 2  # 21 tokens, then the 5 chosen ones
 
 
 def test_likeliest_tokens_can_be_chosen_among_but_not_warmed():

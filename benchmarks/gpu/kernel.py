@@ -38,7 +38,8 @@ from step import matmul_flops_per_second  # noqa: E402
 
 from srd_lightning import losses  # noqa: E402
 from srd_lightning.losses import chunked, token_loss  # noqa: E402
-from srd_lightning.losses.chunked import TEACHER_TOKENS, chunk_size  # noqa: E402
+from srd_lightning.losses.chunked import chunk_size  # noqa: E402
+from srd_lightning.losses.pieces import TEACHER_TOKENS  # noqa: E402
 from srd_lightning.losses.token_loss import TokenLoss  # noqa: E402
 from srd_lightning.losses.top_k import POWERS, TopKTeacher  # noqa: E402
 

@@ -21,14 +21,12 @@ from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.by_token import ByToken
 from srd_lightning.losses.head import Head
 from srd_lightning.losses.look_ahead import look_ahead, of_places
-from srd_lightning.losses.pieces import Logits, size_of_piece, slices, some_of
+from srd_lightning.losses.pieces import TEACHER_TOKENS, Logits, size_of_piece, slices, some_of
 from srd_lightning.losses.token_loss import TokenLoss, compiled, to_gradient
 from srd_lightning.losses.top_k import TopKTeacher
 
 CHUNK = 256
 """Response tokens whose logits exist at a time on a CPU."""
-TEACHER_TOKENS = 2048
-"""Tokens whose teacher's logits exist at a time: enough for a product at full speed."""
 
 ToGradient = Callable[[TokenLoss, Tensor, Tensor | TopKTeacher | None, Tensor], Tensor]
 """`to_gradient`, or what does the same in one kernel."""

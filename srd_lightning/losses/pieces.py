@@ -10,6 +10,8 @@ from srd_lightning.losses.top_k import TopKTeacher
 
 Logits = Callable[[slice | Tensor], Tensor | TopKTeacher]
 """Gives a teacher's logits ``[n, V]``, or its likeliest tokens, of a slice of N tokens, or of some places in them."""
+TEACHER_TOKENS = 2048
+"""Tokens whose teacher's logits exist at a time: enough for a product at full speed."""
 PIECE = 16
 """Tokens whose logits are worked on at a time on a CPU: few enough to stay in its cache."""
 PIECE_LOGITS = 2**25
