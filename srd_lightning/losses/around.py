@@ -11,7 +11,7 @@ from srd_lightning.losses.base import DistillationLoss
 
 
 def divergence_only(loss: DistillationLoss, user: str) -> DistillationLoss:
-    """Return a loss, if it is no more than a divergence of each token.
+    """Return a loss, if it is no more than a divergence of each token, the same in every batch.
 
     Args:
         loss: Any.
@@ -20,10 +20,15 @@ def divergence_only(loss: DistillationLoss, user: str) -> DistillationLoss:
     Raises:
         SettingError: It is more, or no loss.
     """
-    if isinstance(loss, DistillationLoss) and type(loss).forward is DistillationLoss.forward:
+    more = ("forward", "of_tokens", "for_batch")
+    if isinstance(loss, DistillationLoss) and all(
+        getattr(type(loss), name) is getattr(DistillationLoss, name) for name in more
+    ):
         return loss
+    given = type(loss).__name__ if isinstance(loss, DistillationLoss) else repr(loss)
     raise SettingError(
-        f"{user} is made of losses that define divergence only, such as ForwardKL(), but is given {loss!r}"
+        f"{user} is made of losses that define divergence only, such as ForwardKL(), but is given {given}; one that "
+        "chooses among tokens, or has another loss for own text, can only stand outside"
     )
 
 
@@ -39,9 +44,13 @@ class Around(DistillationLoss):
 
     def __init__(self, loss: DistillationLoss) -> None:
         nn.Module.__init__(self)
-        self.loss = divergence_only(loss, type(self).__name__)
+        self.loss = self.inner(loss)
         self.scale_by_temperature = loss.scale_by_temperature
         self.ignore_index = loss.ignore_index
+
+    def inner(self, loss: DistillationLoss) -> DistillationLoss:
+        """Return the other loss, if it can be one."""
+        return divergence_only(loss, type(self).__name__)
 
     @property
     def temperature(self) -> float:

@@ -95,6 +95,10 @@ class ByToken(Around):
         super().__init__(loss)
         self.by = by
 
+    def inner(self, loss: DistillationLoss) -> DistillationLoss:
+        """Return the other loss, which may plan too."""
+        return loss if isinstance(loss, ByToken) else super().inner(loss)
+
     def plan_row(self, scores: Sequence[Tensor]) -> TokenPlan:
         """Return what counts of the tokens of a row.
 
