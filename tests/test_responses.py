@@ -134,7 +134,8 @@ def test_command_writes_rows_that_fit_trains_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         criteria_base, "generate_ids", lambda model, tokenizer, prompts, *_: [[74, 75, 1] for _ in prompts]
     )
-    arguments = ["--path=written.jsonl", "--split=validation", "--decoding.max_new_tokens=3"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = ["--path=~/written.jsonl", "--split=validation", "--decoding.max_new_tokens=3"]
     cli.run(["generate", *options, *arguments])
     cli.run(["generate", *options, *arguments])  # what an earlier run has written is replaced
     assert len(Path("written.jsonl").read_text().splitlines()) == 8

@@ -71,7 +71,8 @@ class SRDTrainer(Trainer):
             writer: Who writes; by default the teacher.
             decoding: How it writes.
         """
-        check_path(Path(path))
+        file = Path(path).expanduser()
+        check_path(file)
         source = writer or model.models_by_name()["teacher"]
         if source is None:
             raise SettingError("generate needs somebody who writes, but there is no teacher; name one: --writer.name")
@@ -89,7 +90,7 @@ class SRDTrainer(Trainer):
             reflector.threads,
         )
         root = Path(self.default_root_dir)
-        self._on_all_ranks(functools.partial(writes.write, reader.rows(split), Path(path), root, self))
+        self._on_all_ranks(functools.partial(writes.write, reader.rows(split), file, root, self))
 
     def _on_all_ranks(self, work: Callable[[], object]) -> None:
         """Do something on every rank, on its device: as the set-up of a prediction that has no batches."""
