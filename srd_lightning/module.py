@@ -349,7 +349,6 @@ class KDLightningModule(LightningModule):
         layout = self.step.inspect(batch)  # some batches move in place
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
         self.step.expect(moved, layout)
-        self.rollouts_handle.expect(moved)
         return moved
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -358,7 +357,7 @@ class KDLightningModule(LightningModule):
         laid_out = self._laid_out(batch, f"training batch {batch_idx}")
         num_tokens = self.token_normalizer.divisor(_number_of_tokens(laid_out), accumulated)
         auxiliary = cast("list[AuxiliaryLoss]", list(self.auxiliary))
-        loss, kd_weight = self.rollouts_handle.objective(laid_out, self.loss, self.kd_weight)
+        loss, kd_weight = self.rollouts_handle.objective(self.loss, self.kd_weight)
         objective = step.objective(laid_out, loss, kd_weight, num_tokens, auxiliary)
         others = objective.loss - (1 - kd_weight) * objective.ce - kd_weight * objective.kd
         means = self.token_normalizer.of_batch(torch.stack([*objective, others]).detach())

@@ -53,7 +53,7 @@ class Seen(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.batches.append({name: values.clone() for name, values in batch.items()})
-        self.own.append(pl_module.rollouts_handle.objective(batch, ForwardKL(), 0.25)[1] == 1.0)
+        self.own.append(pl_module.rollouts_handle.objective(ForwardKL(), 0.25)[1] == 1.0)
         self.look(pl_module, batch, self.own[-1])
 
     def on_validation_end(self, trainer, pl_module):
@@ -166,6 +166,24 @@ def test_of_own_text_only_the_divergence_is_learnt(tmp_path):
     seen, _ = fit(GKD(0.5, SAMPLED), tmp_path, seen=Seen(look=look), kd_weight=0.3, student=lively_model(0))
     assert set(seen.own) == {True, False}
     assert seen.losses == pytest.approx(wanted, rel=1e-4)
+
+
+def test_own_text_stays_own_where_a_hook_makes_another_batch_of_it(tmp_path, monkeypatch):
+    def copied(module, batch, dataloader_idx):
+        return {name: values.clone() for name, values in batch.items()}
+
+    monkeypatch.setattr(KDLightningModule, "on_after_batch_transfer", copied)
+    _, module = fit(GKD(1.0, SAMPLED), tmp_path, kd_weight=0.3)
+    assert "train_ce" not in module.trainer.callback_metrics
+
+
+def test_rows_without_a_prompt_are_refused(tmp_path):
+    ids = torch.full((2, 4), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    module = KDLightningModule(tiny_model(0), tiny_model(1), rollouts=GKD(1.0, GREEDY), tokenizer=ByT5Tokenizer())
+    loader = torch.utils.data.DataLoader([batch], batch_size=None)
+    with pytest.raises(DataError, match=r"training batch 0 has a row without a prompt, .* give GKD rows whose labels"):
+        L.Trainer(max_epochs=1, default_root_dir=tmp_path, **QUIET).fit(module, loader)
 
 
 def test_a_loss_can_have_another_divergence_for_own_text(tmp_path):

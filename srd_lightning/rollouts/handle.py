@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lightning import Trainer
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from srd_lightning.data.batches import check_batch, collate, prompts_and_responses
-from srd_lightning.errors import SettingError
+from srd_lightning.errors import DataError, SettingError
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.models.positions import check_positions
 from srd_lightning.protocols import HasCuratedRows, KnowsPrompts
@@ -34,7 +34,6 @@ class RolloutsHandle:
         self._total: int | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._is_own = False
-        self._own: Tensor | None = None
 
     def check(self, module: Any, trainer: Trainer, data: object) -> None:
         """Refuse what does not go together with the rollouts, before rows are read.
@@ -66,7 +65,7 @@ class RolloutsHandle:
 
     def begin(self, data: object) -> None:
         """Begin a run anew; see `Rollouts.begin`."""
-        self.seconds, self._total, self._tokenizer, self._is_own, self._own = 0.0, None, None, False, None
+        self.seconds, self._total, self._tokenizer, self._is_own = 0.0, None, None, False
         if self.rollouts is not None:
             self.rollouts.begin(data)
 
@@ -80,7 +79,7 @@ class RolloutsHandle:
         Raises:
             DataError: The batch is not what it must be.
         """
-        self._is_own, self._own = False, None
+        self._is_own = False
         rollouts, trainer = self.rollouts, module._trainer
         if rollouts is None or trainer is None or not trainer.training:
             return batch
@@ -94,26 +93,24 @@ class RolloutsHandle:
         assert tokenizer is not None, "check() comes first"
         models = Models(module.student_to_ask, module.teacher, module.step.vocabulary, tokenizer, moment)
         rows = [Text(*row) for row in prompts_and_responses(batch)]
+        if any(row.response and not row.prompt for row in rows):
+            raise DataError(
+                f"training batch {moment.batch_idx} has a row without a prompt, to which no text can be written; give "
+                f"{type(rollouts).__name__} rows whose labels are -100 at the tokens of a prompt"
+            )
         with trainer.precision_plugin.forward_context():
             texts = rollouts.texts(rows, models)
         self.seconds += time.perf_counter() - start
         return batch if texts is None else {**batch, **batch_of(texts, tokenizer)}
 
-    def expect(self, moved: Any) -> None:
-        """Remember which batch, now on its device, is the student's own."""
-        self._own = moved["input_ids"] if self._is_own and isinstance(moved, Mapping) else None
-
-    def objective(
-        self, batch: Mapping[str, Any], loss: DistillationLoss, kd_weight: float
-    ) -> tuple[DistillationLoss, float]:
-        """Return loss and share by which a batch is distilled: of own text nothing else is learnt.
+    def objective(self, loss: DistillationLoss, kd_weight: float) -> tuple[DistillationLoss, float]:
+        """Return loss and share by which the batch that came last is distilled: of own text nothing else is learnt.
 
         Args:
-            batch: On its device.
             loss: Of the module.
             kd_weight: Of the module.
         """
-        if self.rollouts is None or self._own is None or batch["input_ids"] is not self._own:
+        if self.rollouts is None or not self._is_own:
             return loss.for_batch(own_text=False), kd_weight
         return self.rollouts.loss(loss.for_batch(own_text=True)), 1.0
 
