@@ -1,7 +1,9 @@
 """What the answers of a test are worth: each score against what it must be, code under its limits, whole test runs."""
 
+import contextlib
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 from lightning import Trainer
@@ -10,6 +12,7 @@ from tiny import QUIET, make_rows, tiny_model
 from transformers import ByT5Tokenizer
 
 from srd_lightning import AnswerScore, AnswerScores, Decoding, KDLightningModule, SRDDataModule
+from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import DataError, SettingError
 from srd_lightning.evaluation import code_tests
 from srd_lightning.evaluation.answer_scores import CorpusBleu, CorpusChrF, ExactAccuracy, NumericAccuracy
@@ -193,3 +196,27 @@ class TestCallback:
         score.name = "rouge_l"
         with pytest.raises(SettingError, match="but rouge_l is there twice"):
             AnswerScores([score])
+
+
+def test_ranks_wait_without_a_time_limit_for_what_the_first_scores(monkeypatch):
+    class Team(Ranks):
+        waits = False
+
+        @contextlib.contextmanager
+        def work_then_wait(self):
+            Team.waits = True
+            yield lambda: None
+            Team.waits = False
+
+    class Slow(AnswerScore):
+        name = "slow"
+
+        def score(self, rows):
+            return float(Team.waits)
+
+    monkeypatch.setattr("srd_lightning.callbacks.answer_scores.Ranks", Team)
+    scores, logged = AnswerScores([Slow()]), {}
+    module = SimpleNamespace(log=logged.__setitem__)
+    scores.on_test_batch_end(None, module, {"answers": [{"prompt": "", "response": "", "answer": ""}]}, None, 0)
+    scores.on_test_epoch_end(None, module)
+    assert logged == {"test_slow": 1.0}

@@ -66,6 +66,7 @@ class AnswerScores(Callback):
         rows = [row for of_rank in team.all_results(lambda: own) for row in of_rank]
         if not rows:
             return
-        found = team.rank0_result(lambda: [score.score(rows) for score in self.scores])
-        for score, value in zip(self.scores, found, strict=True):
+        with team.work_then_wait():  # code may run for longer than a collective operation may take
+            found = [score.score(rows) for score in self.scores] if team.rank == 0 else []
+        for score, value in zip(self.scores, team.rank0_result(lambda: found), strict=True):
             pl_module.log(f"test_{score.name}", float(value))
