@@ -162,6 +162,7 @@ class KDLightningModule(LightningModule):
         self.decoding = decoding
         self.token_normalizer = TokenNormalizer()
         self._measured: list[Measured] = []
+        self._step_kd: float | None = None
         self.is_set_up = False
         """Whether `setup` was called for the run that begins."""
         self.metrics = nn.ModuleDict(
@@ -387,11 +388,16 @@ class KDLightningModule(LightningModule):
         loss, ce, kd, auxiliary = means  # on the host, so nothing that is logged makes it wait
         if all(batch.kd_weight < 1 for batch in batches):
             self.log("train_ce", ce)
-        if all(batch.kd_weight > 0 for batch in batches):
+        self._step_kd = float(kd) if all(batch.kd_weight > 0 for batch in batches) else None
+        if self._step_kd is not None:
             self.log("train_kd", kd)
         if self.auxiliary:
             self.log("train_auxiliary", auxiliary)
         self.log("train_loss", loss, prog_bar=True)
+
+    def step_kd(self) -> float | None:
+        """Return the distillation loss of the last step, see `KnowsStepLoss`."""
+        return self._step_kd
 
     @property
     def reads_when_clipping(self) -> bool:

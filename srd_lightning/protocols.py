@@ -108,6 +108,14 @@ class HasResumeState(Protocol):
 
 
 @runtime_checkable
+class KnowsStepLoss(Protocol):
+    """A module that knows the distillation loss of the step that was made last."""
+
+    def step_kd(self) -> float | None:
+        """Return the mean over its tokens and all ranks; nothing where the loss had no share in it."""
+
+
+@runtime_checkable
 class FindsLast(Protocol):
     """A callback that knows which checkpoint ``ckpt_path="last"`` is before Lightning reads it."""
 

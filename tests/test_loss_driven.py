@@ -1,5 +1,7 @@
 """Settings that follow the loss: what they come to, on which steps, and where a run is resumed."""
 
+import itertools
+
 import lightning as L
 import pytest
 import references
@@ -10,6 +12,7 @@ from torch.optim import SGD, AdamW
 from transformers import ByT5Tokenizer
 
 from srd_lightning import (
+    GKD,
     TAID,
     Decoding,
     ForwardKL,
@@ -130,8 +133,37 @@ def test_what_is_refused_before_rows_are_read(callbacks, loss, said, tmp_path):
 def test_without_a_distillation_loss_there_is_nothing_to_follow(tmp_path):
     trainer = L.Trainer(max_epochs=1, callbacks=[TAIDSchedule()], default_root_dir=tmp_path, **QUIET)
     module = KDLightningModule(tiny_model(0), loss=TAID(), kd_weight=0.0)
-    with pytest.raises(SettingError, match="TAIDSchedule follows train_kd"):
+    with pytest.warns(UserWarning, match=r"no step had a distillation loss, .* so loss.t stayed at 0.4"):
         trainer.fit(module, datamodule=SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}))
+
+
+def test_steps_without_a_distillation_loss_are_not_followed(tmp_path):
+    """Only own text is distilled here, so a step of references says nothing: the loss that was logged last is older."""
+
+    class Told(L.Callback):
+        def __init__(self):
+            self.t, self.distilled = [], []
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.t.append(pl_module.loss.t)
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.distilled.append(pl_module.step_kd() is not None)
+
+    told = Told()
+    module = KDLightningModule(
+        tiny_model(0),
+        lively_model(1),
+        TAID(),
+        kd_weight=0.0,
+        tokenizer=ByT5Tokenizer(),
+        rollouts=GKD(0.5, Decoding(max_new_tokens=2)),
+    )
+    trainer = L.Trainer(max_epochs=3, callbacks=[told, TAIDSchedule()], default_root_dir=tmp_path, **QUIET)
+    trainer.fit(module, datamodule=SRDDataModule(ROWS, ByT5Tokenizer(), schedule={0: 1.0}, batch_size=3))
+    moved = [after > before for before, after in itertools.pairwise(told.t)]
+    assert moved == told.distilled[:-1]
+    assert {True, False} == set(moved)
 
 
 @pytest.mark.parametrize("make", [lambda: TAIDSchedule(0.9, 0.4), lambda: LossDrivenShare(rate=1.0)])

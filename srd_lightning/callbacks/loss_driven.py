@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from srd_lightning.callbacks.hyperparameters import assign, try_values
 from srd_lightning.errors import SettingError
 from srd_lightning.preflight import callbacks_of
+from srd_lightning.protocols import KnowsStepLoss
 from srd_lightning.training.lr_plan import stage_steps
 
 
@@ -32,7 +34,7 @@ class _LossDriven(Callback):
         self.attribute = attribute
         self.state: dict[str, float] = {"value": first, "step": 0}
         self.logged = (f"schedule/{attribute}",)
-        self._first, self._planned, self._loaded = first, 1, False
+        self._first, self._planned, self._loaded, self._followed = first, 1, False, False
 
     def following(self, loss: float, progress: float) -> float:
         """Return the value after the one in ``state``; what else is remembered goes there too."""
@@ -83,29 +85,44 @@ class _LossDriven(Callback):
         self._planned = max(sum(stage_steps(trainer)), 1)
         if not self._loaded:
             self.state = {"value": self._first, "step": trainer.global_step}
-        self._loaded = False
+        self._loaded = self._followed = False
         assign(pl_module, self.attribute, self.state["value"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Set and log the value of the next step, where one was made.
+        """Set and log the value of the next step, where one was made; one without a distillation loss changes nothing.
 
         Raises:
             SettingError: The module logs no ``train_kd``.
         """
         if trainer.global_step == self.state["step"]:
             return
-        loss = trainer.callback_metrics.get("train_kd")
-        if loss is None:
+        if isinstance(pl_module, KnowsStepLoss):
+            loss = pl_module.step_kd()  # what is logged stays from the step before
+        elif "train_kd" in trainer.callback_metrics:
+            loss = float(trainer.callback_metrics["train_kd"])
+        else:
             raise SettingError(
-                f"{type(self).__name__} follows train_kd, which {type(pl_module).__name__} logs where kd_weight is "
-                "above 0; raise it, or leave the callback out"
+                f"{type(self).__name__} follows train_kd, which {type(pl_module).__name__} does not log; log it, or "
+                "leave the callback out"
             )
-        value = self.advance(float(loss), trainer.global_step / self._planned)
+        if loss is None:
+            self.state["step"] = trainer.global_step
+            return
+        self._followed = True
+        value = self.advance(loss, trainer.global_step / self._planned)
         self.state["step"] = trainer.global_step
         assign(pl_module, self.attribute, value)
         pl_module.log(self.logged[0], torch.tensor(value))  # on the host, so nobody waits for it
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where there was nothing to follow."""
+        if not self._followed and trainer.global_step > 0:
+            rank_zero_warn(
+                f"no step had a distillation loss, which {type(self).__name__} follows, so {self.attribute} stayed at "
+                f"{self.state['value']}; raise kd_weight, or leave the callback out"
+            )
 
 
 class TAIDSchedule(_LossDriven):
