@@ -11,7 +11,7 @@ quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes
 	$(BIN)/python -m srd_lightning.quickstart
 
 test: $(VENV)/.dev  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadgroup --durations 25
+	$(BIN)/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadfile --durations 25
 
 check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 	$(BIN)/ruff check .
@@ -24,7 +24,7 @@ kernel: $(VENV)/.dev $(VENV)/triton  ## the Triton kernel, on a CPU: run by Trit
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py --numprocesses 2
 
 oldest: $(OLDEST)/.dev  ## the tests with the oldest versions that are allowed
-	$(OLDEST)/bin/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadgroup
+	$(OLDEST)/bin/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadfile
 
 gpu: $(VENV)/.dev $(VENV)/.liger  ## what needs a GPU: tests, and benchmarks; appends to results-gpu.jsonl
 	$(BIN)/python benchmarks/gpu/run.py

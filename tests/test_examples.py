@@ -16,8 +16,6 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule
 from srd_lightning.curation.score_store import ScoreStore
 
-pytestmark = pytest.mark.xdist_group("examples")
-
 ROOT = Path(__file__).parents[1]
 LENGTHS = {"max_length": 230, "max_prompt_length": 200}
 OPTIONS = ["--max-length=230", "--max-prompt-length=200", "--max-new-tokens=12", "--dtype=float32"]

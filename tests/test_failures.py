@@ -16,8 +16,6 @@ from transformers import ByT5Tokenizer
 from srd_lightning import ForwardKL, KDLightningModule, SRDDataModule
 from srd_lightning.errors import NonFiniteError
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 def run(folder, devices, strategy, what, rank, launched=False):
     """Return what all ranks wrote; all have ended, or this fails. Lightning has started the second, or we did."""

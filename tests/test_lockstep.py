@@ -11,8 +11,6 @@ from srd_lightning.distributed import process_group
 from srd_lightning.distributed.process_group import Signs
 from srd_lightning.errors import RankError
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

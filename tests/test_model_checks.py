@@ -16,8 +16,6 @@ from srd_lightning.errors import MissingDataError, ModelError, SettingError, SRD
 from srd_lightning.models.soundness import check_weights
 from srd_lightning.models.vocabulary import check_tokens
 
-pytestmark = pytest.mark.xdist_group("model_checks")
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 
 from srd_lightning import cli
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = sorted(
     path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()).get("data", {})

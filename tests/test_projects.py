@@ -12,8 +12,6 @@ from conftest import PROJECTS, records_of, run_project
 
 from srd_lightning import ALPACA
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 SAME = 100 * torch.finfo(torch.float32).eps
 """Between sums of a hundred terms in fp32, in another order."""
 both = pytest.mark.parametrize("devices", [1, 2], ids=["one_process", "two_processes"])

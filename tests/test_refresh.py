@@ -22,8 +22,6 @@ sys.path.insert(0, str(PROJECTS))
 import distil
 import refresh as project
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):

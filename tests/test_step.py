@@ -26,8 +26,6 @@ from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import NonFiniteError, SettingError
 from srd_lightning.training.step import DistillationStep
 
-pytestmark = pytest.mark.xdist_group("step")
-
 ROWS = make_rows(24)
 
 

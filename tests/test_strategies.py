@@ -4,8 +4,6 @@ import pytest
 import torch
 from conftest import remembered, train_equally
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 SAME = 100 * torch.finfo(torch.float32).eps
 """Between losses of each step, and between weights at the end: sums of a hundred terms in another order; a share of
 numbers above one."""
@@ -65,7 +63,6 @@ ENCODER_DECODER = {"encoder_decoder": True}
     ("strategy", "settings", "model", "precision"),
     [
         ("fsdp2", {**SHARDED, **CACHED}, ENCODER_DECODER, "32-true"),
-        ("fsdp2", SHARDED, ENCODER_DECODER, "32-true"),
         ("ddp", {"teacher_placement": "shard"}, AUXILIARY, "32-true"),
         ("ddp", {"micro_batch_tokens": 90}, MUTED, "32-true"),
         ("ddp", {}, {}, "bf16-mixed"),

@@ -7,8 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import HANGS, of_project
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 ROWS = 41
 
 

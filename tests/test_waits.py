@@ -26,8 +26,6 @@ from srd_lightning import (
 )
 from srd_lightning.data.layout import Layout, _each
 
-pytestmark = pytest.mark.xdist_group("step")
-
 
 class OnGPU(KDLightningModule):
     """Has its models, its batches and their layouts as if on a GPU."""
