@@ -72,12 +72,14 @@ class Reflector:
         decoding: How the student answers.
         tokens_per_batch: See `fixed_batches`.
         threads: Of a CPU while it reflects: their number changes the last digits of scores.
+        task: What the progress bar says.
     """
 
     criteria: Sequence[Criterion]
     decoding: Decoding
     tokens_per_batch: int
     threads: int
+    task: str = "reflection"
 
     def fingerprint(self, rows: Dataset, model: nn.Module, student: ReflectingStudent) -> Mapping[str, str]:
         """Return digests, by part, of what scores of these rows are made of.
@@ -149,7 +151,7 @@ class Reflector:
         """Score the batches of this rank, and store each as soon as it is scored; their numbers seed the sampling."""
         mine = np.concatenate([batch for _, batch in batches]) if batches else np.array([], dtype=np.int64)
         known = store.answers(ids_of(rows.select(mine))) if len(mine) else {}
-        progress = progress_bar(len(mine), "reflection", Ranks().rank == 0 and len(batches) > 0)
+        progress = progress_bar(len(mine), self.task, Ranks().rank == 0 and len(batches) > 0)
         try:
             for number, batch in batches:
                 check()

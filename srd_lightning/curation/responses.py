@@ -111,7 +111,7 @@ class ResponseWriter:
         device = None if trainer is None else trainer.strategy.root_device
         student = ReflectingStudent(self.source, None, self.tokenizer, self.template, device, trainer)
         model = student.untrained()
-        reflector = Reflector([CutAtLimit()], self.decoding, self.tokens_per_batch, self.threads)
+        reflector = Reflector([CutAtLimit()], self.decoding, self.tokens_per_batch, self.threads, "responses")
         made_of = reflector.fingerprint(prompts, model, student)
         scores = reflector.scores(prompts, model, student, root / "responses" / digest(made_of), made_of)
         left_out = Counter(report.dropped)
