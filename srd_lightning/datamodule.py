@@ -28,6 +28,7 @@ from srd_lightning.curation.result import CurationResult
 from srd_lightning.curation.student_source import ReflectingStudent, find_family, find_tokenizer
 from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached
 from srd_lightning.curriculum.ranking import Arrangement, digest_of_order
+from srd_lightning.data.batches import padding_of
 from srd_lightning.data.loaders import Collate, Loaders, RebuiltEveryEpoch
 from srd_lightning.data.row_reader import ReadRows, RowReader, check_splits
 from srd_lightning.data.samplers import LengthGrouped, check_sampler, plain_shuffle
@@ -411,9 +412,8 @@ class SRDDataModule(LightningDataModule):
 
     @property
     def _collate(self) -> Collate:
-        pad = self.tokenizer.pad_token_id
-        pad = self.tokenizer.eos_token_id if pad is None else pad
         assert self._read_rows is not None
+        pad = padding_of(self.tokenizer)
         return Collate(pad, self.pad_to_multiple_of, self._batch_columns, self._read_rows.family)
 
     @property

@@ -168,6 +168,12 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to_multipl
     }
 
 
+def padding_of(tokenizer: Any) -> int:
+    """Return the token that fills up the batches of a tokenizer: its end token, where it has none for that."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return int(end if pad is None else pad)
+
+
 def padded(rows: Sequence[Sequence[int]], value: int, multiple_of: int = 1) -> Tensor:
     """Return rows of numbers, filled up on the right to the longest, rounded up to a multiple: ``[B, T]``, int64.
 

@@ -123,7 +123,8 @@ class RowReader:
         Raises:
             DataError: There is no such split, or it cannot be read.
         """
-        splits = load_splits(self.data)
+        by_split = isinstance(self.data, Mapping) and split in self.data
+        splits = load_splits({split: self.data[split]} if by_split else self.data)
         if split not in splits:
             raise DataError(f"there is no split {split!r}, but `data` has {', '.join(splits)}; name one of these")
         return splits[split]

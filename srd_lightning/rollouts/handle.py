@@ -10,7 +10,7 @@ from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.data.batches import check_batch, collate, prompts_and_responses
+from srd_lightning.data.batches import check_batch, collate, padding_of, prompts_and_responses
 from srd_lightning.errors import DataError, SettingError
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.models.positions import check_positions
@@ -137,9 +137,8 @@ def batch_of(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> dict[str,
         >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
         ([[-100, -100, 7, 1], [-100, 8, -100, -100]], [[1, 1, 1, 1], [1, 1, 0, 0]])
     """
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = [{"input_ids": [*prompt, *response], "prompt_length": len(prompt)} for prompt, response in texts]
-    return collate(rows, pad)
+    return collate(rows, padding_of(tokenizer))
 
 
 def tokenizer_of(module: Any, data: object) -> PreTrainedTokenizerBase | None:
