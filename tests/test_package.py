@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from public_api import GOLDEN, public_api
 
 import srd_lightning
 from srd_lightning import ALPACA
@@ -95,6 +96,10 @@ def test_readme_lists_the_public_names():
 def test_every_public_name_can_be_imported():
     missing = [name for name in srd_lightning.__all__ if not hasattr(srd_lightning, name)]
     assert not missing
+
+
+def test_the_public_interface_is_what_was_written_down():
+    assert public_api() == GOLDEN.read_text(), "if this change is meant: python tests/public_api.py, and the changelog"
 
 
 @pytest.mark.parametrize("line", FORMER_PATHS.split("\n")[1:-1])
