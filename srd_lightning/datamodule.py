@@ -319,6 +319,14 @@ class SRDDataModule(LightningDataModule):
         """Return ``max_prompt_length``."""
         return self.reader.max_prompt_length
 
+    def rows_per_batch(self) -> int:
+        """Return ``batch_size``."""
+        return self.batch_size
+
+    def padded_to(self) -> int:
+        """Return ``pad_to_multiple_of``."""
+        return self.pad_to_multiple_of
+
     def check_replay(self, cached: bool) -> None:
         """Refuse where there will be no answers, see `Curator.check_replay`."""
         self.curator.check_replay(cached)

@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
 from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.checkpoints.refusals import check_optimizer
 from srd_lightning.checkpoints.resume_state import ResumeState, RunSeed
@@ -269,7 +270,7 @@ class KDLightningModule(LightningModule):
         if trainer.state.fn == TrainerFn.FITTING:
             self.rollouts_handle.check(self, trainer, trainer.datamodule)  # type: ignore[attr-defined]
         if type(self) is KDLightningModule and trainer.state.fn == TrainerFn.FITTING:  # a subclass may log more
-            check_monitors(trainer, self._has_teacher, len(self.auxiliary) > 0)
+            check_monitors(trainer, self._has_teacher, len(self.auxiliary) > 0, self._kd_weights(trainer))
         if trainer.state.fn == TrainerFn.FITTING and (
             type(self).configure_optimizers is KDLightningModule.configure_optimizers
         ):
@@ -281,6 +282,12 @@ class KDLightningModule(LightningModule):
             self._models_checked = True
         if trainer.state.fn == TrainerFn.FITTING:
             self.check_cache(trainer)
+
+    def _kd_weights(self, trainer: Trainer) -> set[float]:
+        """Return the shares of the distillation loss that the steps of a run may have."""
+        schedulers = [other for other in callbacks_of(trainer) if isinstance(other, HyperparameterScheduler)]
+        staged = {weight for other in schedulers for weight in other.schedules.get("kd_weight", {}).values()}
+        return self.rollouts_handle.kd_weights(staged or {self.kd_weight})
 
     def check_cache(self, trainer: Trainer) -> None:
         """See whether the teacher can be cached, where that is asked for; see `TeacherHandle.check_cache`."""

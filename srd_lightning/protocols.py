@@ -77,6 +77,17 @@ class KnowsPrompts(Protocol):
 
 
 @runtime_checkable
+class ShapesBatches(Protocol):
+    """A data module that says of what shape its training batches are."""
+
+    def rows_per_batch(self) -> int:
+        """Return the most rows that a training batch of one rank has."""
+
+    def padded_to(self) -> int:
+        """Return of what number the length of every batch is a multiple, in tokens."""
+
+
+@runtime_checkable
 class ReplaysAnswers(Protocol):
     """A data module that knows what the student has answered to its prompts, and can train on that."""
 

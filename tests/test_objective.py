@@ -9,12 +9,16 @@ from tiny import LOSSES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from srd_lightning.callbacks.hyperparameters import assign
 from srd_lightning.errors import SettingError
 from srd_lightning.losses import (
+    TAID,
+    ContrastivePair,
     DistillationLoss,
     ForwardKL,
     JensenShannon,
     SkewForwardKL,
+    SkewReverseKL,
     chunked,
     cross_entropy,
     log_probabilities,
@@ -421,6 +425,30 @@ def test_stages_of_temperature_and_share_are_compiled_once(compilations, make_lo
         counted.append(compilations.frame_count)
     assert counted[0] > 0
     assert counted == [counted[0]] * 5
+
+
+@pytest.mark.parametrize(
+    ("make_loss", "name", "values"),
+    [
+        (SkewForwardKL, "alpha", (0.1, 0.3, 0.0)),
+        (SkewReverseKL, "alpha", (0.1, 0.3, 0.0)),
+        (JensenShannon, "beta", (0.1, 0.3, 0.5)),
+        (lambda: ContrastivePair(TAID(SkewForwardKL(0.1))), "loss.t", (0.1, 0.3, 1.0)),
+        (lambda: ContrastivePair(TAID(SkewForwardKL(0.1))), "loss.loss.alpha", (0.1, 0.4, 0.2)),
+    ],
+    ids=["sfkl", "srkl", "jsd", "taid", "inside"],
+)
+def test_stages_of_a_losss_own_numbers_are_compiled_once(compilations, make_loss, name, values):
+    case, loss, counted = Case(), make_loss(), []
+    for value in values:
+        assign(loss, name, value)
+        found, gradients = case.chunked(loss, 0.5, chunk=TOKENS, compile=True)
+        expected, expected_gradients = case.chunked(loss, 0.5, chunk=TOKENS)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients, expected_gradients)
+        counted.append(compilations.frame_count)
+    assert counted[0] > 0
+    assert counted == [counted[0]] * 3
 
 
 def test_it_says_that_it_cannot_be_differentiated_twice():

@@ -74,5 +74,12 @@ class _InPlace(Rows[Any]):
         return len(self.pool)
 
     def __getitem__(self, place: int) -> Any:
-        where = int(self.where[place])
-        return self.pool[place] if where < 0 or self.answered is None else self.answered[where]
+        (row,) = self.__getitems__([place])
+        return row
+
+    def __getitems__(self, places: list[int]) -> list[Any]:
+        """Return the rows of a batch, which are read together; the loaders of torch ask so."""
+        where = self.where[places]
+        answered = iter(self.answered.__getitems__(where[where >= 0].tolist()) if self.answered else ())
+        others = iter(self.pool.__getitems__([place for place, at in zip(places, where, strict=True) if at < 0]))
+        return [next(others if at < 0 else answered) for at in where]

@@ -99,6 +99,7 @@ class ResponseWriter:
         Raises:
             DataError: No response is left.
         """
+        rows = _with_ids(rows)
         prompts, report = tokenize(
             rows,
             self.tokenizer,
@@ -132,7 +133,8 @@ class ResponseWriter:
         self, rows: Dataset, answers: Mapping[str, str], cut: set[str], left_out: Counter[str]
     ) -> Iterator[dict[str, Any]]:
         """Yield the rows whose response is whole, and count the others."""
-        for row_id, row in zip(row_ids(rows), rows, strict=True):
+        for row in cast("Iterator[dict[str, Any]]", rows):
+            row_id = row["id"]
             if row_id not in answers:
                 continue  # dropped for its prompt
             if row_id in cut:
@@ -140,7 +142,13 @@ class ResponseWriter:
             elif not answers[row_id]:
                 left_out["empty response"] += 1
             else:
-                yield {**with_response(row, answers[row_id]), "id": row_id, WRITER: self.name}
+                yield {**with_response(row, answers[row_id]), WRITER: self.name}
+
+
+def _with_ids(rows: Dataset) -> Dataset:
+    """Return rows with a column ``id`` of texts, so that digests of their content are made once."""
+    ids = row_ids(rows)
+    return (rows.remove_columns("id") if "id" in rows.column_names else rows).add_column("id", ids)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -29,19 +30,26 @@ from srd_lightning.progress import progress_bar
 
 RUNNER = """
 import os, resource, sys
-seconds, memory = int(sys.argv[1]), int(sys.argv[2])
-for limit, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 2**20)):
-    resource.setrlimit(limit, (value, value))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-code = sys.stdin.read()
-sys.stdin = open(os.devnull)
-try:
-    exec(compile(code, "answer", "exec"), {"__name__": "__main__"})
-except BaseException:  # SystemExit too: the tests may not have been reached
-    os._exit(1)
-os._exit(0)
+
+def run():
+    seconds, memory = int(sys.argv[1]), int(sys.argv[2])
+    for limit, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, 2**20)):
+        resource.setrlimit(limit, (value, value))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sign, code = sys.stdin.read().split("\\n", 1)
+    sys.stdin, said = open(os.devnull), os.dup(1)
+    os.dup2(sys.stdin.fileno(), 0)
+    os.dup2(2, 1)
+    try:
+        exec(compile(code, "answer", "exec"), {"__name__": "__main__"})
+    except BaseException:  # SystemExit too: the tests may not have been reached
+        os._exit(1)
+    os.write(said, sign.encode())
+    os._exit(0)
+
+run()
 """
-"""What the process runs, with the code on its standard input."""
+"""What the process runs, with a sign and the code on its standard input; the sign is all that it says, at the end."""
 TEST = re.compile(r"^assert .*$", re.MULTILINE)
 FENCED = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)
 GRACE = 5
@@ -142,19 +150,20 @@ class PassAtK(AnswerScore):
             subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
                 env={"PATH": os.defpath, "HOME": folder},
                 start_new_session=True,
             ) as running,
         ):
-            program = "\n".join([code, *tests]).encode(errors="backslashreplace")
+            sign, said = secrets.token_hex(), b""  # that the end was reached: a process may end without an error before
+            program = "\n".join([sign, code, *tests]).encode(errors="backslashreplace")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                running.communicate(program, timeout=self.seconds + GRACE)
+                said, _ = running.communicate(program, timeout=self.seconds + GRACE)
             with contextlib.suppress(ProcessLookupError):  # where it has ended, and left none that it started
                 os.killpg(running.pid, signal.SIGKILL)
-        return running.returncode == 0
+        return said == sign.encode()
 
 
 def pass_at_k(answers: int, right: int, k: int) -> float:

@@ -100,6 +100,10 @@ class DistillationLoss(nn.Module):
         tensor(0.2219)
     """
 
+    numbers: tuple[str, ...] = ()
+    """Attributes that `divergence` and `value_and_gradient` take as scalar tensors too: a compiled step with these is
+    not compiled again where they are staged."""
+
     def __init__(
         self, temperature: float = 1.0, scale_by_temperature: bool = True, ignore_index: int = IGNORE_INDEX
     ) -> None:
@@ -159,6 +163,14 @@ class DistillationLoss(nn.Module):
     def scale_at(self, temperature: Any) -> Any:
         """Return what divergences at a temperature, or at one of each token ``[N]``, are multiplied by."""
         return temperature**2 if self.scale_by_temperature else 1.0
+
+    @property
+    def why_all_logits(self) -> str:
+        """What is said where batches need all logits because of it: who, why, and what to do."""
+        return (
+            f"{type(self).__name__}: it defines forward, has parameters, or has an ignore_index of its own; set chunk "
+            "to null to have it so without being told"
+        )
 
     def for_batch(self, own_text: bool) -> DistillationLoss:
         """Return the loss of a batch; itself, unless text that the student wrote has another.

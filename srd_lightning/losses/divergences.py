@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+Share = float | Tensor
+"""Of a mixture: a number, or a scalar with which one compilation holds for all numbers."""
+
 
 def forward_kl(teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
     r"""Return :math:`\mathrm{KL}(p \| q) = \sum_v p \log (p / q)`, ``[N]``: covers all the teacher would say.
@@ -61,7 +64,7 @@ def reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tuple[Ten
     return value, ratio.sub_(value[:, None]).mul_(student)
 
 
-def jensen_shannon(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> Tensor:
+def jensen_shannon(teacher_logp: Tensor, student_logp: Tensor, beta: Share) -> Tensor:
     r"""Return :math:`\beta \mathrm{KL}(p \| m) + (1 - \beta) \mathrm{KL}(q \| m)`, :math:`m = \beta p + (1 - \beta) q`.
 
     Args:
@@ -80,7 +83,7 @@ def jensen_shannon(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> T
     return beta * forward_kl(teacher_logp, mixture) + (1 - beta) * forward_kl(student_logp, mixture)
 
 
-def jensen_shannon_gradient(teacher_logp: Tensor, student_logp: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jensen_shannon_gradient(teacher_logp: Tensor, student_logp: Tensor, beta: Share) -> tuple[Tensor, Tensor]:
     r"""Return `jensen_shannon` and its gradient: :math:`h = (1 - \beta) \log (q / m)`.
 
     Example:
@@ -115,7 +118,7 @@ def total_variation_gradient(teacher_logp: Tensor, student_logp: Tensor) -> tupl
     return value, _to_logits(difference.sign_().mul_(student).div_(2), student)
 
 
-def skew_forward_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> Tensor:
+def skew_forward_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: Share) -> Tensor:
     r"""Return :math:`\mathrm{KL}(p \| \alpha p + (1 - \alpha) q)`, ``[N]``.
 
     Args:
@@ -133,7 +136,7 @@ def skew_forward_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) ->
     return forward_kl(teacher_logp, _log_mixture(teacher_logp, student_logp, alpha))
 
 
-def skew_forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: Share) -> tuple[Tensor, Tensor]:
     r"""Return `skew_forward_kl` and its gradient: :math:`h = -(1 - \alpha) p / m`.
 
     Example:
@@ -145,7 +148,7 @@ def skew_forward_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: 
     return forward_kl(teacher_logp, mixture), _to_logits(weighted, student_logp.exp())
 
 
-def skew_reverse_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> Tensor:
+def skew_reverse_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: Share) -> Tensor:
     r"""Return :math:`\mathrm{KL}(q \| (1 - \alpha) p + \alpha q)`, ``[N]``.
 
     Args:
@@ -163,7 +166,7 @@ def skew_reverse_kl(teacher_logp: Tensor, student_logp: Tensor, alpha: float) ->
     return skew_forward_kl(student_logp, teacher_logp, alpha)
 
 
-def skew_reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: Share) -> tuple[Tensor, Tensor]:
     r"""Return `skew_reverse_kl` and its gradient: :math:`h = \log (q / m) - \alpha q / m`.
 
     Example:
@@ -174,7 +177,7 @@ def skew_reverse_kl_gradient(teacher_logp: Tensor, student_logp: Tensor, alpha: 
     student = student_logp.exp()
     share = student * ratio
     value = share.sum(-1)
-    weighted = share.sub_(ratio.exp_().mul_(student), alpha=alpha) if alpha else share
+    weighted = share.sub_(ratio.exp_().mul_(student).mul_(alpha)) if isinstance(alpha, Tensor) or alpha else share
     return value, _to_logits(weighted, student)
 
 
@@ -296,8 +299,10 @@ def _to_logits(weighted: Tensor, student: Tensor) -> Tensor:
     return weighted.sub_(student.mul_(weighted.sum(-1, keepdim=True)))
 
 
-def _log_mixture(first_logp: Tensor, second_logp: Tensor, share: float) -> Tensor:
+def _log_mixture(first_logp: Tensor, second_logp: Tensor, share: Share) -> Tensor:
     """Return log(share * first + (1 - share) * second) without leaving log space."""
+    if isinstance(share, Tensor):
+        return torch.logaddexp(first_logp + share.log(), second_logp + (1 - share).log())
     if share == 0:
         return second_logp
     return torch.logaddexp(first_logp + math.log(share), second_logp + math.log(1 - share))

@@ -29,6 +29,7 @@ class TAID(Around):
     """
 
     t: float = share("t", lambda t: 0 <= t <= 1, "in [0, 1]")
+    numbers = ("t",)
 
     def __init__(self, loss: DistillationLoss | None = None, t: float = 0.4) -> None:
         super().__init__(ForwardKL() if loss is None else loss)

@@ -51,6 +51,7 @@ class JensenShannon(DistillationLoss):
     """
 
     beta: float = share("beta", lambda b: 0 < b < 1, "between 0 and 1", "; at the ends use ReverseKL or ForwardKL")
+    numbers = ("beta",)
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class _Skew(DistillationLoss):
     """
 
     alpha: float = share("alpha", lambda a: 0 <= a < 1, "in [0, 1)")
+    numbers = ("alpha",)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -144,16 +145,33 @@ def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher |
 
 @functools.cache
 def compiled() -> Callable[[TokenLoss, Tensor, Tensor | TopKTeacher | None, Tensor], Tensor]:
-    """Return `to_gradient`, compiled: once for a loss, whatever its temperature and its share below 1."""
+    """Return `to_gradient`, compiled: once for a loss, whatever its temperature, its share below 1, its own numbers."""
     in_one = torch.compile(_rounded)
 
     def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
         numbers = Numbers.of(cost, logits, any_temperature=True)
-        sums, gradient = in_one(*_parts(cost, numbers, logits, teacher, targets))
+        _, *others = _parts(cost, numbers, logits, teacher, targets)
+        sums, gradient = in_one(with_tensors(cost.loss, numbers.kd), *others)
         logits.copy_(gradient)  # in place, the compiler of torch 2.9 reads logits after they are written
         return sums
 
     return way
+
+
+def with_tensors(loss: DistillationLoss, like: Tensor) -> DistillationLoss:
+    """Return a copy of a loss whose `numbers`, also of losses inside, are tensors of the type and on the device of one.
+
+    Example:
+        >>> from srd_lightning import SkewForwardKL
+        >>> with_tensors(SkewForwardKL(alpha=0.25), torch.zeros(())).alpha
+        tensor(0.2500)
+    """
+    made = copy.deepcopy(loss, {id(kept): kept for kept in loss.buffers()})
+    owners = [(part, name) for part in made.modules() for name in getattr(part, "numbers", ())]
+    values = _tensors(tuple(getattr(part, name) for part, name in owners), like.dtype, like.device)
+    for (part, name), value in zip(owners, values, strict=True):
+        vars(part)[f"_{name}"] = value
+    return made
 
 
 def _parts(

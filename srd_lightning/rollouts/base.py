@@ -142,6 +142,8 @@ class Rollouts:
     ``kd_weight`` is: cross-entropy on its own text would only teach a student what it says anyway.
     """
 
+    share: float = 0.0
+    """Least share of the batches that are the student's own, as far as it is known when a run begins."""
     decoding: Decoding = SAMPLED
     writes = True
     """Whether texts are written in training, so that rows are not those of which a teacher's cache knows."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
+from srd_lightning.protocols import ShapesBatches
 from srd_lightning.rollouts.base import SAMPLED, Engine, Models, Moment, Rollouts, Text, check_decoding, check_share
 
 ReplayRatio = Literal["decreasing", "increasing", "constant"]
@@ -38,7 +39,7 @@ class DistiLLM(Rollouts):
         rise: What is added to it.
         tolerance: How much the loss may rise without that.
         replay_ratio: How the share of texts that are written anew changes.
-        capacity: Texts that each rank keeps; the oldest make room.
+        capacity: Texts that each rank keeps, at least a batch; the oldest make room.
         monitor: Name of the validation loss.
         decoding: How the student writes; its seed also decides what a batch is.
         engine: Who writes; by default the student.
@@ -88,7 +89,7 @@ class DistiLLM(Rollouts):
         self._last_loss: float | None = None
 
     def check(self, module: Any, trainer: Any, data: object) -> None:
-        """Refuse a run without end, whose steps cannot be planned, and one without validation.
+        """Refuse a run without end, whose steps cannot be planned, one without validation, and too small a buffer.
 
         Raises:
             SettingError: It is one.
@@ -100,6 +101,15 @@ class DistiLLM(Rollouts):
             )
         if trainer.limit_val_batches == 0:
             self.started(validates=False)
+        if isinstance(data, ShapesBatches):
+            self._check_capacity(data.rows_per_batch())
+
+    def _check_capacity(self, rows: int) -> None:
+        if rows > self.capacity:
+            raise SettingError(
+                f"DistiLLM draws batches of {rows} rows from the texts that it keeps, but capacity is {self.capacity}; "
+                "raise it to that at least, or lower batch_size"
+            )
 
     def started(self, validates: bool) -> None:
         """Refuse to go on without validation.
@@ -124,9 +134,10 @@ class DistiLLM(Rollouts):
     def texts(self, rows: list[Text], models: Models) -> list[Text]:
         """Write responses now, and keep them; or draw texts from those that were kept."""
         moment = models.moment
+        self._check_capacity(len(rows))
         if self._full and moment.draw(self.decoding.seed) >= self._share_written(moment):
             chance = random.Random(moment.seed(self.decoding.seed))
-            return chance.sample(list(self.kept), min(len(rows), len(self.kept)))
+            return chance.sample(list(self.kept), len(rows))
         written = models.answer(rows, self.decoding, self.engine)
         self.kept.extend(text for text in written if text.response)
         if not self._full:  # ranks may keep unlike numbers, and must agree what to do

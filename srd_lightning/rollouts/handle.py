@@ -14,7 +14,7 @@ from srd_lightning.data.batches import check_batch, collate, padding_of, prompts
 from srd_lightning.errors import DataError, SettingError
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.models.positions import check_positions
-from srd_lightning.protocols import HasCuratedRows, KnowsPrompts
+from srd_lightning.protocols import HasCuratedRows, KnowsPrompts, ShapesBatches
 from srd_lightning.rollouts.base import Models, Moment, Rollouts, Text
 
 
@@ -101,7 +101,8 @@ class RolloutsHandle:
         with trainer.precision_plugin.forward_context():
             texts = rollouts.texts(rows, models)
         self.seconds += time.perf_counter() - start
-        return batch if texts is None else {**batch, **batch_of(texts, tokenizer)}
+        multiple = trainer.datamodule.padded_to() if isinstance(trainer.datamodule, ShapesBatches) else 1
+        return batch if texts is None else {**batch, **batch_of(texts, tokenizer, multiple)}
 
     def objective(self, loss: DistillationLoss, kd_weight: float) -> tuple[DistillationLoss, float]:
         """Return loss and share by which the batch that came last is distilled: of own text nothing else is learnt.
@@ -113,6 +114,16 @@ class RolloutsHandle:
         if self.rollouts is None or not self._is_own:
             return loss.for_batch(own_text=False), kd_weight
         return self.rollouts.loss(loss.for_batch(own_text=True)), 1.0
+
+    def kd_weights(self, of_module: set[float]) -> set[float]:
+        """Return the shares of the distillation loss that batches may have.
+
+        Args:
+            of_module: Those of batches that are not own text.
+        """
+        if self.rollouts is None:
+            return of_module
+        return {1.0} if self.rollouts.share == 1 else {*of_module, 1.0}
 
     def moment(self, trainer: Trainer) -> Moment:
         """Return where a run is when its next batch comes."""
@@ -128,8 +139,13 @@ class RolloutsHandle:
         return Moment(trainer.current_epoch, loop.batch_idx + 1, loop.total_batch_idx + 1, rank, progress)
 
 
-def batch_of(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def batch_of(texts: list[Text], tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int = 1) -> dict[str, Tensor]:
     """Return texts as a batch: labels are -100 on prompts and padding, end tokens are learnt.
+
+    Args:
+        texts: One for each row.
+        tokenizer: Of the rows.
+        pad_to_multiple_of: As in `collate`.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -138,7 +154,7 @@ def batch_of(texts: list[Text], tokenizer: PreTrainedTokenizerBase) -> dict[str,
         ([[-100, -100, 7, 1], [-100, 8, -100, -100]], [[1, 1, 1, 1], [1, 1, 0, 0]])
     """
     rows = [{"input_ids": [*prompt, *response], "prompt_length": len(prompt)} for prompt, response in texts]
-    return collate(rows, padding_of(tokenizer))
+    return collate(rows, padding_of(tokenizer), pad_to_multiple_of)
 
 
 def tokenizer_of(module: Any, data: object) -> PreTrainedTokenizerBase | None:

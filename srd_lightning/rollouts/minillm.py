@@ -127,6 +127,14 @@ class _SequenceReverseKL(DistillationLoss):
         self.length_normalized = length_normalized
         self.reward_clip = reward_clip
 
+    @property
+    def why_all_logits(self) -> str:
+        """See `DistillationLoss.why_all_logits`."""
+        return (
+            "MiniLLM: the rewards of a token are those of the text behind it; where memory is short, lower "
+            "max_new_tokens of MiniLLM, or batch_size, with accumulate_grad_batches of the trainer"
+        )
+
     def divergence(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
         """Return the exact term."""
         return divergences.reverse_kl(teacher_logp, student_logp)

@@ -139,7 +139,7 @@ class DistillationStep:
             self._probe_models(batch)
         if not self._warned and self.parts is not None and kd_weight > 0 and needs_all_logits(loss):
             self._warned = True
-            rank_zero_info(_all_logits(loss, "it defines forward, has parameters, or has an ignore_index of its own"))
+            rank_zero_info(_all_logits(loss.why_all_logits))
         if not isinstance(batch, LaidOut):
             batch = LaidOut(batch, self._lay_out(batch))
         if num_tokens is None:
@@ -241,7 +241,8 @@ class DistillationStep:
             return None
 
         if reasons := [why for why in Ranks().all_results(reason) if why is not None]:
-            rank_zero_warn(_all_logits(model, reasons[0]))
+            quietly = "set chunk to null to have it so without being told"
+            rank_zero_warn(_all_logits(f"{type(model).__name__}: {reasons[0]}; {quietly}"))
             return None
         (parts,) = found
         if self.compile:
@@ -298,8 +299,5 @@ def _as_of_decoder(student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tens
     return pad(student, (0, 0, 0, 1)), pad(teacher, (0, 0, 0, 1)), pad(batch["labels"], (1, 0), value=IGNORE_INDEX)
 
 
-def _all_logits(what: object, reason: str) -> str:
-    return (
-        f"all logits are made at every step, which takes more memory and time, because of {type(what).__name__}: "
-        f"{reason}; set chunk to null to have it so without being told"
-    )
+def _all_logits(why: str) -> str:
+    return f"all logits are made at every step, which takes more memory and time, because of {why}"
