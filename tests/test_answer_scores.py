@@ -73,8 +73,23 @@ class TestPassAtK:
             (f"{RIGHT}\nprint(input())", False),
             (f"{RIGHT}\nprint('a' * 10_000_000)", True),
             (f"{RIGHT}\ns = '\ud83d'", True),
+            ("import os; os._exit(0)", False),
+            ("import os; os.write(1, b'0' * 64); os._exit(0)", False),
+            ("import os; os.execlp('true', 'true')", False),
         ],
-        ids=["right", "wrong", "no_code", "exit", "system_exit", "asks", "talks", "surrogate"],
+        ids=[
+            "right",
+            "wrong",
+            "no_code",
+            "exit",
+            "system_exit",
+            "asks",
+            "talks",
+            "surrogate",
+            "ends",
+            "lies",
+            "becomes",
+        ],
     )
     def test_code_and_its_tests(self, code, passes):
         assert self.passes(code, code_tests.TEST.findall(PROMPT)) is passes

@@ -520,7 +520,7 @@ class TestCriterionOfOnesOwn:
 
 class TestCheckCriteria:
     def test_two_of_one_column(self):
-        with pytest.raises(ValueError, match="not called id or answer, but rank_surprisal_ratio stands in"):
+        with pytest.raises(ValueError, match="not called id, answer, cut, but rank_surprisal_ratio stands in"):
             check_criteria([RougeL(), RankSurprisalRatio(), RankSurprisalRatio(max_rank=5)])
 
     def test_two_of_one_kind_with_columns_of_their_own(self):

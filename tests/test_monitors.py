@@ -10,7 +10,14 @@ from tiny import QUIET, make_rows, tiny_model
 from torch.utils.data import DataLoader
 from transformers import ByT5Tokenizer
 
-from srd_lightning import Curriculum, CurriculumCallback, HyperparameterScheduler, KDLightningModule, SRDDataModule
+from srd_lightning import (
+    GKD,
+    Curriculum,
+    CurriculumCallback,
+    HyperparameterScheduler,
+    KDLightningModule,
+    SRDDataModule,
+)
 from srd_lightning.callbacks.monitors import check_monitors
 from srd_lightning.errors import SettingError
 
@@ -72,6 +79,36 @@ class TestMonitors:
     def test_without_a_teacher_there_is_no_divergence(self, name):
         with pytest.raises(SettingError, match=f"waits for '{name}'"):
             check_monitors(trainer(EarlyStopping(name)), has_teacher=False)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "staged"),
+        [
+            ("train_ce", {}, {}),
+            ("train_ce", {"kd_weight": 0.5, "rollouts": GKD(1.0)}, {}),
+            ("train_ce", {"kd_weight": 0.5}, {0: 1.0}),
+            ("train_kd", {"kd_weight": 0.0}, {}),
+        ],
+    )
+    def test_a_part_of_the_objective_that_never_has_a_weight(self, name, options, staged):
+        """With those that do is asked, and every value of a schedule counts."""
+        callbacks = [HyperparameterScheduler({"kd_weight": staged})] if staged else []
+        module = KDLightningModule(tiny_model(0), tiny_model(1), tokenizer=ByT5Tokenizer(), **options)
+        data = SRDDataModule(make_rows(4), ByT5Tokenizer(), schedule={0: 1.0})
+        data.read_rows = lambda *_: pytest.fail("rows were read")
+        with pytest.raises(SettingError, match=f"waits for '{name}', which is never logged in this run"):
+            trainer(EarlyStopping(name), *callbacks).fit(module, datamodule=data)
+
+    @pytest.mark.parametrize(
+        ("options", "staged"),
+        [({"kd_weight": 0.5}, {}), ({"kd_weight": 0.5, "rollouts": GKD(0.9)}, {}), ({}, {0: 0.5, 1: 1.0})],
+    )
+    def test_a_part_that_has_a_weight_at_times(self, options, staged):
+        callbacks = [HyperparameterScheduler({"kd_weight": staged})] if staged else []
+        module = KDLightningModule(tiny_model(0), tiny_model(1), tokenizer=ByT5Tokenizer(), **options)
+        data = SRDDataModule(make_rows(4), ByT5Tokenizer(), schedule={0: 1.0})
+        data.read_rows = lambda *_: (_ for _ in ()).throw(InterruptedError)
+        with pytest.raises(InterruptedError):
+            trainer(EarlyStopping("train_ce"), EarlyStopping("train_kd"), *callbacks).fit(module, datamodule=data)
 
     @pytest.mark.parametrize("why", ["no rows", "limit"])
     def test_without_validation_there_is_no_val_nll(self, why):

@@ -116,14 +116,14 @@ IDS = list("abcde")
 def staged(monkeypatch):
     """Five rows in the order 4 2 0 1 3; where the student is asked again, later letters are easier."""
     order = torch.tensor([4, 2, 0, 1, 3])
-    scores = Scores({"nll": np.zeros(5)}, Path("scores"), 5, None)
+    scores = Scores({"nll": np.zeros(5)}, Path("scores"), 5, None, None)
     result = CurationResult(IDS, scores.columns, {}, order, Curriculum(order, CURATOR.schedule), {}, 1.0, 5, scores)
     asked = []
 
     def again(curator, rows, student, root, first):
         asked.append((first, rows["id"][:]))
         nll = np.array([-float(ord(row)) for row in rows["id"]])
-        return Scores({"nll": nll}, root / f"epoch-{first}", len(rows), None)
+        return Scores({"nll": nll}, root / f"epoch-{first}", len(rows), None, None)
 
     monkeypatch.setattr(Curator, "scores_again", again)
     return StagedRows(CURATOR, Dataset.from_dict({"id": IDS}), None, None, result), asked
@@ -148,7 +148,7 @@ class TestStagedRows:
 
         def stored(folder, to_come, criteria):
             read.append((folder.as_posix(), to_come["id"][:]))
-            return Scores({"nll": next(found)}, folder, len(to_come), None)
+            return Scores({"nll": next(found)}, folder, len(to_come), None, None)
 
         monkeypatch.setattr("srd_lightning.curation.curator.stored_scores", stored)
         rows.refresh(20)

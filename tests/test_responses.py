@@ -1,6 +1,8 @@
 """Responses that a model writes to prompts, as a data file: `srd generate`."""
 
+import hashlib
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,13 @@ def test_rows_keep_all_but_the_response(write, monkeypatch):
     ]
     (turns,), _ = write(ROWS[3:], name="turns.jsonl")
     assert turns["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "GH"}]
+
+
+def test_digests_of_the_content_are_made_once(write, monkeypatch):
+    made = []
+    monkeypatch.setattr(hashlib, "sha256", lambda content=b"": made.append(bytes(content)) or sha256(content))
+    write(make_rows(8))
+    assert sum(b"instruction" in content and b"('output'" in content for content in made) == 8
 
 
 def test_goes_on_where_it_stopped_and_writes_the_same_bytes(write, tmp_path, monkeypatch):

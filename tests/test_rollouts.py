@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import logging
 import re
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import references
 import torch
@@ -175,6 +177,22 @@ def test_own_text_stays_own_where_a_hook_makes_another_batch_of_it(tmp_path, mon
     monkeypatch.setattr(KDLightningModule, "on_after_batch_transfer", copied)
     _, module = fit(GKD(1.0, SAMPLED), tmp_path, kd_weight=0.3)
     assert "train_ce" not in module.trainer.callback_metrics
+
+
+def test_batches_of_own_text_are_padded_as_all_are(tmp_path):
+    options = {"student": lively_model(0), "lr": 1.0}
+    seen, _ = fit(GKD(0.5, SAMPLED), tmp_path, data(pad_to_multiple_of=32), **options)
+    expected, _ = fit(GKD(0.5, SAMPLED), tmp_path, data(), **{**options, "student": lively_model(0)})
+    assert set(seen.own) == {True, False}
+    assert {batch["input_ids"].shape[1] % 32 for batch in seen.batches} == {0}
+    assert {batch["input_ids"].shape[1] % 32 for batch in expected.batches} != {0}
+    assert [read_off(batch) for batch in seen.batches] == [read_off(batch) for batch in expected.batches]
+
+
+def test_a_buffer_that_is_less_than_a_batch_of_ones_own_loader():
+    models = Models(None, None, None, ByT5Tokenizer(), Moment(0, 0, 0, 0, lambda: 0.0))
+    with pytest.raises(SettingError, match="draws batches of 3 rows from the texts that it keeps, but capacity is 2"):
+        DistiLLM(capacity=2).texts([Text([1], [2])] * 3, models)
 
 
 def test_rows_without_a_prompt_are_refused(tmp_path):
@@ -365,8 +383,12 @@ class TestReflectionReplay:
         return {**staged, "decoding": Decoding(max_new_tokens=5), **options}
 
     def test_batches_hold_the_answers_of_the_reflection(self, tmp_path):
+        """Those that were cut then have no end token, whatever their texts are tokenised to now."""
         rows = data(**self.options(tmp_path))
-        seen, module = fit(ReflectionReplay(0.5), tmp_path, rows, lr=1.0)
+        student = lively_model(7)
+        student.lm_head.weight.data[EOS] *= 4  # some answers end
+        before = copy.deepcopy(student)
+        seen, module = fit(ReflectionReplay(0.5), tmp_path, rows, lr=1.0, student=student)
         texts = rows.curation.scores.answers(rows.curation.ids)
         by_prompt = {
             tuple(row["input_ids"][: row["prompt_length"]]): (
@@ -375,7 +397,7 @@ class TestReflectionReplay:
             )
             for row in rows.rows["train"]
         }
-        replayed = 0
+        replayed = []
         for own, batch in zip(seen.own, seen.batches, strict=True):
             for prompt, response in read_off(batch):
                 reference, answer = by_prompt[tuple(prompt)]
@@ -383,10 +405,12 @@ class TestReflectionReplay:
                 if not own or not ids:
                     assert response == reference
                 else:
-                    assert response == (ids if len(ids) >= 5 else [*ids, EOS])
-                    replayed += 1
+                    ended = greedy_by_hand(before, prompt, 5)[-1] == EOS
+                    assert response == ([*ids, EOS] if ended else ids)
+                    replayed.append((ended, len(ids)))
         assert set(seen.own) == {True, False}
-        assert replayed > 2
+        assert {ended for ended, _ in replayed} == {True, False}
+        assert any(not ended and length < 5 for ended, length in replayed), "some are cut that would not look so"
         assert module.generation_seconds == 0
 
     def test_answers_are_tokenised_as_responses(self):
@@ -409,12 +433,39 @@ class TestReflectionReplay:
         answers[ids[1]] = "  "
         del answers[ids[2]]
         answered = staged.answered
-        answered.renew(np.arange(12), staged.rows, answers, None)
+        answered.renew(np.arange(12), staged.rows, answers, [np.inf] * 12)
         pool, _ = staged.of_epoch(1)
         every = answered.in_place(pool, np.ones(len(pool), dtype=bool))
-        kept = {row["id"]: row["response"] for row in (every[place] for place in range(len(every)))}
+        places = list(range(len(every)))[::-1]
+        assert every.__getitems__(places) == [every[place] for place in places]
+        kept = {row["id"]: row["response"] for row in every.__getitems__(places)}
         own = {row["id"]: row["response"] for row in rows.rows["train"]}
         assert kept == {row: own[row] if row in ids[1:3] else "a b" for row in kept}
+
+    @pytest.mark.parametrize("kept", ["nothing", "file", "file_says"])
+    def test_answers_of_which_it_is_not_kept_whether_they_were_cut(self, tmp_path, kept):
+        """Those of an older folder are taken to be cut where they are as long as they may be; those of a file never,
+        unless it says so."""
+        data(**self.options(tmp_path), student=lively_model(0)).setup("fit")
+        table = pa.concat_tables(pq.read_table(part) for part in (tmp_path / "scores").glob("part-*"))
+        answers = ["a b c", "a b"] * 6
+        table = table.set_column(table.column_names.index("answer"), "answer", pa.array(answers))
+        table = table.drop_columns(["cut"])
+        if kept == "file_says":
+            table = table.append_column("cut", pa.array([False, True] * 6))
+        path = tmp_path / "scores.parquet"
+        pq.write_table(table, path)
+        if kept == "nothing":
+            store = ScoreStore.reopen(tmp_path / "scores")
+            for part in store.folder.glob("part-*"):
+                part.unlink()
+            store.append(table.to_pylist())
+            path = store.folder
+        rows = data(**self.options(tmp_path, scores=str(path)))
+        fit(ReflectionReplay(1.0), tmp_path, rows)
+        ends = {(row["response"], row["input_ids"][-1] == EOS) for row in rows.staged.answered.rows}
+        wanted = {"nothing": (False, True), "file": (True, True), "file_says": (True, False)}
+        assert ends == set(zip(("a b c", "a b"), wanted[kept], strict=True))
 
     def test_with_a_cached_teacher_the_losses_are_those_of_a_live_one(self, tmp_path, monkeypatch):
         options = self.options(tmp_path)
@@ -534,7 +585,8 @@ class TestMiniLLM:
         assert all(seen.own)
         assert min(likely[::2]) > max(likely[1::2])
 
-    def test_the_objective_of_a_step_is_this_loss(self, tmp_path):
+    def test_the_objective_of_a_step_is_this_loss(self, tmp_path, caplog):
+        caplog.set_level(logging.INFO)
         wanted = []
 
         def look(module, batch, own):
@@ -547,6 +599,9 @@ class TestMiniLLM:
 
         seen, _ = fit(MiniLLM(max_new_tokens=5), tmp_path, seen=Seen(look=look), student=lively_model(0), kd_weight=0.5)
         assert seen.losses == pytest.approx(wanted, rel=1e-3)
+        (said,) = [record.message for record in caplog.records if "all logits are made" in record.message]
+        assert "because of MiniLLM: the rewards of a token are those of the text behind it; where memory" in said
+        assert "chunk" not in said
 
 
 def test_an_engine_of_ones_own_writes(tmp_path):
@@ -652,6 +707,7 @@ def test_settings_that_cannot_be(make, said):
         ),
         (DistiLLM(), {}, {}, {"limit_val_batches": 0}, "raises its share .* but nothing is validated"),
         (DistiLLM(), {}, {}, {"max_epochs": -1}, "replay_ratio decreasing needs the length of the run"),
+        (DistiLLM(capacity=7), {}, {"batch_size": 8}, {}, "batches of 8 rows from .*, but capacity is 7; raise it"),
         (MiniLLM(), {"micro_batch_tokens": 64}, {}, {}, "MiniLLM needs the logits of whole sequences"),
         (MiniLLM(), {"auxiliary": [HiddenStateMSE(32, 32)]}, {}, {}, "MiniLLM takes all logits"),
         (ReflectionReplay(), {}, {}, {}, r"schedule \{0: 1.0\} trains on all rows from the start"),

@@ -32,6 +32,10 @@ from srd_lightning.models.generation import Decoding, end_tokens, generate_ids, 
 
 SCORED_AT_ONCE = 2048
 """Tokens, with padding, that go through a model at one time where responses are scored; logits are freed between."""
+CUT = "cut"
+"""Column that says whether an answer was cut, 1 or 0; without a value where it was not generated for these scores."""
+TAKEN = ("id", "answer", CUT)
+"""Columns that are no criterion's."""
 
 
 class Criterion:
@@ -88,10 +92,10 @@ def check_criteria(criteria: Sequence[Criterion]) -> list[Criterion]:
         SettingError: Two have one column, a name is taken, or a weight is not positive.
     """
     columns = [criterion.column for criterion in criteria]
-    if wrong := sorted({column for column in columns if columns.count(column) > 1 or column in ("id", "answer")}):
+    if wrong := sorted({column for column in columns if columns.count(column) > 1 or column in TAKEN}):
         raise SettingError(
-            f"every criterion needs a column of its own that is not called id or answer, but {', '.join(wrong)} stands "
-            f"in {columns}; give one another column: criterion.column = …"
+            f"every criterion needs a column of its own that is not called {', '.join(TAKEN)}, but {', '.join(wrong)} "
+            f"stands in {columns}; give one another column: criterion.column = …"
         )
     if wrong := [criterion.column for criterion in criteria if not criterion.weight > 0]:
         raise SettingError(f"weights of criteria must be positive, but those of {', '.join(wrong)} are not")
@@ -158,6 +162,11 @@ class ReflectionBatch:
         """Whether each answer was cut at its limit, ``[B]``; where only their texts are known, they are made again."""
         ends = end_tokens(self.model, self.tokenizer)
         return [ids[-1] not in ends for ids in self._answer_ids]
+
+    @property
+    def generated(self) -> bool:
+        """Whether the answers were generated for this batch, so that `cut` costs nothing."""
+        return "_answer_ids" in vars(self)
 
     @cached_property
     def _answer_ids(self) -> list[list[int]]:
@@ -231,13 +240,15 @@ Reflected = ReflectionBatch
 
 
 def score_batch(reflected: ReflectionBatch, criteria: Sequence[Criterion]) -> list[dict[str, Any]]:
-    """Return ``id``, a column per criterion, and the ``answer`` where a criterion looked at it, for each row."""
+    """Return ``id``, a column per criterion, and ``answer`` and ``cut`` where a criterion looked at these, by row."""
     columns: dict[str, Sequence[Any]] = {"id": [row["id"] for row in reflected.rows]}
     with torch.no_grad():
         for criterion in criteria:
             columns[criterion.column] = [float(score) for score in criterion.scores(reflected)]
     if reflected.known_answers is not None:
         columns["answer"] = reflected.known_answers
+    if reflected.generated:
+        columns[CUT] = [float(was_cut) for was_cut in reflected.cut]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -33,20 +33,20 @@ class AnsweredRows:
         """Those that have an answer; one that was renewed stands in it twice."""
         self._where: Ints = np.full(number, -1)
 
-    def renew(self, numbers: Ints, rows: Dataset, answers: Mapping[str, str], limits: Sequence[int] | None) -> None:
+    def renew(self, numbers: Ints, rows: Dataset, answers: Mapping[str, str], limits: Sequence[float]) -> None:
         """Take answers to rows in place of those that they had; empty ones are left out.
 
         Args:
             numbers: Of the rows, ``[M]``.
             rows: These, tokenised, ``[M]``.
             answers: By id.
-            limits: Tokens at which an answer was cut, ``[M]``; nothing where all have ended.
+            limits: Tokens from which on an answer has no end token, ``[M]``.
         """
         texts = [answers.get(row_id, "").strip() for row_id in rows["id"]]
         self._where[numbers] = -1
         if not (given := [place for place, text in enumerate(texts) if text]):
             return
-        own = None if limits is None else [limits[place] for place in given]
+        own = [limits[place] for place in given]
         chosen = [texts[place] for place in given]
         answered = with_answers(rows.select(given), chosen, self.tokenizer, self.max_length, own)
         before = 0 if self.rows is None else len(self.rows)

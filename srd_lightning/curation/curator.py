@@ -150,12 +150,15 @@ class Curator:
                 "out, or set teacher_cache to none"
             )
 
-    def limits(self, rows: Dataset) -> list[int] | None:
-        """Return at how many tokens answers to rows were cut, ``[N]``; nothing where something else has made them."""
-        if self.scores_file is not None:
-            return None
+    def limits(self, rows: Dataset, scores: Scores) -> list[float]:
+        """Return from how many tokens on the answers to rows have no end token, ``[N]``.
+
+        Where scores say whether an answer was cut that is 0 or infinity, else what `decoding` allowed.
+        """
         lengths = np.array(rows["length"]) - np.array(rows["prompt_length"])
-        return self.reflector.decoding.limits(lengths.tolist())
+        allowed = self.reflector.decoding.limits(lengths.tolist())
+        cut = scores.cut(ids_of(rows))
+        return np.select([cut == 1, cut == 0], [0.0, np.inf], allowed).tolist()  # type: ignore[no-any-return]
 
     def curate(
         self, rows: Dataset, student: ReflectingStudent, root: Path, dropped: Mapping[str, int]
@@ -274,7 +277,7 @@ class StagedRows:
     def _renew_answers(self, numbers: NDArray[np.int64], scores: Scores) -> None:
         if self.answered is not None:
             rows = self.rows.select(numbers)
-            self.answered.renew(numbers, rows, scores.answers(ids_of(rows)), self.curator.limits(rows))
+            self.answered.renew(numbers, rows, scores.answers(ids_of(rows)), self.curator.limits(rows, scores))
 
     def resume(self, generations: Mapping[int, str]) -> None:
         """Go on with the refreshes of an earlier part of the run, instead of making them again."""

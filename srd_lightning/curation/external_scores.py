@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.criteria.base import Criterion, ReflectionBatch, score_batch
+from srd_lightning.criteria.base import CUT, Criterion, ReflectionBatch, score_batch
 from srd_lightning.curation.score_store import Scores, answers_by_id, by_id
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.readers import FORMATS, form_of, from_files, names_in
@@ -52,7 +52,8 @@ def check_scores_file(path: Path, criteria: Sequence[Criterion]) -> None:
 def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokenizer: PreTrainedTokenizerBase) -> Scores:
     """Take scores from a file of ``id`` and columns, which something else has made.
 
-    Where the file has ``answer``, criteria that look at nothing else are computed from it.
+    Where the file has ``answer``, criteria that look at nothing else are computed from it. Where it has ``cut``, 1 or 0
+    (or true or false), that says which answers were cut; without, all have ended.
 
     Args:
         path: The file, of one of the forms in `srd_lightning.data.readers`.
@@ -70,8 +71,9 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
     check_scores_file(path, criteria)
     table = _table(path)
     here = [criterion.column for criterion in criteria if criterion.column in table.column_names]
-    table = _numbers(table, here, path)
-    _check_once(table, [name for name in (*here, "answer") if name in table.column_names], path)
+    beside = [name for name in ("answer", CUT) if name in table.column_names]
+    table = _numbers(table, [*here, *(name for name in beside if name == CUT)], path)
+    _check_once(table, [*here, *beside], path)
     ids = ids_of(rows)
     absent = [criterion for criterion in criteria if criterion.column not in here]
     columns = by_id(table, ids, here) | _from_answers(table, rows, absent, tokenizer)
@@ -82,7 +84,15 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
                 f"{path} has no {name} for {len(missing)} of {len(ids)} rows, {ids[int(missing[0])].as_py()!r} among "
                 "them; score every row, or leave it out of `data`"
             )
-    return Scores(columns, path.with_suffix(""), 0, functools.partial(answers_by_id, table))
+    if CUT not in table.column_names:  # then all have ended
+        table = table.append_column(CUT, pa.array(np.zeros(len(table))))
+    return Scores(
+        columns,
+        path.with_suffix(""),
+        0,
+        functools.partial(answers_by_id, table),
+        lambda some: by_id(table, some, [CUT])[CUT],
+    )
 
 
 def _table(path: Path) -> pa.Table:

@@ -137,7 +137,7 @@ class Reflector:
                 with _placed(model, device), pinned_threads(self.threads, device), share(model) as check:
                     self._reflect(rows, todo[team.rank :: team.size], model, student, store, check)
                 columns = team.rank0_result(finish)
-        return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers)
+        return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers, store.cut)
 
     def _reflect(
         self,

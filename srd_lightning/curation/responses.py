@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from srd_lightning.criteria.base import Criterion, ReflectionBatch
+from srd_lightning.criteria.base import CUT, Criterion, ReflectionBatch
 from srd_lightning.curation.reflection import Reflector
 from srd_lightning.curation.student_source import ReflectingStudent, find_family
 from srd_lightning.data.templates import ChatTemplate, Example, PromptTemplate, with_response
@@ -40,7 +40,7 @@ WRITER = "written_by"
 class CutAtLimit(Criterion):
     """Whether an answer was cut at its limit, 1 or 0: its writer would have gone on."""
 
-    column, higher_is_easier = "cut", False
+    column, higher_is_easier = CUT, False
 
     def scores(self, reflected: ReflectionBatch) -> list[float]:
         """See `Criterion.scores`."""
@@ -119,7 +119,7 @@ class ResponseWriter:
 
         def finish() -> Counter[str]:
             ids = ids_of(prompts)
-            cut = {row for row, was_cut in zip(ids.to_pylist(), scores.columns["cut"], strict=True) if was_cut}
+            cut = {row for row, was_cut in zip(ids.to_pylist(), scores.columns[CUT], strict=True) if was_cut}
             written = list(self._rows(rows, scores.answers(ids), cut, left_out))
             if not written:
                 raise DataError(f"{self.name} has written no response that is whole: {_counts(left_out)}")

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from srd_lightning.checkpoints.refusals import check_scores_are_kept
-from srd_lightning.criteria.base import Criterion
+from srd_lightning.criteria.base import CUT, Criterion
 from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.results_folder import MANIFEST, ResultsFolder
@@ -155,6 +155,10 @@ class ScoreStore:
         """Return the answers to some rows by id, where there are."""
         return answers_by_id(self._read_all(self._shards(), ["answer"]), ids)
 
+    def cut(self, ids: pa.Array) -> Floats:
+        """Return whether the answers to some rows were cut, ``[N]``: 1, 0, or NaN where that is not known."""
+        return self.columns(ids, [CUT])[CUT]
+
 
 def answers_by_id(table: pa.Table, ids: pa.Array) -> dict[str, str]:
     """Return what the column ``answer`` holds for some rows, by id; nothing where there is no such column."""
@@ -212,12 +216,14 @@ class Scores:
         folder: Where they are kept.
         scored: How many rows were scored in this run.
         answers: Takes ids; returns the answers that there are, by id.
+        cut: Takes ids; returns whether the answers were cut, ``[N]``: 1, 0, or NaN where that is not known.
     """
 
     columns: dict[str, Floats]
     folder: Path
     scored: int
     answers: Callable[[pa.Array], dict[str, str]]
+    cut: Callable[[pa.Array], Floats]
 
 
 def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) -> Scores:
@@ -230,4 +236,4 @@ def stored_scores(folder: Path, rows: Dataset, criteria: Sequence[Criterion]) ->
     store = ScoreStore.reopen(folder)
     columns = store.columns(ids_of(rows), [criterion.column for criterion in criteria])
     check_scores_are_kept(not any(np.isnan(values).any() for values in columns.values()), folder)
-    return Scores(columns, folder, 0, store.answers)
+    return Scores(columns, folder, 0, store.answers, store.cut)

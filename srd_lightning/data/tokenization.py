@@ -332,7 +332,7 @@ def with_answers(
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    limits: Sequence[int] | None = None,
+    limits: Sequence[float],
 ) -> Dataset:
     """Return tokenised rows with answers in place of their responses, tokenised as these are.
 
@@ -341,8 +341,7 @@ def with_answers(
         answers: None of them empty, ``[N]``.
         tokenizer: Of the rows.
         max_length: Tokens of prompt and answer; longer answers are cut.
-        limits: Tokens at which each was cut when it was generated: one that reaches it gets no end token, ``[N]``; by
-            default all have ended.
+        limits: Tokens from which on an answer counts as cut, and gets no end token, ``[N]``.
 
     Returns:
         Rows of the same ids and prompts.
@@ -350,7 +349,7 @@ def with_answers(
     found = tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     columns: dict[str, list[Any]] = {name: [] for name in rows.column_names}
     for place, (row, answer, ids) in enumerate(zip(rows, answers, found, strict=True)):
-        ended = limits is None or len(ids) < limits[place]
+        ended = len(ids) < limits[place]
         prompt = row["input_ids"][: row["prompt_length"]]
         full = [*prompt, *ids, *([tokenizer.eos_token_id] if ended else [])][:max_length]
         for name, value in {**row, "response": answer, "input_ids": full, "length": len(full)}.items():

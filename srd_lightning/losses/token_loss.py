@@ -150,8 +150,8 @@ def compiled() -> Callable[[TokenLoss, Tensor, Tensor | TopKTeacher | None, Tens
 
     def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None, targets: Tensor) -> Tensor:
         numbers = Numbers.of(cost, logits, any_temperature=True)
-        _, *others = _parts(cost, numbers, logits, teacher, targets)
-        sums, gradient = in_one(with_tensors(cost.loss, numbers.kd), *others)
+        cost = replace(cost, loss=with_tensors(cost.loss, numbers.kd))
+        sums, gradient = in_one(*_parts(cost, numbers, logits, teacher, targets))
         logits.copy_(gradient)  # in place, the compiler of torch 2.9 reads logits after they are written
         return sums
 
