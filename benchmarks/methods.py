@@ -6,7 +6,8 @@ The teacher is SmolLM2-135M-Instruct, the student 24 of its 30 layers (`configs/
 named; the folder has rows to train on, ``train*.jsonl``, and held-out ones, ``dev.jsonl``. Of both those that fit into
 ``--max-length`` are taken, evenly spaced. The student reflects once; then each arm trains in a process of its own, in
 fp32, with the same scores, stages ``{0: 0.5, 1: 0.75}``, batches, seed and AdamW, on one thread. Methods that train
-with the student's own text write it at temperature 1.
+with the student's own text write it at temperature 1. So does the teacher for SeqKD, which is fine-tuning on its
+responses to all rows, written as ``srd generate`` does it: of at most ``--max-length`` tokens, and the others left out.
 
 Reported of each are, of the training with all texts that it writes, rows per second and seconds of the processor per
 row; and, of held-out rows, the forward KL to the teacher, the loss of the reference response (NLL) and ROUGE-L of
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ from srd_lightning import (
     TokenTemperature,
     TotalVariation,
 )
+from srd_lightning.curation.responses import ResponseWriter
 from srd_lightning.data.row_reader import load_rows
 from srd_lightning.data.tokenization import row_ids, tokenize
 from srd_lightning.digests import digest
@@ -82,7 +84,7 @@ MEASURES = {"kl": "KL to the teacher", "nll": "NLL", "rouge_l": "ROUGE-L"}
 
 
 def methods(width: int, layers: dict[int, int], new_tokens: int) -> dict[str, dict[str, Any]]:
-    """Return what each arm gives the module, and the trainer's callbacks where it needs any.
+    """Return what each arm gives the module, the trainer's callbacks where it needs any, and who writes before.
 
     Args:
         width: Of the hidden states of both models.
@@ -92,6 +94,7 @@ def methods(width: int, layers: dict[int, int], new_tokens: int) -> dict[str, di
     sampled = Decoding(max_new_tokens=new_tokens, temperature=1.0)
     return {
         "fine-tuning": {"kd_weight": 0.0},
+        "SeqKD": {"kd_weight": 0.0, "teacher_writes": True},
         "ForwardKL": {"loss": ForwardKL()},
         "ReverseKL": {"loss": ReverseKL()},
         "JensenShannon": {"loss": JensenShannon()},
@@ -263,8 +266,11 @@ def run_arm(name: str, task: Task) -> dict[str, Any]:
     settings = task.methods()[name]
     runtime, processor = RuntimeBenchmark(), ProcessorSeconds()
     callbacks = [*settings.pop("callbacks", []), runtime, processor]
-    module, data = task.module(**settings), task.data()
     with tempfile.TemporaryDirectory() as folder:
+        written: dict[str, Any] = {"writing_seconds": 0.0, "writing_processor_seconds": 0.0}
+        if settings.pop("teacher_writes", False):
+            task, written = with_responses_of_teacher(task, Path(folder))
+        module, data = task.module(**settings), task.data()
         trainer = quiet_trainer(folder, callbacks=callbacks, max_epochs=len(SCHEDULE), gradient_clip_val=1.0)
         load = [os.getloadavg()[0]]
         trainer.fit(module, datamodule=data)
@@ -274,6 +280,7 @@ def run_arm(name: str, task: Task) -> dict[str, Any]:
     rows, steps, seconds, generation_seconds = (  # a stage is an epoch
         sum(stage[column] for stage in runtime.report["stages"]) for column in columns
     )
+    seconds += written["writing_seconds"]
     assert data.curation is not None
     return {
         **measures,
@@ -281,12 +288,32 @@ def run_arm(name: str, task: Task) -> dict[str, Any]:
         "steps": steps,
         "seconds": seconds,
         "rows_per_second": rows / seconds,
-        "processor_seconds_per_row": processor.seconds / rows,
-        "generation_seconds": generation_seconds,
+        "processor_seconds_per_row": (processor.seconds + written["writing_processor_seconds"]) / rows,
+        "generation_seconds": generation_seconds + written.pop("writing_seconds"),
+        **written,
         "peak_memory_bytes": runtime.report["peak_memory_bytes"],
         "reflected_again": data.curation.scored,
         "load": load,
         "commit": source()["commit"],
+    }
+
+
+def with_responses_of_teacher(task: Task, folder: Path) -> tuple[Task, dict[str, Any]]:
+    """Return a task whose rows to train on have responses of the teacher, with scores by id, and what that has cost."""
+    seconds, processor = time.perf_counter(), time.process_time()
+    tokenizer = task.student.tokenizer()
+    decoding = Decoding(max_new_tokens=task.max_length, temperature=1.0)
+    template, file = template_of(tokenizer), folder / "written.jsonl"
+    teacher = Pretrained(task.teacher)
+    writer = ResponseWriter(teacher, "teacher", tokenizer, template, task.max_length - 1, decoding, 32768, 1)
+    left_out = writer.write(load_rows(task.train), file, folder)
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    (scores,) = Path(task.scores).glob("part-*.parquet")  # which are of other responses, but order the same rows alike
+    return replace(task, train=written, scores=str(scores)), {
+        "writing_seconds": time.perf_counter() - seconds,
+        "writing_processor_seconds": time.process_time() - processor,
+        "written_rows": len(written),
+        "left_out": dict(left_out),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WRITES = {"GKD", "GKD, ContrastivePair", "DistiLLM", "MiniLLM"}
+WRITES = {"SeqKD", "GKD", "GKD, ContrastivePair", "DistiLLM", "MiniLLM"}
 
 
 @pytest.fixture
@@ -51,6 +51,27 @@ def test_every_method_trains_on_the_same_rows(methods, call, capsys):
     divergences = {name: arm["kl"] for name, arm in found["arms"].items()}
     assert divergences["ContrastivePair"] == divergences["SkewForwardKL"]  # which it is where no text is the student's
     assert len(set(divergences.values())) == len(divergences) - 1
+
+
+def test_the_teacher_writes_first_and_that_is_charged(methods, call, monkeypatch):
+    tasks, write = [], methods.with_responses_of_teacher
+
+    def watched(task, folder):
+        after, written = write(task, folder)
+        tasks.extend((task, after))
+        return after, {**written, "writing_seconds": 1000.0, "writing_processor_seconds": 500.0}
+
+    monkeypatch.setattr(methods, "with_responses_of_teacher", watched)
+    _, found = call("--arms", "SeqKD")
+    before, after = ({row["id"]: row["output"] for row in task.train} for task in tasks)
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+    assert {row["written_by"] for row in tasks[1].train} == {"teacher"}
+    arm = found["arms"]["SeqKD"]
+    assert (arm["written_rows"], arm["left_out"]) == (8, {})
+    assert arm["generation_seconds"] == 1000.0
+    assert 50 < arm["processor_seconds_per_row"] < 60
+    assert arm["rows_per_second"] < 0.01
 
 
 def test_a_second_call_runs_what_is_missing(methods, call, monkeypatch, tmp_path):

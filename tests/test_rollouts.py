@@ -461,8 +461,9 @@ class TestReflectionReplay:
                 part.unlink()
             store.append(table.to_pylist())
             path = store.folder
-        rows = data(**self.options(tmp_path, scores=str(path)))
-        fit(ReflectionReplay(1.0), tmp_path, rows)
+        rows = data(**self.options(tmp_path, scores=str(path)), student=lively_model(0))
+        rows.setup("fit")
+        rows.staged.replay(512)
         ends = {(row["response"], row["input_ids"][-1] == EOS) for row in rows.staged.answered.rows}
         wanted = {"nothing": (False, True), "file": (True, True), "file_says": (True, False)}
         assert ends == set(zip(("a b c", "a b"), wanted[kept], strict=True))

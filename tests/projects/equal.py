@@ -26,11 +26,14 @@ from srd_lightning import (
     AnswerScores,
     CacheSettings,
     Decoding,
+    DistiLLM,
     ForwardKL,
     HiddenStateMSE,
     HuggingFaceExport,
     HyperparameterScheduler,
     KDLightningModule,
+    MiniLLM,
+    ReflectionReplay,
     ReverseKL,
     SRDDataModule,
     TAIDSchedule,
@@ -43,6 +46,54 @@ utilities.dist = SimpleNamespace(get_backend=lambda: "nccl")
 """Lightning evaluates over gloo in another mode than over NCCL: let it take the harder one, as on GPUs."""
 GLOBAL_BATCH = 4
 STAGED = {"kd_weight": {0: 0.5, 2: 0.9}, "loss.temperature": {0: 1.0, 1: 2.0}}
+
+
+GREEDY = Decoding(max_new_tokens=4)
+"""What is sampled depends on the rank; what is likeliest does not."""
+
+
+class GreedyMiniLLM(MiniLLM):
+    """Takes the likeliest token of the mixture."""
+
+    def __init__(self):
+        super().__init__(0.5)
+        self.decoding = GREEDY
+
+
+class DrawingDistiLLM(DistiLLM):
+    """Has a full buffer soon, and keeps what was in it when texts were asked for, and what came."""
+
+    def __init__(self):
+        super().__init__(0.9, rise=0.0, capacity=4, decoding=GREEDY)
+        self.asked = []
+
+    def texts(self, rows, models):
+        before = list(self.kept)
+        self.asked.append((before, super().texts(rows, models), list(self.kept) == before))
+        return self.asked[-1][1]
+
+
+ROLLOUTS = {
+    "gkd": lambda: GKD(0.5, GREEDY),
+    "minillm": GreedyMiniLLM,
+    "distillm": lambda: DistiLLM(0.2, rise=0.3, tolerance=-100.0, decoding=GREEDY),  # its buffer is never full
+    "distillm that draws": DrawingDistiLLM,
+    "replay": lambda: ReflectionReplay(0.5),
+}
+
+
+class OwnText(L.Callback):
+    """Keeps which batches are the student's own, and the share of these at the end of each epoch."""
+
+    def __init__(self):
+        self.own = []
+        self.shares = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.own.append(pl_module.rollouts_handle.objective(ForwardKL(), 0.25)[1] == 1.0)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.shares.append(pl_module.rollouts_handle.rollouts.measures().get("rollouts/share"))
 
 
 class Losses(L.Callback):
@@ -111,13 +162,14 @@ def numbers(trainer):
 def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     settings, callbacks = json.loads(settings), []
     trainer_options, data_options = settings.pop("trainer", {}), settings.pop("data", {})
-    mute = Mute(settings.pop("muted", False))
+    mute, fits_only = Mute(settings.pop("muted", False)), settings.pop("fits_only", False)
     tied, lora, two = (settings.pop(name, False) for name in ("tied", "lora", "encoder_decoder"))
     tiny = encoder_decoder if two else functools.partial(distil.tiny, tie_word_embeddings=tied)
     if isinstance(cache := settings.get("teacher_cache"), dict):
         settings["teacher_cache"] = CacheSettings(**cache)
-    if share := settings.pop("own_text", 0.0):
-        settings["rollouts"] = GKD(share, Decoding(max_new_tokens=4))  # greedy, so that ranks do not matter
+    if method := settings.pop("own_text", None):
+        settings["rollouts"] = ROLLOUTS[method]()
+        callbacks = [own_text := OwnText()]
     L.seed_everything(0)
     losses = Losses()
     student = tiny(0)
@@ -171,7 +223,10 @@ def main(folder, devices=1, strategy="auto", settings="{}", accelerator="cpu"):
     weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
     record["auxiliary"] = [value for weight in weights for value in weight.flatten().tolist()]
     record["silent_batches"] = mute.silent_batches
-    if strategy != "fsdp1":  # Lightning cannot use a module again that FSDP1 has wrapped
+    if method:
+        record |= {"own": own_text.own, "shares": own_text.shares}
+        record["asked"] = getattr(module.rollouts_handle.rollouts, "asked", [])
+    if strategy != "fsdp1" and not fits_only:  # Lightning cannot use a module again that FSDP1 has wrapped
         trainer.test(module, datamodule=data, verbose=False)
         record["metrics"] |= numbers(trainer)
         record["answers"] = [row for batch in trainer.predict(module, datamodule=data) for row in batch]

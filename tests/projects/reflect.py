@@ -11,9 +11,10 @@ import drive
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from srd_lightning import Decoding, results_folder
+from srd_lightning import Decoding, Pretrained, results_folder
 from srd_lightning.cli import SRDTrainer
 from srd_lightning.curation import reflection
+from srd_lightning.distributed.fsdp2 import is_sharded
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
 
@@ -48,6 +49,11 @@ def killed_in_the_first_process(scores):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def writes(scores):
+    reflected, _ = scores
+    Path(sys.argv[1], f"sharded{rank()}").write_text(str(is_sharded(reflected.model)))
+
+
 def slow_in_the_second_process(scores):
     time.sleep(0.1 * rank())
 
@@ -69,8 +75,8 @@ def main(folder, devices, strategy="ddp", trouble=""):
     options = {"devices": int(devices), "strategy": STRATEGIES[strategy] if int(devices) > 1 else "auto"}
     trainer = SRDTrainer(accelerator="cpu", default_root_dir=folder, logger=False, **options)
     if trouble == "writes":
-        module.teacher.lm_head.weight.data[1] *= -8  # the end token: some answers end
-        trainer.generate(module, data, f"{folder}/written.jsonl", decoding=Decoding(max_new_tokens=12))
+        writer = Pretrained(str(Path(folder).parent / "writer"))
+        trainer.generate(module, data, f"{folder}/written.jsonl", writer=writer, decoding=Decoding(max_new_tokens=12))
         return
     try:
         trainer.curate(module, data)
