@@ -76,7 +76,8 @@ def main(folder, devices, strategy="ddp", trouble=""):
     trainer = SRDTrainer(accelerator="cpu", default_root_dir=folder, logger=False, **options)
     if trouble == "writes":
         writer = Pretrained(str(Path(folder).parent / "writer"))
-        trainer.generate(module, data, f"{folder}/written.jsonl", writer=writer, decoding=Decoding(max_new_tokens=12))
+        options = {"split": "test", "writer": writer, "decoding": Decoding(max_new_tokens=12)}
+        trainer.generate(module, data, f"{folder}/written.jsonl", **options)
         return
     try:
         trainer.curate(module, data)
