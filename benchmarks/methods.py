@@ -36,7 +36,7 @@ import yaml
 from arms import in_own_process
 from lightning import Callback, Trainer, seed_everything
 from random_model import SHAPES, write_model, write_rows
-from record import record, source
+from record import record, surroundings
 from torch.optim import AdamW
 
 from srd_lightning import (
@@ -240,23 +240,23 @@ def measure(trainer: Trainer, module: KDLightningModule, data: SRDDataModule) ->
     return {name: found[f"test_{name}"] for name in MEASURES if f"test_{name}" in found}
 
 
-def run_untrained(task: Task) -> dict[str, Any]:
-    """Return what the student and the teacher are before any training; let the student reflect."""
-    torch.set_num_threads(1)
+def reflect(task: Task) -> dict[str, Any]:
+    """Let the student reflect, where it has not; return how many rows are kept, and how long that took."""
     data = task.data(task.student)
     data.setup("fit")
     assert data.curation is not None
+    return {"kept": data.curation.kept, "reflection_seconds": data.curation.seconds}
+
+
+def run_untrained(task: Task) -> dict[str, Any]:
+    """Return what the student and the teacher are before any training."""
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         trainer = quiet_trainer(folder)
         student = measure(trainer, task.module(), task.data())
         alone = KDLightningModule(Pretrained(task.teacher), kd_weight=0.0, decoding=task.greedy)
         teacher = measure(trainer, alone, task.data())
-    return {
-        "student": student,
-        "teacher": teacher,
-        "kept": data.curation.kept,
-        "reflection_seconds": data.curation.seconds,
-    }
+    return {"student": student, "teacher": teacher}
 
 
 def run_arm(name: str, task: Task) -> dict[str, Any]:
@@ -294,8 +294,15 @@ def run_arm(name: str, task: Task) -> dict[str, Any]:
         "peak_memory_bytes": runtime.report["peak_memory_bytes"],
         "reflected_again": data.curation.scored,
         "load": load,
-        "commit": source()["commit"],
+        **made_by(),
     }
+
+
+def made_by() -> dict[str, Any]:
+    """Return by what an arm was run: a later call may be another day's, of another commit, on another machine."""
+    found = surroundings()
+    parts = ("commit", "clean", "date", "versions")
+    return {**{part: found[part] for part in parts}, "instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def with_responses_of_teacher(task: Task, folder: Path) -> tuple[Task, dict[str, Any]]:
@@ -420,8 +427,9 @@ def run(options: argparse.Namespace) -> int:
     sizes = {name: getattr(options, name) for name in ("batch", "max_length", "new_tokens")}
     task = Task(teacher, options.keep_layers or quickstart_layers(), *rows, str(options.work / "scores"), **sizes)
     results = Results(options.json, task.settings())
+    reflection = in_own_process(reflect, task)
     if "untrained" not in results.found:
-        results.add(untrained=in_own_process(run_untrained, task))
+        results.add(untrained={**in_own_process(run_untrained, task), **reflection})
     missing = [name for name in options.arms if name not in results.found["arms"]]
     failed = False
     with ThreadPoolExecutor(options.at_once) as pool:

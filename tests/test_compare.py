@@ -86,7 +86,7 @@ def test_a_second_call_runs_what_is_missing(methods, call, monkeypatch, tmp_path
     )
     code, second = call("--arms", *names)
     assert code == 0
-    assert ran == ["choose_rows", "run_arm"]
+    assert ran == ["choose_rows", "reflect", "run_arm"]
     assert (second["arms"]["ForwardKL"]["kl"], list(second["arms"])) == (7.0, names)
 
 
