@@ -6,14 +6,25 @@ import signal
 import subprocess
 from pathlib import Path
 
+import lightning as L
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import HANGS, of_program
 from datasets import Dataset, DatasetDict
-from tiny import tiny_model
+from tiny import QUIET, tiny_model
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
 
-from srd_lightning import ALPACA, ChatTemplate, Decoding, SRDDataModule
+from srd_lightning import (
+    ALPACA,
+    GKD,
+    ChatTemplate,
+    Decoding,
+    JensenShannon,
+    KDLightningModule,
+    Pretrained,
+    SRDDataModule,
+)
 from srd_lightning.curation.score_store import ScoreStore
 
 ROOT = Path(__file__).parents[1]
@@ -166,3 +177,41 @@ def test_a_killed_run_goes_on_where_it_was(home, scored):
     assert done.returncode == 0, done.stderr[-3000:]
     assert calls == [10, 10, 10, 10, 10, 5, 5]  # the part that was not stored is answered and read again, no other
     assert pq.read_table(home / "killed.parquet").equals(pq.read_table(scored))
+
+
+class TestRollouts:
+    """vLLM writes the student's own text in training; greedily, so that it is known what."""
+
+    def expected(self, home):
+        """Return a student that has written for itself."""
+        module = KDLightningModule(
+            Pretrained(str(home / "student")),
+            Pretrained(str(home / "teacher")),
+            JensenShannon(),
+            rollouts=GKD(0.5, Decoding(max_new_tokens=12)),
+        )
+        rows = SRDDataModule(str(home / "train.jsonl"), str(home / "student"), schedule={0: 1.0}, **LENGTHS)
+        L.seed_everything(0, verbose=False)
+        L.Trainer(max_epochs=2, default_root_dir=home, **QUIET).fit(module, datamodule=rows)
+        return module.student
+
+    def test_the_student_is_the_one_that_has_written_for_itself(self, home):
+        tiny_model(seed=1, initializer_range=0.6).save_pretrained(home / "teacher")
+        ByT5Tokenizer().save_pretrained(home / "teacher")
+        calls = home / "rollouts.calls"
+        running = of_program(
+            ROOT / "examples" / "rollouts_with_vllm.py",
+            *("--model=student", "--teacher=teacher", "--data=train.jsonl", "--output=trained", "--engine={}"),
+            *("--max-length=230", "--max-prompt-length=200", "--max-new-tokens=12", "--temperature=0", "--epochs=2"),
+            PYTHONPATH=str(home / "modules"),
+            VLLM_CALLS=str(calls),
+        )
+        done = subprocess.run(**running, cwd=home, capture_output=True, timeout=HANGS, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        asked = [int(line) for line in calls.read_text().split()]
+        assert 1 < len(asked) < 8
+        found, before = (AutoModelForCausalLM.from_pretrained(home / name) for name in ("trained", "student"))
+        expected = self.expected(home).state_dict()
+        for name, weight in found.state_dict().items():
+            torch.testing.assert_close(weight, expected[name], msg=name)
+        assert any(not torch.equal(weight, before.state_dict()[name]) for name, weight in expected.items())

@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 @dataclass
 class SamplingParams:
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
     max_tokens: int = 16
     stop_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
@@ -46,19 +49,33 @@ class RequestOutput:
 class LLM:
     def __init__(self, model, dtype="auto", max_model_len=None, tensor_parallel_size=1):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        self.model.load_weights = self._load_weights
+        self.prefixes_are_of_these_weights = True
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         most = self.model.config.max_position_embeddings
         self.max_model_len = max_model_len or most
         if self.max_model_len > most:
             raise ValueError(f"User-specified max_model_len ({max_model_len}) is greater than the derived {most}")
 
+    def apply_model(self, function):
+        return [function(self.model)]
+
+    def _load_weights(self, weights):
+        self.model.load_state_dict(dict(weights))
+        self.prefixes_are_of_these_weights = False
+
+    def reset_prefix_cache(self):
+        self.prefixes_are_of_these_weights = True
+
     def generate(self, prompts, sampling_params, use_tqdm=True):
+        assert self.prefixes_are_of_these_weights, "states of prompts are kept that other weights have made"
         calls = Path(os.environ["VLLM_CALLS"])
         before = calls.read_text() if calls.exists() else ""
         if before.count("\n") + 1 == int(os.environ.get("VLLM_KILLED_AT", 0)):
             os.kill(os.getpid(), signal.SIGKILL)
         calls.write_text(f"{before}{len(prompts)}\n")
-        return [self._answer(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
+        each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
+        return [self._answer(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, each, strict=True)]
 
     @torch.no_grad()
     def _logprobs(self, ids):
