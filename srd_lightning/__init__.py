@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         LossDrivenShare,
         NewOptimizerEachStage,
         TAIDSchedule,
+        TrainingClock,
     )
     from srd_lightning.callbacks.runtime import RuntimeBenchmark
     from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
@@ -105,6 +106,7 @@ _HOME = {
     "TokenScore": "losses",
     "TokenTemperature": "losses",
     "TotalVariation": "losses",
+    "TrainingClock": "callbacks",
     "chunked_objective": "losses.chunked",
     "reciprocal_rank_fusion": "curriculum.ranking",
 }
@@ -159,6 +161,7 @@ __all__ = [
     "TokenScore",
     "TokenTemperature",
     "TotalVariation",
+    "TrainingClock",
     "chunked_objective",
     "reciprocal_rank_fusion",
 ]

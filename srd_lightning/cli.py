@@ -1,4 +1,4 @@
-"""The command line: ``srd fit | validate | test | predict | curate | cache-teacher | generate``.
+"""The command line: ``srd fit | validate | test | predict | curate | cache-teacher | generate | study | report``.
 
 Nothing is imported here but what ``srd --help`` needs; `srd_lightning.command.commandline` has the parser and the run.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srd_lightning.command.console import Ending
-from srd_lightning.command.subcommands import SUBCOMMANDS
+from srd_lightning.command.subcommands import OF_RUNS, SUBCOMMANDS
 from srd_lightning.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SRDCLI", "SRDTrainer", "find_config", "main", "parse", "run"]
 
 SHOW_TRACEBACK = "--traceback"
+ALL = {**SUBCOMMANDS, **OF_RUNS}
 _HOME = {"SRDCLI": "command.commandline", "SRDTrainer": "command.trainer"}
 
 
@@ -33,10 +34,15 @@ def main() -> None:
     """Run the command line with the arguments of the process, and exit as `srd_lightning.command.console` says."""
     arguments = [argument for argument in sys.argv[1:] if argument != SHOW_TRACEBACK]
     show_traceback = SHOW_TRACEBACK in sys.argv or os.environ.get("SRD_TRACEBACK") == "1"
-    name = f"srd {arguments[0]}" if arguments and arguments[0] in SUBCOMMANDS else "srd"
+    name = f"srd {arguments[0]}" if arguments and arguments[0] in ALL else "srd"
     with Ending(name, show_traceback) as ending:
         if name == "srd":
             _answer_without_subcommand(arguments)
+        if name.removeprefix("srd ") in OF_RUNS:
+            from srd_lightning.studies.commands import PROGRAMS
+
+            PROGRAMS[arguments[0]](arguments[1:])
+            return
         importlib.import_module("srd_lightning.command.noise").quiet(name)
         _cli(arguments, run=True, ending=ending)
 
@@ -49,10 +55,10 @@ def _answer_without_subcommand(arguments: list[str]) -> None:
         raise SystemExit
     if first.startswith("-"):
         return
-    choices = ", ".join(SUBCOMMANDS)
+    choices = ", ".join(ALL)
     if not first:
         raise SettingError(f"say what to do: {choices}; srd --help explains them")
-    near = difflib.get_close_matches(first, SUBCOMMANDS, 1)
+    near = difflib.get_close_matches(first, ALL, 1)
     raise SettingError(
         f"there is no subcommand {first!r}; " + (f"did you mean {near[0]}?" if near else f"there are {choices}")
     )
@@ -67,7 +73,7 @@ def _help() -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group = parser.add_subparsers(title="subcommands", metavar="")
-    for name, description in SUBCOMMANDS.items():
+    for name, description in ALL.items():
         group.add_parser(name, help=description)
     parser.add_argument(SHOW_TRACEBACK, help="show the traceback of an error", action="store_true")
     return parser.format_help()

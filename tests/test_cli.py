@@ -213,7 +213,7 @@ def test_predict_writes_its_answers(tiny):
 def test_help_names_the_subcommands(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     said = " ".join(done.stdout.split())
-    for name, description in cli.SUBCOMMANDS.items():
+    for name, description in cli.ALL.items():
         assert f"{name} {description}" in said
 
 

@@ -13,6 +13,7 @@ from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
 from srd_lightning.callbacks.loss_driven import LossDrivenShare, TAIDSchedule
 from srd_lightning.callbacks.new_optimizer import NewOptimizerEachStage
 from srd_lightning.callbacks.runtime import RuntimeBenchmark
+from srd_lightning.callbacks.training_clock import TrainingClock
 
 __all__ = [
     "AnswerScores",
@@ -24,4 +25,5 @@ __all__ = [
     "NewOptimizerEachStage",
     "RuntimeBenchmark",
     "TAIDSchedule",
+    "TrainingClock",
 ]

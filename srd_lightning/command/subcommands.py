@@ -12,3 +12,9 @@ SUBCOMMANDS = {
     "generate": "Let the teacher, or another model, write the responses of a split, as a data file to train on.",
 }
 """What the command line can do; `SRDTrainer` has a method for each."""
+
+OF_RUNS = {
+    "study": "Run every arm of a study with every seed, in processes of their own, and compare them.",
+    "report": "Show what runs have written, side by side, as one HTML page.",
+}
+"""What is about many runs: `srd_lightning.studies.commands` has a program for each."""
