@@ -127,7 +127,7 @@ class TestRun:
         assert [(result["arm"], result["seed"]) for result in results] == [
             ("slow", 0), ("fast", 0), ("slow", 1), ("fast", 1)
         ]  # fmt: skip
-        assert results[1]["metrics"] == {"val_nll": 4.0, "val_rouge_l": 0.3, "nll": -1.0, "rouge_l": 0.5}
+        assert results[1]["metrics"] == {"val_nll": 4.0, "val_rouge_l": 0.3, "nll": -2 / 3, "rouge_l": 0.5}
         assert results[1]["settings"] == ["--data.scores={study}/scores-{seed}", "--model.fall=2"]
         assert results[1].keys() >= {"versions", "hardware"}
         for command in results[1]["commands"]:
@@ -302,6 +302,16 @@ class TestInterval:
         half = 1.96 * values.std() / np.sqrt(400)
         assert paired_interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.04)
 
+    def test_of_few_runs_it_is_that_of_student(self):  # 4 +- t(2) * 2 / sqrt(3), with t(2) = 4.303
+        assert paired_interval(np.array([[2.0], [4], [6]])) == pytest.approx((4 - 4.9687, 4 + 4.9687), abs=1e-4)
+
+    def test_rows_weigh_as_much_as_they_have_tokens(self):
+        values, tokens = np.random.default_rng(1).normal(size=(1, 300)), np.array([1.0] * 200 + [5.0] * 100)
+        low, high = paired_interval(values, tokens)
+        mean = np.average(values[0], weights=tokens)
+        half = 1.96 * np.sqrt(np.sum((tokens * (values[0] - mean)) ** 2)) / tokens.sum()  # of the linearised ratio
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
+
     def test_seeds_count_as_rows_do(self):
         between = np.array([[-1.0] * 50, [1.0] * 50])  # rows say the same, seeds do not
         assert paired_interval(between) == (-1, 1)
@@ -311,16 +321,23 @@ class TestInterval:
 
 
 class TestSummary:
-    @pytest.fixture
-    def outcomes(self, here):
-        runs = runs_of(here / "s")
-        runs.run()
-        found = write_summary(Study(**QUICK), Runs(runs.write_results(), here / "s", "slow", {"val_nll": 8.5}))
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        return tmp_path_factory.mktemp("summary") / "s"
+
+    @pytest.fixture(scope="class")
+    def outcomes(self, folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder.parent)
+            runs = runs_of(folder)
+            runs.run()
+        found = write_summary(Study(**QUICK), Runs(runs.write_results(), folder, "slow", {"val_nll": 8.5}))
         return {(outcome.measure, outcome.arm): outcome for outcome in found}
 
-    def test_each_row_is_paired(self, outcomes):  # fast: nll -2, -1, 0 and -1, 0, 1; slow: 1 more each
+    def test_each_row_is_paired(self, outcomes):  # fast: of 1, 2 and 3 tokens -2, -1, 0 and -1, 0, 1; slow: 1 more
         fast = outcomes["nll", "fast"]
-        assert (fast.seeds, fast.mean, fast.difference, fast.low, fast.high, fast.rows) == (2, -0.5, -1, -1, -1, 3)
+        assert (fast.seeds, fast.difference, fast.low, fast.high, fast.rows) == (2, -1, -1, -1, 3)
+        assert fast.mean == pytest.approx(np.mean([-2 / 3, 1 / 3]))
         assert fast.sd == pytest.approx(np.std([-1, 0], ddof=1))
         assert outcomes["nll", "slow"].difference is None
 
@@ -334,14 +351,14 @@ class TestSummary:
         assert outcomes["s until val_nll 8.5", "fast"].mean == np.mean([1.75, 2.25])
         assert outcomes["steps until val_rouge_l 0.3", "fast"].mean == 4
 
-    def test_it_is_written(self, outcomes, here):
-        text = (here / "s" / "summary.md").read_text()
-        assert "| nll | fast | 2 | -0.5 | 0.71 | -1 | -1 to -1 |" in text
-        assert (here / "s" / "summary.png").read_bytes().startswith(b"\x89PNG")
-        assert json.loads((here / "s" / "summary.json").read_text())["baseline"] == "slow"
+    def test_it_is_written(self, outcomes, folder):
+        text = (folder / "summary.md").read_text()
+        assert "| nll | fast | 2 | -0.1667 | 0.71 | -1 | -1 to -1 |" in text
+        assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+        assert json.loads((folder / "summary.json").read_text())["baseline"] == "slow"
 
     def test_without_a_baseline_there_are_no_differences(self, here):
-        runs = runs_of(here / "s", arms={"alone": []})
+        runs = runs_of(here / "s", arms={"alone": []}, seeds=[0])
         runs.run()
         outcomes = summarize(Runs(runs.write_results(), here / "s", "gone", {}))
         assert {outcome.difference for outcome in outcomes} == {None}

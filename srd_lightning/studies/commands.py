@@ -11,7 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from srd_lightning.errors import SettingError
+from srd_lightning.storage import check_file
 from srd_lightning.studies.plan import read_study
+from srd_lightning.studies.report import write_report
+from srd_lightning.studies.runs import read_runs
 from srd_lightning.studies.study_run import PROGRAM, StudyRun
 from srd_lightning.studies.summary import Runs, rich_table, write_summary
 
@@ -39,19 +42,41 @@ def study(arguments: Sequence[str], program: Sequence[str] = PROGRAM) -> None:
     plan = read_study(options.study)
     folder = options.folder or Path("runs") / options.study.stem
     console = Console(file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run = StudyRun(plan, folder, console, program)
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run.run(None if options.minutes is None else 60 * options.minutes)
     finally:
+        signal.signal(signal.SIGTERM, former)
         runs = Runs(run.write_results(), folder, plan.baseline_arm, plan.reach)
         if runs.results:
             outcomes = write_summary(plan, runs)
-            Console().print(rich_table(outcomes, plan.baseline_arm))
+            Console(width=None if sys.stdout.isatty() else 120).print(rich_table(outcomes, plan.baseline_arm))
         console.print(
             f"{len(runs.results)} of {len(run.cells)} cells are finished; {folder}/summary.* and results.jsonl"
         )
 
 
-PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {"study": study}
+def report(arguments: Sequence[str]) -> None:
+    """Write a page about runs.
+
+    Args:
+        arguments: Of ``srd report``.
+    """
+    parser = Parser("srd report", description="Show what runs have written, side by side, as one HTML page.")
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="folders: the default_root_dir of a run, or a study's"
+    )
+    parser.add_argument("--path", type=Path, default=Path("report.html"), help="the page [report.html]")
+    options = parser.parse_args(arguments)
+    check_file(options.path, "--path", "an earlier report", _is_page)
+    write_report(read_runs(options.runs), options.runs, options.path)
+    Console(file=sys.stderr).print(f"the report is in {options.path}", highlight=False, soft_wrap=True)
+
+
+def _is_page(path: Path) -> bool:
+    return b"runs of srd</title>" in path.read_bytes()[:1000]
+
+
+PROGRAMS: dict[str, Callable[[Sequence[str]], None]] = {"study": study, "report": report}
 """By subcommand of ``srd``."""

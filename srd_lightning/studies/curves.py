@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 Axis = Literal["steps", "seconds"]
 HIGHER = ("rouge", "accuracy", "match", "bleu", "chrf", "pass_at", "top1")
 """Parts of the names of measures of which more is better; of all others less is."""
+LOWER = ("nll", "kl", "ece", "loss")
 
 
 def higher_is_better(name: str) -> bool:
@@ -27,6 +28,16 @@ def higher_is_better(name: str) -> bool:
         (True, False)
     """
     return any(part in name for part in HIGHER)
+
+
+def is_quality(name: str) -> bool:
+    """Return whether a measure says how good a model is, by its name; lengths of answers do not.
+
+    Example:
+        >>> is_quality("greedy_rouge_l"), is_quality("own_kl"), is_quality("greedy_tokens")
+        (True, True, False)
+    """
+    return any(part in name for part in (*HIGHER, *LOWER))
 
 
 @dataclass(frozen=True)

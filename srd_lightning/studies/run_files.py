@@ -42,10 +42,20 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise StorageError(f"{path} cannot be read ({error}); delete it, or write it anew") from error
 
 
+def evaluations(folder: Path) -> dict[str, Path]:
+    """Return the folders of what ``srd evaluate`` wrote, by what names of measures begin with: nothing, or the set."""
+    found = sorted((folder / EVALUATION).rglob("evaluation.json"))
+    return {"" if path.parent.name == EVALUATION else f"{path.parent.name}: ": path.parent for path in found}
+
+
 def evaluation_metrics(folder: Path) -> dict[str, dict[str, float]]:
-    """Return what ``srd evaluate`` measured: by metric its ``mean``, and what else is known of it."""
-    found = read_json(folder / EVALUATION / "evaluation.json") or {}
-    return {name: value for name, value in found.get("metrics", {}).items() if isinstance(value.get("mean"), float)}
+    """Return what ``srd evaluate`` measured: by measure its ``mean``, and ``sd``, ``low`` and ``high`` where known."""
+    return {
+        f"{of_set}{name}": value
+        for of_set, path in evaluations(folder).items()
+        for name, value in (read_json(path / "evaluation.json") or {}).get("metrics", {}).items()
+        if value.get("mean") is not None
+    }
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
@@ -56,20 +66,11 @@ def last_metrics(folder: Path) -> dict[str, float]:
 
 
 def row_values(folder: Path) -> dict[str, dict[str, float]]:
-    """Return what ``srd evaluate`` measured of each row: by metric, by row id.
-
-    ``rouge_l`` is the mean over a row's sampled answers, ``greedy_rouge_l`` that of its greedy one.
-    """
+    """Return what ``srd evaluate`` measured of each row: by measure, by row id."""
     found: dict[str, dict[str, float]] = {}
-    for row in read_lines(folder / EVALUATION / "rows.jsonl"):
-        for name, value in row.items():
-            if name != "id" and isinstance(value, int | float):
-                found.setdefault(name, {})[row["id"]] = float(value)
-    of_answers: dict[str, dict[str, list[float]]] = {}
-    for answer in read_lines(folder / EVALUATION / "answers.jsonl"):
-        name = "greedy_rouge_l" if answer["seed"] is None else "rouge_l"
-        of_answers.setdefault(name, {}).setdefault(answer["id"], []).append(answer["rouge_l"])
-    means = {
-        name: {row: sum(values) / len(values) for row, values in rows.items()} for name, rows in of_answers.items()
-    }
-    return {**found, **means}
+    for of_set, path in evaluations(folder).items():
+        for row in read_lines(path / "rows.jsonl"):
+            for name, value in row.items():
+                if name != "id" and value is not None:
+                    found.setdefault(f"{of_set}{name}", {})[row["id"]] = float(value)
+    return found

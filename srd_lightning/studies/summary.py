@@ -20,6 +20,9 @@ from srd_lightning.studies.plots import as_png, draw_curves
 from srd_lightning.studies.run_files import row_values
 
 HEADERS = ["measure", "arm", "seeds", "mean", "sd", "difference", "95 %"]
+TOKENS = "response_tokens"
+OVER_TOKENS = ("nll", "accuracy", "kl", "top1")
+"""Measures of ``srd evaluate`` that are means over the tokens of reference responses."""
 UNIT: dict[Axis, str] = {"steps": "steps", "seconds": "s"}
 
 
@@ -126,13 +129,17 @@ def _outcome(
         return Outcome(measure, arm, len(values), mean, sd, None, None, None, 0)
     pairs = [(of_rows[arm, seed].get(measure, {}), of_rows[baseline, seed].get(measure, {})) for seed in shared]
     rows = sorted(set.intersection(*(own.keys() & other.keys() for own, other in pairs)))
+    weights = None
     if rows:
         differences = np.array([[own[row] - other[row] for row in rows] for own, other in pairs])
-        difference = float(differences.mean())
+        of_set, _, name = measure.rpartition(": ")
+        tokens = of_rows[arm, shared[0]].get(f"{of_set}: {TOKENS}" if of_set else TOKENS)
+        if name in OVER_TOKENS and tokens is not None:
+            weights = np.array([tokens[row] for row in rows])
     else:
         differences = np.array([[values[seed] - numbers[baseline, seed][measure]] for seed in shared])
-        difference = float(differences.mean())
-    low, high = paired_interval(differences) or (None, None)
+    difference = float(np.average(differences.mean(0), weights=weights))
+    low, high = paired_interval(differences, weights) or (None, None)
     return Outcome(measure, arm, len(values), mean, sd, difference, low, high, len(rows))
 
 
@@ -172,7 +179,10 @@ def numbers_of_curves(
 
 def rich_table(outcomes: Sequence[Outcome], baseline: str) -> Table:
     """Return the outcomes as a table for a terminal."""
-    headers = [Column(name, justify="left" if name in ("measure", "arm") else "right") for name in HEADERS]
+    headers = [
+        Column(name, justify="left" if name in ("measure", "arm") else "right", no_wrap=name != "measure")
+        for name in HEADERS
+    ]
     table = Table(*headers, caption=f"difference from {baseline}, and its 95 % interval")
     measure = None
     for outcome in outcomes:
@@ -192,8 +202,8 @@ def markdown_table(outcomes: Sequence[Outcome]) -> str:
 
 def cells(outcome: Outcome) -> list[str]:
     """Return what stands in the columns after the measure."""
-    difference = "" if outcome.difference is None else f"{outcome.difference:+.4g}"
-    interval = "" if outcome.low is None else f"{outcome.low:+.4g} to {outcome.high:+.4g}"
+    difference = "" if outcome.difference is None else f"{outcome.difference:+.3g}"
+    interval = "" if outcome.low is None else f"{outcome.low:+.3g} to {outcome.high:+.3g}"
     sd = "" if outcome.sd is None else f"{outcome.sd:.2g}"
     return [outcome.arm, str(outcome.seeds), f"{outcome.mean:.4g}", sd, difference, interval]
 

@@ -39,14 +39,15 @@ if command == "predict":
 if command == "evaluate":
     folder = root / "evaluation"
     folder.mkdir(exist_ok=True)
-    rows = [{"id": f"row{row}", "nll": row + seed - float(settings.get("model.fall", 1))} for row in range(3)]
+    fall = float(settings.get("model.fall", 1))
+    rows = [{"id": f"row{n}", "nll": n + seed - fall, "rouge_l": 0.5, "response_tokens": n + 1} for n in range(3)]
     answers = [
         {"id": row["id"], "seed": of, "prompt": "Say <b>it</b>.", "reference": "It.", "rouge_l": 0.5, "tokens": 3}
         | {"answer": f"<script>alert({seed})</script>", "cut": False}
         for row in rows
         for of in (None, 10)
     ]
-    mean = sum(row["nll"] for row in rows) / 3
+    mean = sum(row["nll"] * row["response_tokens"] for row in rows) / 6
     metrics = {"nll": {"mean": mean, "low": mean - 1, "high": mean + 1}, "rouge_l": {"mean": 0.5, "sd": 0.0}}
     found = {"rows": 3, "metrics": metrics, "settings": {"seeds": [10]}}
     (folder / "evaluation.json").write_text(json.dumps(found))
