@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -115,6 +116,14 @@ class TestPlan:
         assert moved(text, "runs/a", Path("b")) == (
             'data: {data: runs/a/x}\ntrainer:\n  default_root_dir: "b" # here\n  x: [runs/ab, "b/b", "b"]\n'
         )
+
+    def test_the_study_of_the_manual_is_one(self, here):
+        plan, of_cells = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "studies.md").read_text(), re.DOTALL)
+        write({**yaml.safe_load(plan), **yaml.safe_load(of_cells)}, here / "study.yaml")
+        found = read_study(here / "study.yaml")
+        assert found.commands == Study(arms={"any": []}).commands
+        assert found.baseline_arm == "forward"
+        assert found.reach == {"val_nll": 1.5}
 
 
 class TestRun:

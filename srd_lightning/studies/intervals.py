@@ -16,10 +16,10 @@ RESAMPLES, AT_ONCE = 2000, 200
 def paired_interval(differences: Floats, weights: Floats | None = None) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean of paired differences, by the percentile bootstrap.
 
-    Rows and seeds are drawn anew, each with replacement and independently of the other (the pigeonhole bootstrap of
-    Owen, 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2)), so the interval is about other rows and
-    other seeds. Of a single seed it is about other rows only, and of two or three what is about seeds is narrow. Where
-    nothing is known of rows, and there are few seeds, the interval is that of Student's t.
+    Rows and seeds are drawn anew, each with replacement and independently of the other (Owen, 2007, "The pigeonhole
+    bootstrap", Annals of Applied Statistics 1(2), 386–411), so the interval is about other rows and other seeds. Of a
+    single seed it is about other rows only, and of two or three what is about seeds is narrow. Where nothing is known
+    of rows, and there are few seeds, the interval is that of Student's t.
 
     Args:
         differences: Of the same row and seed ``[seeds, rows]``; one column where nothing is known of rows.
