@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 
 import srd_lightning
-from srd_lightning.command.subcommands import SUBCOMMANDS
+from srd_lightning.command.subcommands import OF_RUNS, SUBCOMMANDS
 
 GOLDEN = Path(__file__).parent / "golden" / "public_api.txt"
 
 
 def public_api():
     """Return a line for each subcommand, public name and public method of a class."""
-    lines = [f"srd {name}" for name in SUBCOMMANDS]
+    lines = [f"srd {name}" for name in (*SUBCOMMANDS, *OF_RUNS)]
     for name in sorted(srd_lightning.__all__):
         lines.extend(described(name, getattr(srd_lightning, name)))
     return "".join(f"{line}\n" for line in lines)
