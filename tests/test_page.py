@@ -171,6 +171,12 @@ class TestRuns:
         with pytest.raises(SettingError, match=r"required: RUN; srd report --help explains it"):
             commands.report([])
 
+    def test_of_a_study_runs_are_shown_that_have_begun(self, tmp_path):
+        for arm in ("waits", "runs"):
+            (tmp_path / "cells" / arm / "seed-3").mkdir(parents=True)
+        (tmp_path / "cells" / "runs" / "seed-3" / "runtime.json").write_text("{}")
+        assert read_runs([tmp_path]) == [Run("runs, seed 3", "runs", tmp_path / "cells" / "runs" / "seed-3")]
+
     def test_runs_of_one_name_are_called_by_their_paths(self, tmp_path):
         for name in ("a/run", "b/run", "c"):
             (tmp_path / name).mkdir(parents=True)

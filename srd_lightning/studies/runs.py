@@ -137,12 +137,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise MissingDataError(
                 f"there is no folder {folder}; name the default_root_dir of a run, or a study's folder"
             )
-        cells = sorted(path.parent for path in folder.glob(f"cells/*/*/{RECORD}"))
+        cells = sorted(filter(_is_run, folder.glob("cells/*/seed-*")))
         if cells:
             found += [
                 Run(f"{cell.parent.name}, {cell.name.replace('-', ' ')}", cell.parent.name, cell) for cell in cells
             ]
-        elif any(next(folder.glob(trace), None) for trace in TRACES):
+        elif _is_run(folder):
             found.append(Run(folder.name, folder.name, folder))
         else:
             raise DataError(
@@ -151,6 +151,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             )
     names = [run.name for run in found]
     return [run if names.count(run.name) == 1 else _with_path(run) for run in found]
+
+
+def _is_run(folder: Path) -> bool:
+    return any(next(folder.glob(trace), None) for trace in TRACES)
 
 
 def _with_path(run: Run) -> Run:
