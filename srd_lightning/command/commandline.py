@@ -1,4 +1,4 @@
-"""`SRDCLI`: LightningCLI of the module and the data module, with three subcommands more."""
+"""`SRDCLI`: LightningCLI of the module and the data module, with four subcommands more."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SRDCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return those whose parsers are needed, and the arguments of the trainer's methods that are no settings."""
-        of_all = {**LightningCLI.subcommands(), "curate": OWN, "cache-teacher": OWN, "generate": OWN}
+        of_all = {**LightningCLI.subcommands(), "curate": OWN, "cache-teacher": OWN, "generate": OWN, "evaluate": OWN}
         return {name: of_all[name] for name in self._wanted}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -16,7 +16,16 @@ from jsonargparse import Namespace
 
 FIRST: Mapping[str, tuple[str, ...]] = {
     "the run": ("config", "ckpt_path", "print_config", "seed_everything"),
-    "what is written": ("path", "split", "writer", "decoding.max_new_tokens", "decoding.temperature"),
+    "what is written": (
+        "path",
+        "split",
+        "writer",
+        "decoding.max_new_tokens",
+        "decoding.temperature",
+        "sets",
+        "protocol.seeds",
+        "protocol.decoding.max_new_tokens",
+    ),
     "data": (
         "data.data",
         "data.template",

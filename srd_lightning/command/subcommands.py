@@ -6,6 +6,7 @@ SUBCOMMANDS = {
     "fit": "Curate, let the teacher be cached where that is asked for, and train the student.",
     "validate": "Measure the student on the validation rows.",
     "test": "Measure the student on the test rows, answers included.",
+    "evaluate": "Measure the student on held-out rows, greedily and sampling over seeds, beside the teacher.",
     "predict": "Let the student answer the rows of the split predict, else test.",
     "curate": "Reflect and rank only: let the student answer every prompt, save the scores, show what came of it.",
     "cache-teacher": "Curate, and let the teacher see every row that is kept, so that fit need not load it.",

@@ -1,4 +1,4 @@
-"""`SRDTrainer`: Lightning's Trainer that can also curate only, cache the teacher, or let it write."""
+"""`SRDTrainer`: Lightning's Trainer that can also curate only, cache the teacher, let it write, or evaluate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from lightning import LightningModule, Trainer
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from srd_lightning.assessment.protocol import EvaluationProtocol
+from srd_lightning.assessment.summary import table
+from srd_lightning.command.evaluation import check_sets, evaluate_student
 from srd_lightning.curation.responses import ResponseWriter, check_path
 from srd_lightning.curation.student_source import find_tokenizer
 from srd_lightning.datamodule import SRDDataModule
@@ -91,6 +94,40 @@ class SRDTrainer(Trainer):
         )
         root = Path(self.default_root_dir)
         self._on_all_ranks(functools.partial(writes.write, reader.rows(split), file, root, self))
+
+    def evaluate(
+        self,
+        model: KDLightningModule,
+        datamodule: SRDDataModule,
+        split: str = "test",
+        sets: dict[str, Any] | None = None,
+        protocol: EvaluationProtocol = EvaluationProtocol(),  # noqa: B008 (frozen)
+        path: str | None = None,
+        ckpt_path: str | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Measure the student on held-out rows, greedily and sampling over seeds, beside the teacher.
+
+        Args:
+            model: Whose student is measured.
+            datamodule: Has the rows and their template.
+            split: On whose rows.
+            sets: Other rows instead, ``{name: file}``, each measured for itself.
+            protocol: How the student answers.
+            path: Folder of the results; by default ``evaluation`` in ``default_root_dir``.
+            ckpt_path: Checkpoint file with the student's weights; by default they are those of ``model.student``.
+
+        Returns:
+            What ``evaluation.json`` holds, by split or set.
+        """
+        sources = {split: datamodule.reader.rows(split)} if sets is None else sets
+        check_sets(sources)
+        folder = Path(self.default_root_dir, "evaluation") if path is None else Path(path).expanduser()
+        checkpoint, found = None if ckpt_path is None else Path(ckpt_path), dict[str, dict[str, Any]]()
+        arguments = (model, datamodule, self, sources, protocol, folder, checkpoint)
+        self._on_all_ranks(lambda: found.update(evaluate_student(*arguments)))
+        if self.is_global_zero:
+            Console().print(table(found, f"the student, in {folder}"))
+        return found
 
     def _on_all_ranks(self, work: Callable[[], object]) -> None:
         """Do something on every rank, on its device: as the set-up of a prediction that has no batches."""

@@ -168,6 +168,11 @@ class ReflectionBatch:
         """Whether the answers were generated for this batch, so that `cut` costs nothing."""
         return "_answer_ids" in vars(self)
 
+    @property
+    def answer_ids(self) -> list[list[int]]:
+        """Tokens of the answers, ``[B]``, with the end token where it came; made again where only texts are known."""
+        return self._answer_ids
+
     @cached_property
     def _answer_ids(self) -> list[list[int]]:
         prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
