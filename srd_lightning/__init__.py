@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from srd_lightning.datamodule import SRDDataModule
     from srd_lightning.distributed.fsdp2 import FSDP2
     from srd_lightning.evaluation.answer_scores import AnswerScore
+    from srd_lightning.evaluation.rouge_metric import RougeL
     from srd_lightning.losses.auxiliary import AuxiliaryLoss, HiddenStateMSE
     from srd_lightning.losses.base import DistillationLoss
     from srd_lightning.losses.blends import AdaptiveKL, AlphaBeta
@@ -95,6 +96,7 @@ _HOME = {
     "ResumeCheckpoint": "checkpoints.resume_checkpoint",
     "ReverseKL": "losses",
     "Rollouts": "rollouts",
+    "RougeL": "evaluation.rouge_metric",
     "RuntimeBenchmark": "callbacks.runtime",
     "SRDDataModule": "datamodule",
     "Selected": "losses",
@@ -151,6 +153,7 @@ __all__ = [
     "ResumeCheckpoint",
     "ReverseKL",
     "Rollouts",
+    "RougeL",
     "RuntimeBenchmark",
     "SRDDataModule",
     "Selected",

@@ -396,3 +396,30 @@ def sequence_reverse_kl(
             total = total + weight * (reverse_kl(p[place], q[place]) - ahead * own.log())
             tokens += 1
     return total / tokens
+
+
+def resampled_means(
+    values: Sequence[float], weights: Sequence[float], resamples: int, draw: Callable[[int], Sequence[int]]
+) -> list[float]:
+    """Return the weighted mean of each resample, sorted; ``draw`` gives the numbers of the rows of the next one."""
+    means = []
+    for _ in range(resamples):
+        total, weight = 0.0, 0.0
+        for row in draw(len(values)):
+            total += weights[row] * values[row]
+            weight += weights[row]
+        means.append(total / weight)
+    return sorted(means)
+
+
+def calibration_error(predictions: Iterable[tuple[float, bool]], bins: int) -> float:
+    """Return how far accuracy and mean confidence are apart, bin by bin, weighed by the predictions in each."""
+    pairs = list(predictions)
+    error = 0.0
+    for number in range(bins):
+        inside = [pair for pair in pairs if number < Fraction(pair[0]) * bins <= number + 1]
+        if inside:
+            confidence = sum(pair[0] for pair in inside) / len(inside)
+            accuracy = sum(pair[1] for pair in inside) / len(inside)
+            error += len(inside) / len(pairs) * abs(accuracy - confidence)
+    return error

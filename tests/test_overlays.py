@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = sorted(
     path for path in CONFIGS.glob("*.yaml") if "data" not in yaml.safe_load(path.read_text()).get("data", {})
 )
+OVERLAYS.remove(CONFIGS / "paper_evaluation.yaml")  # which is for another subcommand (tests/test_assessment.py)
 SRD = str(CONFIGS.parent / "cli.py")
 ON_CPU = ["--trainer.accelerator=cpu", "--trainer.max_epochs=3", "--model.teacher_cache=none"]
 

@@ -1,10 +1,14 @@
 import random
 
+import lightning as L
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.demos.boring_classes import BoringModel
 from rouge_score.rouge_scorer import RougeScorer
+from tiny import QUIET
 
+from srd_lightning import RougeL
 from srd_lightning.evaluation.text_metrics import rouge_l
 
 
@@ -40,3 +44,44 @@ class TestRougeL:
     def test_equals_the_scorer_of_google_on_any_text(self, truth, answer):
         expected = RougeScorer(["rougeL"], use_stemmer=True).score(truth, answer)["rougeL"].fmeasure
         assert rouge_l(truth, answer) == pytest.approx(expected, abs=1e-12)
+
+
+class TestRougeLMetric:
+    ANSWERS = ("testing", "two one", "a b c", "")
+    REFERENCES = ("testing one two", "testing one two", "a b c", "one")
+    MEAN = (1 / 2 + 2 / 5 + 1 + 0) / 4
+
+    def test_is_the_mean_over_all_batches(self):
+        metric = RougeL()
+        metric.update(self.ANSWERS[:3], self.REFERENCES[:3])
+        metric.update([], [])
+        metric.update(self.ANSWERS[3], self.REFERENCES[3])
+        assert float(metric.compute()) == pytest.approx(self.MEAN)
+        metric.reset()
+        assert metric.compute().isnan()
+
+    def test_adds_up_over_ranks(self):
+        ranks = [RougeL(), RougeL()]
+        for rank, metric in enumerate(ranks):
+            metric.update(self.ANSWERS[3 * rank : 3 + rank], self.REFERENCES[3 * rank : 3 + rank])
+        states = iter([[metric.total for metric in ranks], [metric.weight for metric in ranks]])
+        ranks[0].sync(dist_sync_fn=lambda *_, **__: next(states), distributed_available=lambda: True)
+        assert float(ranks[0].total / ranks[0].weight) == pytest.approx(self.MEAN)
+
+    def test_in_a_module_of_ones_own(self, tmp_path):
+        class Answering(BoringModel):
+            def __init__(self):
+                super().__init__()
+                self.rouge_l = RougeL()
+
+            def validation_step(self, batch, batch_idx):
+                self.rouge_l.update(TestRougeLMetric.ANSWERS[batch_idx], TestRougeLMetric.REFERENCES[batch_idx])
+                self.log("val_rouge_l", self.rouge_l)
+
+        trainer = L.Trainer(limit_val_batches=4, default_root_dir=tmp_path, **QUIET)
+        (found,) = trainer.validate(Answering(), verbose=False)
+        assert found["val_rouge_l"] == pytest.approx(self.MEAN)
+
+    def test_unequal_numbers_are_refused(self):
+        with pytest.raises(ValueError, match="zip"):
+            RougeL().update(["a", "b"], ["a"])

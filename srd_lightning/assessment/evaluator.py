@@ -19,9 +19,9 @@ from srd_lightning.assessment.protocol import EvaluationProtocol
 from srd_lightning.criteria.standard import RougeL
 from srd_lightning.curation.reflection import Reflector
 from srd_lightning.curation.student_source import ReflectingStudent
-from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.digests import digest, weights_digest
+from srd_lightning.evaluation.calibration import Floats
 from srd_lightning.models.pretrained import Pretrained
 
 

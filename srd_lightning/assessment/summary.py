@@ -10,9 +10,8 @@ from rich.table import Table
 
 from srd_lightning.assessment.evaluator import Evaluated
 from srd_lightning.assessment.measures import AGREEMENT, BINNED, LIKELIHOOD, OWN
-from srd_lightning.curriculum.ranking import Floats
 from srd_lightning.evaluation.bootstrap import CONFIDENCE, RESAMPLES, bootstrap_interval, bounds, resampled_sums
-from srd_lightning.evaluation.calibration import BINS, calibration_error
+from srd_lightning.evaluation.calibration import BINS, Floats, calibration_error
 
 OF_ANSWERS = {"rouge_l": "rouge_l", "tokens": "tokens", "cut": "at_limit"}
 """Measures of an answer, by the name that they have in the files, and the column that they are kept in."""
@@ -35,7 +34,7 @@ LABELS = {
 
 
 def metrics(found: Evaluated) -> dict[str, dict[str, Any]]:
-    """Return mean, ``sd`` over the seeds (nothing without), and the interval over rows, by measure.
+    """Return mean, ``sd`` over the seeds (``None`` with fewer than two), and the interval over rows, by measure.
 
     Measures of answers are means over rows; those of tokens (nll, accuracy, ece, kl, top1, own_kl, own_top1) are means
     over the tokens of all rows.
@@ -114,8 +113,9 @@ def table(found: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     for measure, label in LABELS.items():
         if measure in of_sets[0]:
             shown.add_row(label, *(_mean(of_set[measure]) for of_set in of_sets))
-            if seeds := of_sets[0][measure].get("by_seed"):
-                shown.add_row(f"  sd over {len(seeds)} seeds", *(f"{of_set[measure]['sd']:.3f}" for of_set in of_sets))
+            if of_sets[0][measure]["sd"] is not None:
+                seeds = len(of_sets[0][measure]["by_seed"])
+                shown.add_row(f"  sd over {seeds} seeds", *(f"{of_set[measure]['sd']:.3f}" for of_set in of_sets))
     return shown
 
 

@@ -64,6 +64,7 @@ def evaluate_student(
     check_folder(folder, "path")
     run_preflight(trainer, module)
     models, reader, reflector = module.models_by_name(), data.reader, data.curator.reflector
+    weights = {**{name: _name(model) for name, model in models.items()}, "checkpoint": checkpoint and str(checkpoint)}
     tokens = reader.max_prompt_length + protocol.decoding.max_new_tokens
     asked = {"data.max_length": reader.max_length, "data.max_prompt_length with protocol.decoding": tokens}
     check_positions(models, asked)
@@ -78,7 +79,6 @@ def evaluate_student(
     budget = (reflector.tokens_per_batch, reflector.threads)
     evaluator = Evaluator(protocol, *budget, models["teacher"], module.shared_vocabulary)
     lengths = {"max_length": reader.max_length, "max_prompt_length": reader.max_prompt_length}
-    weights = {**{name: _name(model) for name, model in models.items()}, "checkpoint": checkpoint and str(checkpoint)}
     results = {}
     for name, of_set in rows.items():
         found = evaluator.evaluate(of_set, model, student, folder / KEPT, name)

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from srd_lightning.assessment.protocol import EvaluationProtocol
+from srd_lightning.assessment.summary import table
 from srd_lightning.callbacks import HyperparameterScheduler
 from srd_lightning.callbacks.runtime import RuntimeBenchmark
 from srd_lightning.cli import SRDCLI, find_config, parse
 from srd_lightning.command.console import Ending
 from srd_lightning.command.noise import quiet
 from srd_lightning.command.trainer import SRDTrainer
-from srd_lightning.models.generation import generate
+from srd_lightning.evaluation.result_files import ANSWERS
 from srd_lightning.quickstart import fetch
 from srd_lightning.quickstart.prompts import prompts, write_prompts
 from srd_lightning.storage import write_atomically
@@ -46,17 +48,17 @@ def _run() -> None:
     _let_teacher_write(console, settings)
     cli = parse(settings)
     console.rule("before: the student as it was cut out of the teacher")
-    before, answers_before = _measure(cli), _answers(cli, cli.model.student)
+    before = _evaluate(cli, "before")
     console.rule("distillation")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     console.rule("curation: what the student made of the data before it was trained")
     cli.datamodule.report(console)
     console.rule("after")
-    after, answers_after = _measure(cli), _answers(cli, cli.model.student)
+    after = _evaluate(cli, "after")
     summary = {**_stages(cli), "before": before, "after": after, "seconds_total": time.perf_counter() - start}
     write_atomically(RUN / "summary.json", json.dumps(summary, indent=2).encode())
     _show_numbers(console, summary)
-    _show_answers(console, cli, answers_before, answers_after)
+    _show_answers(console)
     console.print(f"The student is in {RUN / 'student'}, these numbers are in {RUN / 'summary.json'}.")
 
 
@@ -72,19 +74,11 @@ def _let_teacher_write(console: Console, settings: list[str]) -> None:
             trainer.generate(cli.model, cli.datamodule, str(path), split, decoding=cli.model.decoding)
 
 
-def _measure(cli: SRDCLI) -> dict[str, float]:
-    """Return the measures on the held-out rows."""
-    (metrics,) = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    return {name: metrics[f"test_{name}"] for name in ("nll", "kl", "rouge_l")}
-
-
-def _shown_rows(cli: SRDCLI) -> list[dict[str, Any]]:
-    return cast("list[dict[str, Any]]", cli.datamodule.rows["test"].select(range(NUM_SHOWN)).to_list())
-
-
-def _answers(cli: SRDCLI, model: Any) -> list[str]:
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in _shown_rows(cli)]
-    return generate(model, cli.datamodule.tokenizer, prompts, cli.model.decoding)
+def _evaluate(cli: SRDCLI, name: str) -> dict[str, Any]:
+    """Let the student as it is now answer the held-out rows greedily; return what ``evaluation.json`` says."""
+    protocol, folder = EvaluationProtocol(seeds=(), decoding=cli.model.decoding), str(RUN / "evaluation" / name)
+    trainer = cast(SRDTrainer, cli.trainer)
+    return trainer.evaluate(cli.model, cli.datamodule, protocol=protocol, path=folder)["test"]
 
 
 def _stages(cli: SRDCLI) -> dict[str, Any]:
@@ -107,28 +101,21 @@ def _show_numbers(console: Console, summary: dict[str, Any]) -> None:
     for stage in summary["stages"]:
         stages.add_row(*(f"{stage[column]:.0f}" if column == "seconds" else str(stage[column]) for column in columns))
     console.print(stages)
-    measures = Table(title="held-out rows")
-    for column in ("", "before", "after"):
-        measures.add_column(column, justify="right")
-    for name, label in (
-        ("nll", "loss of the reference response (NLL)"),
-        ("kl", "KL to the teacher"),
-        ("rouge_l", "greedy ROUGE-L"),
-    ):
-        measures.add_row(label, f"{summary['before'][name]:.3f}", f"{summary['after'][name]:.3f}")
-    console.print(measures)
+    console.print(table({name: summary[name] for name in ("before", "after")}, "held-out rows"))
     console.print(
         f"{summary['seconds_total']:.0f} s in all, peak memory {summary['peak_memory_bytes'] / 2**30:.1f} GiB"
     )
 
 
-def _show_answers(console: Console, cli: SRDCLI, before: list[str], after: list[str]) -> None:
-    teacher = _answers(cli, cli.model.teacher)
-    for row, *answers in zip(_shown_rows(cli), before, after, teacher, strict=True):
-        table = Table(title=row["prompt"].split("user\n")[-1].split("<")[0], show_header=False, show_lines=True)
-        for label, text in zip(("before", "after", "teacher"), answers, strict=True):
-            table.add_row(label, Text(text))
-        console.print(table)
+def _show_answers(console: Console) -> None:
+    files = [(RUN / "evaluation" / name / ANSWERS).read_text().splitlines() for name in ("before", "after")]
+    for lines in list(zip(*files, strict=True))[:NUM_SHOWN]:
+        before, after = map(json.loads, lines)
+        shown = Table(title=after["prompt"].split("user\n")[-1].split("<")[0], show_header=False, show_lines=True)
+        answers = {"before": before["answer"], "after": after["answer"], "teacher": after["reference"]}
+        for label, text in answers.items():
+            shown.add_row(label, Text(text))
+        console.print(shown)
 
 
 if __name__ == "__main__":
