@@ -133,11 +133,11 @@ def test_sampled_answers_are_those_of_their_seed(evaluate, model, tokenizer, row
     by_seed = [np.mean([line["rouge_l"] for (_, of), line in answers.items() if of == seed]) for seed in (3, 4)]
     assert list(means["rouge_l"]["by_seed"].values()) == pytest.approx(by_seed)
     assert means["rouge_l"]["sd"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
-    lengths = {seed: [answers[row, seed]["tokens"] for row in rows["id"]] for seed in (None, 3, 4)}
-    assert lengths[3] != lengths[4]
+    of_seed = {seed: [answers[row, seed]["answer"] for row in rows["id"]] for seed in (None, 3, 4)}
+    assert of_seed[3] != of_seed[4] != of_seed[None]
     again = evaluate("others", protocol=replace(PROTOCOL, seeds=(4,)), tokens=1)
     texts = [line["answer"] for line in answer_lines(again) if line["seed"] == 4]
-    assert texts == [answers[row, 4]["answer"] for row in rows["id"]]  # whichever other seeds there are
+    assert texts == of_seed[4]  # whichever other seeds there are
 
 
 def test_a_stopped_evaluation_goes_on_and_gives_the_same_files(evaluate, monkeypatch, model):
