@@ -1,5 +1,5 @@
-"""Evaluation: answers, and how near they are to the reference response.
+"""Evaluation: answers, how near they are to the reference response, and how sure that is.
 
-Imports `data` and `models`. Begin with `answers`; `text_metrics` scores one answer, and `answer_scores` says what all
-answers of a test are worth.
+Imports `losses`, `data` and `models`. Begin with `answers`; `text_metrics` scores one answer, `next_token` one token,
+and `answer_scores` says what all answers of a test are worth. `bootstrap` gives intervals.
 """
