@@ -24,7 +24,6 @@ FIRST: Mapping[str, tuple[str, ...]] = {
         "decoding.temperature",
         "sets",
         "protocol.seeds",
-        "protocol.decoding.max_new_tokens",
     ),
     "data": (
         "data.data",
