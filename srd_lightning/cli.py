@@ -1,4 +1,4 @@
-"""The command line: ``srd fit | validate | test | evaluate | predict | curate | cache-teacher | generate | study | report``.
+"""The command line, ``srd SUBCOMMAND``; `srd_lightning.command.subcommands` says what there is.
 
 Nothing is imported here but what ``srd --help`` needs; `srd_lightning.command.commandline` has the parser and the run.
 """

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from datasets import Dataset
 from torch import nn
 
-from srd_lightning.assessment.measures import AnswerTokens, AtLimit, Predictions
+from srd_lightning.assessment.measures import AnswerTokens, Predictions
 from srd_lightning.assessment.protocol import EvaluationProtocol
+from srd_lightning.criteria.base import CUT, Criterion
 from srd_lightning.criteria.standard import RougeL
 from srd_lightning.curation.reflection import Reflector
 from srd_lightning.curation.student_source import ReflectingStudent
@@ -94,7 +95,7 @@ class Evaluator:
         found: dict[int | None, Answers] = {}
         made_of: dict[str, str] = {}
         for seed, decoding in self.protocol.decodings().items():
-            measures = [RougeL(), AnswerTokens(), AtLimit()]
+            measures: list[Criterion] = [RougeL(), AnswerTokens()]
             task = f"{name}: {'greedy answers' if seed is None else f'answers with seed {seed}'}"
             own = {"sampling": repr(sorted(asdict(decoding).items())), "batches": f"of {self.tokens_per_batch} tokens"}
             if seed is None:
@@ -104,7 +105,8 @@ class Evaluator:
             made_of = made_of or dict(reflector.fingerprint(rows, model, student))
             of_these = {**made_of, **own}
             scores = reflector.scores(rows, model, student, kept / digest(of_these), of_these)
-            found[seed] = Answers(scores.columns, scores.answers(ids_of(rows)))
+            ids = ids_of(rows)
+            found[seed] = Answers({**scores.columns, CUT: scores.cut(ids)}, scores.answers(ids))
         return Evaluated(rows, found, made_of)
 
     def _teacher_digest(self) -> str:

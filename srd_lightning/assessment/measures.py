@@ -31,16 +31,6 @@ class AnswerTokens(Criterion):
         return [float(len(ids)) for ids in reflected.answer_ids]
 
 
-class AtLimit(Criterion):
-    """Whether the answer was cut at its limit, 1 or 0."""
-
-    column, higher_is_easier = "at_limit", False
-
-    def scores(self, reflected: ReflectionBatch) -> list[float]:
-        """See `Criterion.scores`."""
-        return [float(cut) for cut in reflected.cut]
-
-
 class Predictions:
     """What a model, and a teacher beside it, predict on the rows of a batch: computed once for all columns.
 

@@ -10,11 +10,12 @@ from rich.table import Table
 
 from srd_lightning.assessment.evaluator import Evaluated
 from srd_lightning.assessment.measures import AGREEMENT, BINNED, LIKELIHOOD, OWN
+from srd_lightning.criteria.base import CUT
 from srd_lightning.evaluation.bootstrap import CONFIDENCE, RESAMPLES, bootstrap_interval, bounds, resampled_sums
 from srd_lightning.evaluation.calibration import BINS, Floats, calibration_error
 
-OF_ANSWERS = {"rouge_l": "rouge_l", "tokens": "tokens", "cut": "at_limit"}
-"""Measures of an answer, by the name that they have in the files, and the column that they are kept in."""
+OF_ANSWERS = ("rouge_l", "tokens", CUT)
+"""Measures of an answer."""
 LABELS = {
     "rouge_l": "ROUGE-L, sampled",
     "greedy_rouge_l": "ROUGE-L, greedy",
@@ -78,7 +79,7 @@ def answer_lines(found: Evaluated) -> Iterator[dict[str, Any]]:
     """Yield a line for each answer, those to a row one after the other, the greedy one first."""
     for place, row in enumerate(found.rows.select_columns(["id", "prompt", "response"])):
         for seed, answers in found.answers.items():
-            rouge_l, tokens, cut = (float(answers.columns[column][place]) for column in OF_ANSWERS.values())
+            rouge_l, tokens, cut = (float(answers.columns[column][place]) for column in OF_ANSWERS)
             yield {
                 "id": row["id"],
                 "seed": seed,
@@ -129,17 +130,17 @@ def _columns(found: Evaluated) -> dict[str, Floats]:
     """Return all that is known of each row, ``[N]`` by name."""
     greedy, sampled = found.answers[None], [answers for seed, answers in found.answers.items() if seed is not None]
     columns = {"response_tokens": np.array(found.rows["length"]) - np.array(found.rows["prompt_length"], np.float64)}
-    for name, column in OF_ANSWERS.items():
+    for name in OF_ANSWERS:
         if sampled:
-            columns[name] = np.mean([answers.columns[column] for answers in sampled], axis=0)
-        columns[f"greedy_{name}"] = greedy.columns[column]
+            columns[name] = np.mean([answers.columns[name] for answers in sampled], axis=0)
+        columns[f"greedy_{name}"] = greedy.columns[name]
     kept = (name for name in (*LIKELIHOOD, *AGREEMENT, *OWN) if name in greedy.columns)
     return columns | {name: greedy.columns[name] for name in kept}
 
 
 def _over_seeds(found: Evaluated, name: str) -> dict[str, Any]:
     means = {
-        str(seed): float(np.mean(answers.columns[OF_ANSWERS[name]]))
+        str(seed): float(np.mean(answers.columns[name]))
         for seed, answers in found.answers.items()
         if name in OF_ANSWERS and seed is not None
     }

@@ -154,27 +154,23 @@ class ReflectionBatch:
     def answers(self) -> list[str]:
         """The student's answers, ``[B]``."""
         if self.known_answers is None:
-            self.known_answers = texts(self.model, self.tokenizer, self._answer_ids)
+            self.known_answers = texts(self.model, self.tokenizer, self.answer_ids)
         return self.known_answers
 
     @cached_property
     def cut(self) -> list[bool]:
         """Whether each answer was cut at its limit, ``[B]``; where only their texts are known, they are made again."""
         ends = end_tokens(self.model, self.tokenizer)
-        return [ids[-1] not in ends for ids in self._answer_ids]
+        return [ids[-1] not in ends for ids in self.answer_ids]
 
     @property
     def generated(self) -> bool:
         """Whether the answers were generated for this batch, so that `cut` costs nothing."""
-        return "_answer_ids" in vars(self)
-
-    @property
-    def answer_ids(self) -> list[list[int]]:
-        """Tokens of the answers, ``[B]``, with the end token where it came; made again where only texts are known."""
-        return self._answer_ids
+        return "answer_ids" in vars(self)
 
     @cached_property
-    def _answer_ids(self) -> list[list[int]]:
+    def answer_ids(self) -> list[list[int]]:
+        """Tokens of the answers, ``[B]``, with the end token where it came; made again where only texts are known."""
         prompts = [row["input_ids"][: row["prompt_length"]] for row in self.rows]
         limits = self.decoding.limits(response_lengths(self.rows))
         return generate_ids(self.model, self.tokenizer, prompts, self.decoding, self.seed, limits)
