@@ -209,7 +209,12 @@ def test_a_protocol_that_cannot_be_is_refused(settings, says):
         EvaluationProtocol(**settings)
 
 
-OPTIONS = ["--protocol.seeds=[1]", "--protocol.decoding.max_new_tokens=6", "--data.reflection_tokens=1024"]
+OPTIONS = [
+    "--seed_everything=0",
+    "--protocol.seeds=[1]",
+    "--protocol.decoding.max_new_tokens=6",
+    "--data.reflection_tokens=1024",
+]
 FILES = ("evaluation.json", "answers.jsonl", "rows.jsonl")
 
 
