@@ -255,6 +255,8 @@ def test_a_trained_student_from_its_export_and_from_its_checkpoint(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     run = cli.run(["fit", f"--config={CONFIGS / 'debug.yaml'}", "--trainer.max_epochs=1"])
     run.trainer.save_checkpoint("trained.ckpt")
+    with pytest.raises(SettingError, match="evaluate needs a trainer that has run nothing before"):
+        run.trainer.evaluate(run.model, run.datamodule)
     cli.run(["evaluate", *debug("--ckpt_path=trained.ckpt", "--path=of_checkpoint")])
     rows = yaml.safe_load((CONFIGS / "debug.yaml").read_text())["data"]["data"]["test"]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -118,7 +118,12 @@ class SRDTrainer(Trainer):
 
         Returns:
             What ``evaluation.json`` holds, by split or set.
+
+        Raises:
+            SettingError: This trainer has run something with data before; and as for `evaluate_student`.
         """
+        if self.datamodule is not None:  # type: ignore[attr-defined]
+            raise SettingError("evaluate needs a trainer that has run nothing before; make a new one for it")
         sources = {split: datamodule.reader.rows(split)} if sets is None else sets
         check_sets(sources)
         folder = Path(self.default_root_dir, "evaluation") if path is None else Path(path).expanduser()

@@ -48,13 +48,13 @@ def _run() -> None:
     _let_teacher_write(console, settings)
     cli = parse(settings)
     console.rule("before: the student as it was cut out of the teacher")
-    before = _evaluate(cli, "before")
+    before = _evaluate(settings, cli, "before")
     console.rule("distillation")
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     console.rule("curation: what the student made of the data before it was trained")
     cli.datamodule.report(console)
     console.rule("after")
-    after = _evaluate(cli, "after")
+    after = _evaluate(settings, cli, "after")
     summary = {**_stages(cli), "before": before, "after": after, "seconds_total": time.perf_counter() - start}
     write_atomically(RUN / "summary.json", json.dumps(summary, indent=2).encode())
     _show_numbers(console, summary)
@@ -74,10 +74,10 @@ def _let_teacher_write(console: Console, settings: list[str]) -> None:
             trainer.generate(cli.model, cli.datamodule, str(path), split, decoding=cli.model.decoding)
 
 
-def _evaluate(cli: SRDCLI, name: str) -> dict[str, Any]:
+def _evaluate(settings: list[str], cli: SRDCLI, name: str) -> dict[str, Any]:
     """Let the student as it is now answer the held-out rows greedily; return what ``evaluation.json`` says."""
     protocol, folder = EvaluationProtocol(seeds=(), decoding=cli.model.decoding), str(RUN / "evaluation" / name)
-    trainer = cast(SRDTrainer, cli.trainer)
+    trainer = cast(SRDTrainer, parse(settings).trainer)  # one that trains keeps the callbacks of its module
     return trainer.evaluate(cli.model, cli.datamodule, protocol=protocol, path=folder)["test"]
 
 
