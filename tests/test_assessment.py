@@ -251,6 +251,7 @@ def test_numbers_are_those_of_test(alone, tmp_path, monkeypatch):
         assert found["metrics"][name]["mean"] == pytest.approx(float(tested[f"test_{of_test}"]), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:the values of")  # the run is shorter than the recipe's schedule
 def test_a_trained_student_from_its_export_and_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = cli.run(["fit", f"--config={CONFIGS / 'debug.yaml'}", "--trainer.max_epochs=1"])

@@ -98,6 +98,7 @@ class TestMonitors:
         with pytest.raises(SettingError, match=f"waits for '{name}', which is never logged in this run"):
             trainer(EarlyStopping(name), *callbacks).fit(module, datamodule=data)
 
+    @pytest.mark.filterwarnings("ignore:the values of kd_weight")  # the run is short
     @pytest.mark.parametrize(
         ("options", "staged"),
         [({"kd_weight": 0.5}, {}), ({"kd_weight": 0.5, "rollouts": GKD(0.9)}, {}), ({}, {0: 0.5, 1: 1.0})],
