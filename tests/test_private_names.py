@@ -72,6 +72,11 @@ def test_the_launcher_that_failures_look_for_is_what_starts_other_processes(tmp_
     trainer.strategy.launcher.kill(signal.SIGTERM)  # nobody
 
 
+def test_all_that_a_trainer_runs_goes_through_one_method_with_the_checkpoint_that_was_found():
+    """`SRDTrainer` looks into it there."""
+    assert parameters(L.Trainer._run) == ["self", "model", "ckpt_path", "weights_only"]
+
+
 def test_a_module_knows_its_trainer_privately():
     """`failures` asks for it where the public name raises."""
     assert BoringModel()._trainer is None

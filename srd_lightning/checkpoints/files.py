@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -100,13 +101,34 @@ def _of_folder(folder: Path, modified: int, size: int) -> str | None:
 
 
 def read_outline(path: Path) -> Any:
-    """Return what a checkpoint says; its weights are mapped and not read.
+    """Return what a checkpoint says, without running code from it; its weights are mapped and not read.
 
     Args:
         path: An undamaged file or folder.
+
+    Raises:
+        UnpicklingError: It holds more than tensors and plain values, or is none of ``torch.save``.
     """
-    # What it holds besides tensors may be any class; it is trusted here as Lightning trusts it right after.
-    return torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=False)
+    return torch.load(_outline_of(path), map_location="cpu", mmap=True, weights_only=True)
+
+
+def classes_in(path: Path) -> list[str]:
+    """Return the classes and functions that a checkpoint would call when it is loaded, but those of tensors.
+
+    Args:
+        path: What `read_outline` cannot read.
+
+    Returns:
+        Their names; none where the file is of another protocol of pickle than ``torch.save`` writes.
+    """
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(_outline_of(path)))
+    except (UnpicklingError, EOFError):
+        return []
+
+
+def _outline_of(path: Path) -> Path:
+    return path / "meta.pt" if path.is_dir() else path
 
 
 def write(trainer: Trainer, path: Path, weights_only: bool = False) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -79,7 +80,10 @@ def outline_to_resume(trainer: Trainer | None) -> dict[str, Any]:
     if path is None:
         return {}
     Ranks().rank0_result(lambda: check_intact(path))
-    outline = files.read_outline(path)
+    try:
+        outline = files.read_outline(path)
+    except UnpicklingError:
+        return {}  # only who loads it knows whether it is trusted: see `check_no_code`
     if not isinstance(outline, dict) or "pytorch-lightning_version" not in outline:
         raise ResumeError(f"ckpt_path: {path} is not a checkpoint of Lightning; give one that a Trainer has saved")
     return outline
@@ -266,6 +270,28 @@ def check_intact(path: Path) -> None:
             f"ckpt_path: {path} is damaged: {part} in it is not what was written; give another checkpoint, or a copy "
             "of it"
         )
+
+
+def check_no_code(path: Path) -> None:
+    """Refuse a checkpoint that holds more than tensors and plain values: to load a class is to call it.
+
+    Args:
+        path: A file, or a folder of shards, if it is there.
+
+    Raises:
+        ResumeError: It does (names what), or as for `check_intact`.
+    """
+    if not path.exists():
+        return  # which is said by who loads it
+    check_intact(path)
+    try:
+        files.read_outline(path)
+    except UnpicklingError as error:
+        what = ", ".join(files.classes_in(path)) or "objects"
+        raise ResumeError(
+            f"ckpt_path: {path} holds {what} beside tensors and plain values, and to load that runs code; where you "
+            "trust who wrote it, set --weights_only false (in Python: SRDTrainer.fit(..., weights_only=False))"
+        ) from error
 
 
 def check_refresh_is_known(first: int, epoch: int) -> None:

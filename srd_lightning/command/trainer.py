@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from srd_lightning.assessment.protocol import EvaluationProtocol
 from srd_lightning.assessment.summary import table
+from srd_lightning.checkpoints.refusals import check_no_code
 from srd_lightning.command.evaluation import check_sets, evaluate_student
 from srd_lightning.curation.responses import ResponseWriter, check_path
 from srd_lightning.curation.student_source import find_tokenizer
@@ -25,7 +26,7 @@ from srd_lightning.module import KDLightningModule
 
 
 class SRDTrainer(Trainer):
-    """Lightning's Trainer that can also curate."""
+    """Lightning's Trainer that can also curate, and runs no code from checkpoints unless ``weights_only`` is false."""
 
     def fit(self, *args: Any, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Train; the path of a checkpoint is known from now on, so that what differs from it shows early."""
@@ -37,6 +38,12 @@ class SRDTrainer(Trainer):
             super().fit(*args, **kwargs)
         finally:
             self.ckpt_path = None  # or what comes after would begin with it as well
+
+    def _run(self, model: LightningModule, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        """Do what all methods end in, once it is seen that the checkpoint holds no code."""
+        if ckpt_path and weights_only is not False and "://" not in str(ckpt_path):
+            check_no_code(Path(ckpt_path))
+        return super()._run(model, ckpt_path, weights_only is not False)
 
     def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
         """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""

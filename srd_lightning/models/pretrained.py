@@ -246,7 +246,10 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         ModelError: It cannot be loaded, or has no end token.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+        # Said in so many words, or transformers ask on the terminal whether to run code that comes with it.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, **{"trust_remote_code": False, **options}
+        )
     except Exception as error:
         check_files(name, options.get("gguf_file"))
         if not Path(name).is_dir():

@@ -58,6 +58,13 @@ def sharded(folder):
     torch.save({}, folder / CHECKPOINT / "meta.pt")
 
 
+class Code:
+    """Leaves a file where it is loaded."""
+
+    def __reduce__(self):
+        return open, ("written", "w")
+
+
 def resumed(id, done, says, settings=SAVED, prepare=saved, argv=LAST, **more):
     return Fault(id=f"resume_{id}", done=done, says=says, settings=settings, prepare=prepare, argv=argv, **more)
 
@@ -169,6 +176,14 @@ FAULTS = [
         "`--ckpt_path` with weights that no Trainer has saved",
         "ckpt_path: a.ckpt is not a checkpoint of Lightning; give one that a Trainer has saved",
         prepare=lambda folder: torch.save({"weight": torch.ones(1)}, folder / "a.ckpt"),
+        argv=("fit", "--ckpt_path=a.ckpt"),
+    ),
+    resumed(
+        "code_in_checkpoint",
+        "`--ckpt_path` with a checkpoint that holds code",
+        "ckpt_path: a.ckpt holds io.open beside tensors and plain values, and to load that runs code; where you trust who "
+        "wrote it, set --weights_only false (in Python: SRDTrainer.fit(..., weights_only=False))",
+        prepare=lambda folder: torch.save({"state_dict": {}, "own": Code()}, folder / "a.ckpt"),
         argv=("fit", "--ckpt_path=a.ckpt"),
     ),
     resumed(
