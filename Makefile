@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test check browser kernel oldest gpu gpu-wheels clean
+.PHONY: quickstart test check fuzz browser kernel oldest gpu gpu-wheels clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
@@ -23,6 +23,9 @@ check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 browser: $(VENV)/.dev  ## the page of srd report in a browser; installs Chromium where it is not there (Debian)
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 	$(BIN)/python -m pytest -m browser
+
+fuzz: $(VENV)/.dev  ## a million damaged files and settings, FUZZ=… for another number; goes on where it stopped
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py
 
 kernel: $(VENV)/.dev $(VENV)/triton  ## the Triton kernel, on a CPU: run by Triton's interpreter, compiled for a GPU
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py --numprocesses 2

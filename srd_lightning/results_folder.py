@@ -46,7 +46,7 @@ class ResultsFolder:
             found = json.loads(path.read_text())
             if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in parts.items()):
                 raise ValueError("it is not a manifest")
-        except (OSError, ValueError) as error:  # what JSON and UTF-8 raise are the second
+        except (OSError, ValueError, RecursionError) as error:  # what JSON and UTF-8 raise are the second
             raise StorageError(
                 f"{path} cannot be read ({error}), so nobody knows what the {self.holds} beside it were made of; "
                 f"delete the folder, or point `{self.setting}` to another one"

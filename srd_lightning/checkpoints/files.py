@@ -25,7 +25,7 @@ from srd_lightning.storage import put_in_place
 CHECKSUMS = "checksums.json"
 """In a sharded checkpoint: CRC-32 of each of its files. A single file has those of its parts in itself."""
 BLOCK = 2**24
-UNREADABLE = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError)
+UNREADABLE = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError)
 """What reading a damaged zip file raises."""
 
 
@@ -87,8 +87,11 @@ def _of_file(path: Path, modified: int, size: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
+            begins = min((part.header_offset for part in file.infolist()), default=None)
     except UNREADABLE:
         return "the list of contents"
+    if begins != 0:
+        return "its beginning"
     return None if damaged is None else damaged.partition("/")[2]
 
 

@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from srd_lightning.checkpoints import files
 from srd_lightning.distributed.process_group import Ranks
-from srd_lightning.errors import ResumeError
+from srd_lightning.errors import ResumeError, in_one_line, lacks_memory
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import FindsLast
 
@@ -81,12 +81,27 @@ def outline_to_resume(trainer: Trainer | None) -> dict[str, Any]:
         return {}
     Ranks().rank0_result(lambda: check_intact(path))
     try:
-        outline = files.read_outline(path)
+        outline = _outline(path)
     except UnpicklingError:
         return {}  # only who loads it knows whether it is trusted: see `check_no_code`
     if not isinstance(outline, dict) or "pytorch-lightning_version" not in outline:
         raise ResumeError(f"ckpt_path: {path} is not a checkpoint of Lightning; give one that a Trainer has saved")
     return outline
+
+
+def _outline(path: Path) -> Any:
+    """Return what a checkpoint says, whose checksums are right; all that is wrong with it but code in it is damage."""
+    try:
+        return files.read_outline(path)
+    except UnpicklingError:
+        raise
+    except Exception as error:
+        if lacks_memory(error):
+            raise
+        raise ResumeError(
+            f"ckpt_path: {path} is damaged, torch cannot read it ({in_one_line(error)[:200]}); give another "
+            "checkpoint, or a copy of it"
+        ) from error
 
 
 def description_of(setting: object) -> str:
@@ -285,7 +300,7 @@ def check_no_code(path: Path) -> None:
         return  # which is said by who loads it
     check_intact(path)
     try:
-        files.read_outline(path)
+        _outline(path)
     except UnpicklingError as error:
         what = ", ".join(files.classes_in(path)) or "objects"
         raise ResumeError(

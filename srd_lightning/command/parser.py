@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from srd_lightning.command.parse_errors import plain, unknown
 from srd_lightning.command.settings_help import AllHelp, first_help
-from srd_lightning.errors import SettingError
+from srd_lightning.errors import SettingError, in_one_line
 from srd_lightning.models.pretrained import Pretrained
 
 # As a dataclass among others it would be tried first for every setting of a model, and what the tries take from the
@@ -39,6 +39,9 @@ class SRDParser(LightningArgumentParser):
             return cast(Namespace, super().parse_path(path, *args, **options))
         except SettingError as error:
             raise SettingError(f"{path}: {error}") from error
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise SettingError(f"{path} is not UTF-8 (byte {byte:#x}); save it as UTF-8") from error
 
     def _apply_actions(self, cfg: Namespace | dict[str, Any], parent_key: str = "", *args: Any, **options: Any) -> Any:
         """Check the keys of a tree from a YAML file before its values, some of which are taken for keys."""
@@ -60,6 +63,8 @@ class SRDParser(LightningArgumentParser):
             name = f"{prefix}{key}".removesuffix("+")
             if name in subcommands and isinstance(value, Mapping):
                 subcommands[name].check_keys(value)
+            elif name == "config" and isinstance(value, Mapping):
+                raise SettingError(f"config: expected the path of a recipe, but got {in_one_line(value)}")
             elif name in branches and isinstance(value, Mapping):
                 self.check_keys(value, f"{name}.")
             elif name in branches and value is not None and not isinstance(value, str):

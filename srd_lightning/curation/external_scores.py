@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from srd_lightning.criteria.base import CUT, Criterion, ReflectionBatch, score_batch
 from srd_lightning.curation.score_store import Scores, answers_by_id, by_id
 from srd_lightning.curriculum.ranking import Floats
-from srd_lightning.data.readers import FORMATS, form_of, from_files, names_in
+from srd_lightning.data.readers import FORMATS, blamed, form_of, from_files, names_in
 from srd_lightning.data.tokenization import ids_of
 from srd_lightning.errors import DataError, MissingDataError, in_one_line
 from srd_lightning.models.generation import Decoding
@@ -97,8 +97,12 @@ def read_scores(path: Path, rows: Dataset, criteria: Sequence[Criterion], tokeni
 
 def _table(path: Path) -> pa.Table:
     if form_of(path) != ".parquet":
-        return from_files([path]).with_format("arrow")[:]
-    table = pq.read_table(path, memory_map=True)
+        rows = from_files([path])
+        if not len(rows):
+            raise DataError(f"{path} holds no scores; score every row")
+        return rows.with_format("arrow")[:]
+    with blamed(path):
+        table = pq.read_table(path, memory_map=True)
     try:
         return table.set_column(table.column_names.index("id"), "id", table["id"].cast(pa.string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

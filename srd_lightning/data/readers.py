@@ -14,11 +14,12 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import datasets
 import pandas as pd
@@ -34,6 +35,9 @@ from srd_lightning.errors import DataError, MissingDataError, SRDError, StorageE
 Row = dict[str, Any]
 Placed = Iterator[tuple[str, Any]]
 """Where a row stands in its file, and the row."""
+FIELD_LIMIT = 2**31 - 1
+"""Characters of a value in a table; by itself Python's module refuses texts over 128 KiB."""
+SPACE = re.compile(r"\s*")
 ROW_FIELDS = TEXT_FIELDS.union(TURNS_FIELDS)
 VERSION = 2
 """Of the code below and of the readers: to be raised whenever they read other text out of the same file."""
@@ -59,7 +63,7 @@ def from_rows(rows: Iterable[Any], split: str = "train") -> Dataset:
                 f"{split} row {number} must have named fields, such as {{'instruction': …, 'output': …}}, but is "
                 f"{kind_of(row)}{' with names that are no text' if isinstance(row, Mapping) else ''}"
             )
-    features = _features(name for row in rows for name in row)
+    features = _features(_checked(dict.fromkeys(name for row in rows for name in row), f"{split}: "))
     return Dataset.from_list(
         [_as_text(row, features, f"{split} row {number}") for number, row in enumerate(rows)], features=features
     )
@@ -85,6 +89,8 @@ def from_files(files: Sequence[str | Path]) -> Dataset:
     if not any(next(read(path), None) for path in paths):
         return Dataset.from_list([])
     features = _features(name for path in paths for name in names_in(path))
+    if not features:
+        return Dataset.from_list([])
     state = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
     arguments = {"state": [state], "features": features, "version": VERSION}
     try:
@@ -168,7 +174,7 @@ def read(path: Path) -> Placed:
     Raises:
         DataError: The file is not what its ending says; the message names file and line.
     """
-    with _blamed(path):
+    with blamed(path):
         for place, row in _reader(path)(path):
             if not isinstance(row, dict):
                 raise DataError(f"{place} must have named fields, but is {_shown(row)}")
@@ -178,12 +184,21 @@ def read(path: Path) -> Placed:
 def names_in(path: Path) -> Iterable[str]:
     """Return the names of the fields in a file, reading as little of it as its form allows."""
     if _reader(path) is _read_json:
-        return dict.fromkeys(name for _, row in read(path) for name in row)
-    with _blamed(path):
+        return _checked(dict.fromkeys(name for _, row in read(path) for name in row), f"{path}: ")
+    with blamed(path):
         if _reader(path) is _read_parquet:
             return list(pq.read_schema(path).names)
+        csv.field_size_limit(FIELD_LIMIT)
         with _open(path, newline="") as file:
             return _header(next(csv.reader(file, delimiter=_delimiter(path)), []))
+
+
+def _checked(names: Iterable[str], place: str) -> Iterable[str]:
+    """Return the names of fields, which must be text as their values must."""
+    for name in names:
+        if "\0" in text_of(name, f"{place}the name of a field"):
+            raise DataError(f"{place}the name of a field holds a null character: {name!r}; write another one")
+    return names
 
 
 def _reader(path: Path) -> Callable[[Path], Placed]:
@@ -191,7 +206,7 @@ def _reader(path: Path) -> Callable[[Path], Placed]:
 
 
 @contextmanager
-def _blamed(path: Path) -> Iterator[None]:
+def blamed(path: Path) -> Iterator[None]:
     """Say of everything that may be wrong with a file which file it is."""
     try:
         yield
@@ -201,7 +216,7 @@ def _blamed(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not UTF-8 (byte {error.object[error.start]:#x}); save it as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked, it is cut or no gzip file: {error}") from error
-    except (pa.ArrowInvalid, OSError, RecursionError) as error:
+    except (pa.ArrowException, csv.Error, OSError, RecursionError, OverflowError) as error:
         form = (form_of(path) or "")[1:]
         raise DataError(f"{path} cannot be read as {form}: {in_one_line(error)}") from error
 
@@ -260,7 +275,7 @@ def _read_json(path: Path) -> Placed:
 
 def _rows_in(text: str) -> Placed:
     """Yield the rows of JSON over several lines: an array, an object with the array ``data``, or objects in a row."""
-    position, number = len(text) - len(text.lstrip()), 0
+    position, number = _next(text, 0), 0
     while position < len(text):
         try:
             value, position = DECODER.raw_decode(text, position)
@@ -270,7 +285,12 @@ def _rows_in(text: str) -> Placed:
         for row in [value] if rows is None else rows:
             yield f"row {number}", row
             number += 1
-        position += len(text[position:]) - len(text[position:].lstrip())
+        position = _next(text, position)
+
+
+def _next(text: str, position: int) -> int:
+    """Return where the next value begins; without a copy of the text, which may be long and have many."""
+    return cast(re.Match[str], SPACE.match(text, position)).end()
 
 
 def _contained(value: Any) -> list[Any] | None:
@@ -282,7 +302,7 @@ def _contained(value: Any) -> list[Any] | None:
 
 def delimiter_of(path: Path) -> str:
     """Return what separates the values of a table: what stands most often in its first line, else a comma."""
-    with _blamed(path):
+    with blamed(path):
         return _delimiter(path) if _reader(path) is _read_table else ","
 
 
@@ -295,7 +315,7 @@ def _delimiter(path: Path) -> str:
 
 
 def _read_table(path: Path) -> Placed:
-    csv.field_size_limit(2**31 - 1)  # the module refuses texts over 128 KiB
+    csv.field_size_limit(FIELD_LIMIT)
     delimiter = _delimiter(path)
     with _open(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)

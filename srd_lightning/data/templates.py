@@ -253,7 +253,10 @@ def _turn(turn: Any, place: str) -> Turn:
         raise DataError(f"{place} must have role and content, or from and value, but has {', '.join(map(str, turn))}")
     if is_missing(content):
         raise DataError(f"every turn needs content, but {place} of {role} has none")
-    return {"role": ROLES.get(role, role), "content": text_of(content, f"{place}.{content_name}")}
+    return {
+        "role": ROLES.get(role, text_of(role, f"{place}.{role_name}")),
+        "content": text_of(content, f"{place}.{content_name}"),
+    }
 
 
 def check_only_text(fields: Mapping[str, Any], place: str = "the row") -> None:
