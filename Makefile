@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test check fuzz browser kernel oldest gpu gpu-wheels clean
+.PHONY: quickstart test check package audit licences fuzz browser kernel oldest gpu gpu-wheels clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
@@ -17,6 +17,7 @@ check: $(VENV)/.dev  ## what a change must pass: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) licences
 	$(MAKE) test
 	$(MAKE) kernel
 
@@ -24,8 +25,21 @@ browser: $(VENV)/.dev  ## the page of srd report in a browser; installs Chromium
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
 	$(BIN)/python -m pytest -m browser
 
+# Of NVIDIA's own licence is what torch for GPUs brings along; nothing of it is in the wheel.
+licences: $(VENV)/.dev  ## no package that is installed has a licence beyond those in pyproject.toml
+	$(BIN)/pip-licenses --ignore-packages srd-lightning \
+		$$($(BIN)/python -m pip list --format freeze | sed -n 's/^\(nvidia-[^=]*\|cuda-[^=]*\)==.*/\1/p') > /dev/null
+
+audit: $(VENV)/.dev  ## no version that the tests run with has a known vulnerability; asks a database on the network
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install pip-audit
+	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip --requirement constraints.txt
+
+package: $(VENV)/.dev  ## sdist and wheel into dist, and the wheel used in an empty environment; then docs/releasing.md
+	$(BIN)/python tests/package.py
+
 fuzz: $(VENV)/.dev  ## a million damaged files and settings, FUZZ=… for another number; goes on where it stopped
-	PYTHONPATH=. $(BIN)/python tests/fuzz.py
+	$(BIN)/python tests/fuzz.py
 
 kernel: $(VENV)/.dev $(VENV)/triton  ## the Triton kernel, on a CPU: run by Triton's interpreter, compiled for a GPU
 	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_kernel.py --numprocesses 2
@@ -40,7 +54,7 @@ gpu-wheels: $(VENV)/.dev  ## what a machine with a GPU lacks, if it reaches no p
 	$(BIN)/python benchmarks/gpu/pack.py $(if $(HAVE),--have $(HAVE))
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs build dist
+	rm -rf $(VENV) $(OLDEST) $(VENV)-audit runs build dist
 
 # torch comes first, alone: later installs then keep it.
 $(VENV)/.torch: constraints.txt
@@ -61,5 +75,5 @@ $(VENV)/triton: Makefile
 $(OLDEST)/.dev: constraints-oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --constraint constraints-oldest.txt --editable ".[lora,translation]" \
-		pytest pytest-xdist hypothesis pyyaml
+		pytest pytest-xdist hypothesis pyyaml hatchling
 	touch $@

@@ -12,7 +12,8 @@ from public_api import GOLDEN, public_api
 import srd_lightning
 from srd_lightning import ALPACA
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 IMPORT_THE_CORE_ALONE = """
 import sys
@@ -129,3 +130,25 @@ def test_programs_are_found_where_they_were(program, monkeypatch):
     monkeypatch.delitem(sys.modules, f"srd_lightning.{program}", raising=False)  # a program is the first to ask for it
     found = runpy.run_module(f"srd_lightning.{program}", run_name="found")
     assert found["__doc__"]
+
+
+def files_of(kind):
+    """Return the files that go into a wheel or an sdist, without building it."""
+    builders = pytest.importorskip(f"hatchling.builders.{kind}")
+    builder = getattr(builders, f"{kind.capitalize()}Builder")(str(ROOT))
+    return {file.distribution_path for file in builder.recurse_included_files()}
+
+
+def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else():
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "srd_lightning").rglob("*.py")}
+    recipes = {f"srd_lightning/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert files_of("wheel") == package | recipes | {"srd_lightning/py.typed"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs git, which knows what a run leaves")
+def test_the_sdist_holds_what_git_does_not_ignore():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    known = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines())
+    found = files_of("sdist")
+    assert found >= {"LICENSE", "README.md", "configs/debug.yaml", "pyproject.toml", "tests/test_package.py"}
+    assert found <= known

@@ -67,6 +67,13 @@ FAULTS = [
         says="bad.yaml: data: expected settings by name, but got 5",
     ),
     Fault(
+        id="recipe_not_utf8",
+        done="A recipe in latin-1",
+        files={"bad.yaml": "data: {data: r\xe9ponses.jsonl}\n".encode("latin-1")},
+        argv=("fit", "--config", "bad.yaml"),
+        says="bad.yaml is not UTF-8 (byte 0xe9); save it as UTF-8",
+    ),
+    Fault(
         id="misspelt_option",
         done="`--data.schedul`, which begins as another setting does",
         argv=("fit", "--data.schedul", "{0: 1.0}"),

@@ -271,6 +271,12 @@ FAULTS: list[Fault] = [
         says="scores.csv has no column 'judge' for Column, only id, other; add it, or leave the criterion out",
     ),
     Fault(
+        id="scores_without_rows",
+        done="A file of scores with names of columns and nothing else",
+        **scores("scores.csv", "id,judge\n"),
+        says="scores.csv holds no scores; score every row",
+    ),
+    Fault(
         id="scores_twice",
         done="Two scores for one row",
         **scores("scores.csv", "id,judge\n" + "".join(f"{row % 8},{row}\n" for row in range(9))),
