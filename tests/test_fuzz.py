@@ -378,6 +378,7 @@ def test_a_damaged_recipe(edits, folder):
 
 
 @cases(0.02)
-@given(name=st.deferred(names), value=TREES | st.text(st.characters(exclude_characters="\0"), max_size=12))
+@given(name=st.deferred(names), value=TREES)
 def test_a_setting_on_the_command_line(name, value):
-    parsed(f"--{name}", value if isinstance(value, str) else json.dumps(value))
+    text = value if isinstance(value, str) else json.dumps(value)
+    parsed(f"--{name}", text.replace("\0", ""))  # which no argument of a process can hold
