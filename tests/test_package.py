@@ -140,9 +140,11 @@ def files_of(kind):
 
 
 def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else():
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "srd_lightning").rglob("*.py")}
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "srd_lightning").rglob("*.*")}
+    package = {name for name in package if name.endswith((".py", "/py.typed", "/report.html"))}
     recipes = {f"srd_lightning/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
-    assert files_of("wheel") == package | recipes | {"srd_lightning/py.typed"}
+    assert files_of("wheel") == package | recipes
+    assert {"srd_lightning/py.typed", "srd_lightning/configs/debug.yaml"} <= package | recipes
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs git, which knows what a run leaves")

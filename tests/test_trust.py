@@ -66,6 +66,13 @@ def test_a_checkpoint_with_code_is_refused_by_name_before_work(method, with_code
     assert not (tmp_path / "written").exists()
 
 
+def test_a_checkpoint_with_code_is_not_evaluated(with_code, tmp_path):
+    module, data = parts()
+    with pytest.raises(ResumeError, match=r"holds io.open beside .* export the student with HuggingFaceExport"):
+        trainer_of(SRDTrainer, tmp_path).evaluate(module, data, ckpt_path=str(with_code))
+    assert not (tmp_path / "written").exists()
+
+
 def test_a_checkpoint_with_code_that_is_trusted_is_gone_on_with(with_code, tmp_path):
     trainer, (module, data) = trainer_of(SRDTrainer, tmp_path), parts()
     trainer.fit(module, datamodule=data, ckpt_path=with_code, weights_only=False)

@@ -287,11 +287,15 @@ def check_intact(path: Path) -> None:
         )
 
 
-def check_no_code(path: Path) -> None:
+TO_TRUST = "set --weights_only false (in Python: SRDTrainer.fit(..., weights_only=False))"
+
+
+def check_no_code(path: Path, to_trust: str = TO_TRUST) -> None:
     """Refuse a checkpoint that holds more than tensors and plain values: to load a class is to call it.
 
     Args:
         path: A file, or a folder of shards, if it is there.
+        to_trust: What to do where it is trusted, for the message.
 
     Raises:
         ResumeError: It does (names what), or as for `check_intact`.
@@ -305,7 +309,7 @@ def check_no_code(path: Path) -> None:
         what = ", ".join(files.classes_in(path)) or "objects"
         raise ResumeError(
             f"ckpt_path: {path} holds {what} beside tensors and plain values, and to load that runs code; where you "
-            "trust who wrote it, set --weights_only false (in Python: SRDTrainer.fit(..., weights_only=False))"
+            f"trust who wrote it, {to_trust}"
         ) from error
 
 

@@ -18,6 +18,7 @@ from srd_lightning.assessment.evaluator import Evaluated, Evaluator
 from srd_lightning.assessment.protocol import EvaluationProtocol
 from srd_lightning.assessment.summary import answer_lines, numbers, row_lines
 from srd_lightning.checkpoints.files import read_outline
+from srd_lightning.checkpoints.refusals import check_no_code
 from srd_lightning.curation.student_source import ReflectingStudent, find_family, find_tokenizer
 from srd_lightning.data.row_reader import load_rows
 from srd_lightning.data.tokenization import check_first_rows, tokenize
@@ -110,7 +111,7 @@ def take_weights(module: KDLightningModule, checkpoint: Path) -> None:
 
     Raises:
         MissingDataError: There is none.
-        ResumeError: It is no file, or one of another module.
+        ResumeError: It is no file, one of another module, or holds more than tensors and plain values.
     """
     if not checkpoint.exists():
         raise MissingDataError(f"ckpt_path {checkpoint} is not there")
@@ -119,6 +120,7 @@ def take_weights(module: KDLightningModule, checkpoint: Path) -> None:
             f"ckpt_path must be a file, but {checkpoint} is a sharded checkpoint; make one file of it: "
             f"python -m srd_lightning.consolidate {checkpoint} FILE"
         )
+    check_no_code(checkpoint, "export the student with HuggingFaceExport, and name its folder as model.student")
     module.build_student()
     try:
         module.load_state_dict(read_outline(checkpoint)["state_dict"])
