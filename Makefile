@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test check package audit licences fuzz browser kernel oldest gpu gpu-wheels clean
+.PHONY: quickstart test check docs package audit licences fuzz browser kernel oldest gpu gpu-wheels clean
 
 quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes on a CPU
 	$(BIN)/python -m srd_lightning.quickstart
@@ -13,13 +13,17 @@ quickstart: $(VENV)/.quickstart  ## distil a real model on real text, in minutes
 test: $(VENV)/.dev  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not kernel" --numprocesses 2 --dist loadfile --durations 25
 
-check: $(VENV)/.dev  ## what a change must pass: style, types, tests
+check: $(VENV)/.dev  ## what a change must pass: style, types, the manual, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) licences
+	$(MAKE) docs
 	$(MAKE) test
 	$(MAKE) kernel
+
+docs: $(VENV)/.docs  ## the manual as a site, in site; python -m http.server --directory site shows it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 browser: $(VENV)/.dev  ## the page of srd report in a browser; installs Chromium where it is not there (Debian)
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
@@ -54,7 +58,7 @@ gpu-wheels: $(VENV)/.dev  ## what a machine with a GPU lacks, if it reaches no p
 	$(BIN)/python benchmarks/gpu/pack.py $(if $(HAVE),--have $(HAVE))
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VENV)-audit runs build dist
+	rm -rf $(VENV) $(OLDEST) $(VENV)-audit runs build dist site
 
 # torch comes first, alone: later installs then keep it.
 $(VENV)/.torch: constraints.txt

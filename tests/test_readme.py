@@ -13,9 +13,3 @@ def test_the_python_of_the_readme_runs_as_pasted(tmp_path):
     done = subprocess.run(**of_program(tmp_path / "pasted.py"), cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == code.splitlines()[-1].rpartition("  # ")[2]
-
-
-def test_the_files_that_the_readme_links_are_there():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert links
-    assert not [link for link in links if not (Path(__file__).parents[1] / link).exists()]

@@ -45,7 +45,7 @@ class SharedTokens(LogitsProcessor):
 class Text(NamedTuple):
     """A row without padding.
 
-    Args:
+    Attributes:
         prompt: Its tokens.
         response: Its tokens, the end token included unless it was cut; none where nothing of the row is learnt.
     """

@@ -1,0 +1,158 @@
+"""The manual, as a reader uses it: commands are understood, Python runs, links lead somewhere."""
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_model
+from torch.optim import AdamW
+from transformers import ByT5Tokenizer
+
+from srd_lightning.command.commandline import SRDCLI
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/gpu/README.md", *ROOT.glob("docs/**/*.md")]
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)]*))?\)")
+
+
+def blocks(*languages):
+    """Return page and text of all fenced blocks in one of some languages; "" is none."""
+    found = [(page, *block) for page in PAGES for block in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", page.read_text())]
+    return [(page, code) for page, language, code in found if language in languages]
+
+
+def name_of(value):
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else value[:60]
+
+
+LINES = dict.fromkeys(
+    " ".join(line.split()).partition(" # ")[0].removeprefix("# ")
+    for _, block in blocks("", "bash", "sh", "console")
+    for line in block.replace("\\\n", " ").splitlines()
+)
+"""What may be typed, each line once, without the comment behind it; and what is printed, in the same blocks."""
+COMMAND = re.compile(r'(?:.* )?(?:srd|"\$\(which srd\)"|python cli\.py) (\w.*)')
+SRD = list(dict.fromkeys(found[1] for line in LINES if (found := COMMAND.match(line))))
+SCRIPTS = [line for line in LINES if re.match(r"(?:\S+=\S+ )*python3? [^-]", line)]
+TARGETS = [line for line in LINES if line.startswith("make ")]
+PYTHON = blocks("python")
+
+
+class Stopped(Exception):
+    """The parser is made."""
+
+
+class Parser(SRDCLI):
+    """Gives its parser away instead of running anything."""
+
+    def parse_arguments(self, parser, args):
+        raise Stopped(parser)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    with pytest.raises(Stopped) as stopped:
+        Parser([])
+    return stopped.value.args[0]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder in which commands make sense: recipes, what they name, and blocks that begin with a file's name."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "recipe.yaml").symlink_to(ROOT / "configs/quickstart.yaml")
+    for package in ("bitsandbytes", "torchao"):
+        optim = types.ModuleType(f"{package}.optim")
+        optim.AdamW8bit = type("AdamW8bit", (AdamW,), {"__module__": optim.__name__})
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        monkeypatch.setitem(sys.modules, optim.__name__, optim)
+        monkeypatch.setattr(sys.modules[package], "optim", optim, raising=False)
+    for _, block in blocks("python", "yaml"):
+        if file := re.match(r"# ((\w+)\.\w+)\n", block):
+            (tmp_path / file[1]).write_text(block)
+            monkeypatch.delitem(sys.modules, file[2], raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_commands():
+    assert len(SRD) > 20
+    assert len(SCRIPTS) > 10
+    assert len(TARGETS) > 3
+
+
+@pytest.mark.parametrize("arguments", SRD)
+def test_commands_are_understood(arguments, parser, folder):
+    parser.parse_args(shlex.split(arguments), defaults=False)
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("yaml"), ids=name_of)
+def test_settings_are_understood(page, block, parser, folder):
+    (folder / "block.yaml").write_text(block)
+    recipe = [] if "student" in yaml.safe_load(block).get("model", {}) else ["--config", "recipe.yaml"]
+    parser.parse_args(["fit", *recipe, "--config", "block.yaml"], defaults=False)
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_scripts_have_these_options(line):
+    script, *arguments = shlex.split(line.partition("python")[2].removeprefix("3"))
+    source = "".join(path.read_text() for path in [ROOT / script, *(ROOT / script).parent.glob("*.py")])
+    assert not [option for option in arguments if option.startswith("--") and f'"{option}"' not in source]
+
+
+@pytest.mark.parametrize("line", TARGETS)
+def test_targets_are_there(line):
+    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=name_of)
+def test_python_runs_or_is_python(page, code, folder):
+    compiled = compile(code, str(page), "exec")
+    if page.name == "README.md" or not re.search(r"^(?:from|import) ", code, re.MULTILINE):
+        return  # test_readme.py runs the former; the latter is a part of something
+    student = folder / "runs/first/student"
+    tiny_model().save_pretrained(student)
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(student)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(compiled, {"__name__": "pasted"})
+    expected = re.findall(r"^print\(.*  # (.*)$", code, re.MULTILINE)
+    assert not expected or said.getvalue().splitlines() == expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text()):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def anchors(page):
+    """Return what a link to a page may end with: its headings, written as in addresses, and what it documents."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
+    headings = [re.sub(r"[^\w -]", "", heading).strip().lower() for heading in re.findall(r"(?m)^#+ (.*)$", text)]
+    return {re.sub(r" +", "-", heading) for heading in headings} | set(re.findall(r"(?m)^::: (\S+)$", text))
+
+
+def test_figures_are_as_they_are_drawn():
+    drawn = runpy.run_path(str(ROOT / "docs/figures/draw.py"))["FIGURES"]
+    files = {path.stem: path.read_text() for path in (ROOT / "docs/figures").glob("*.svg")}
+    assert files == {name: draw().svg() for name, draw in drawn.items()}
+
+
+def test_everything_that_is_documented_is_there():
+    named = [name for page in ROOT.glob("docs/api/*.md") for name in re.findall(r"(?m)^::: (\S+)$", page.read_text())]
+    assert named
+    for name in named:
+        module, _, thing = name.rpartition(".")
+        assert hasattr(__import__(module, fromlist=[thing]), thing), name
