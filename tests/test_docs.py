@@ -1,6 +1,7 @@
 """The manual, as a reader uses it: commands are understood, Python runs, links lead somewhere."""
 
 import contextlib
+import inspect
 import io
 import re
 import runpy
@@ -16,6 +17,8 @@ from torch.optim import AdamW
 from transformers import ByT5Tokenizer
 
 from srd_lightning.command.commandline import SRDCLI
+from srd_lightning.command.subcommands import OF_RUNS
+from srd_lightning.studies.commands import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/gpu/README.md", *ROOT.glob("docs/**/*.md")]
@@ -43,6 +46,8 @@ SRD = list(dict.fromkeys(found[1] for line in LINES if (found := COMMAND.match(l
 SCRIPTS = [line for line in LINES if re.match(r"(?:\S+=\S+ )*python3? [^-]", line)]
 TARGETS = [line for line in LINES if line.startswith("make ")]
 PYTHON = blocks("python")
+SETTINGS = [(page, block) for page, block in blocks("yaml") if page.name != "studies.md"]
+"""Those of studies are run by test_studies.py."""
 
 
 class Stopped(Exception):
@@ -91,10 +96,19 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("arguments", SRD)
 def test_commands_are_understood(arguments, parser, folder):
-    parser.parse_args(shlex.split(arguments), defaults=False)
+    name, *settings = shlex.split(arguments)
+    if name in OF_RUNS:
+        assert not unknown(settings, inspect.getsource(PROGRAMS[name]))
+    else:
+        parser.parse_args([name, *settings], defaults=False)
 
 
-@pytest.mark.parametrize(("page", "block"), blocks("yaml"), ids=name_of)
+def unknown(arguments, source):
+    """Return the options that do not stand in the source of a program."""
+    return [option for option in arguments if option.startswith("--") and f'"{option}"' not in source]
+
+
+@pytest.mark.parametrize(("page", "block"), SETTINGS, ids=name_of)
 def test_settings_are_understood(page, block, parser, folder):
     (folder / "block.yaml").write_text(block)
     recipe = [] if "student" in yaml.safe_load(block).get("model", {}) else ["--config", "recipe.yaml"]
@@ -105,7 +119,7 @@ def test_settings_are_understood(page, block, parser, folder):
 def test_scripts_have_these_options(line):
     script, *arguments = shlex.split(line.partition("python")[2].removeprefix("3"))
     source = "".join(path.read_text() for path in [ROOT / script, *(ROOT / script).parent.glob("*.py")])
-    assert not [option for option in arguments if option.startswith("--") and f'"{option}"' not in source]
+    assert not unknown(arguments, source)
 
 
 @pytest.mark.parametrize("line", TARGETS)
