@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import json
 import re
 import runpy
 import shlex
@@ -132,15 +133,23 @@ def test_python_runs_or_is_python(page, code, folder):
     compiled = compile(code, str(page), "exec")
     if page.name == "README.md" or not re.search(r"^(?:from|import) ", code, re.MULTILINE):
         return  # test_readme.py runs the former; the latter is a part of something
-    student = folder / "runs/first/student"
-    tiny_model().save_pretrained(student)
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
-    tokenizer.save_pretrained(student)
+    write_runs(folder / "runs")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         exec(compiled, {"__name__": "pasted"})
     expected = re.findall(r"^print\(.*  # (.*)$", code, re.MULTILINE)
     assert not expected or said.getvalue().splitlines() == expected
+
+
+def write_runs(folder):
+    """Write what runs of the manual would have written: a student, and two evaluations."""
+    tiny_model().save_pretrained(folder / "first/student")
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "first/student")
+    for run in ("srd", "all_data"):
+        (folder / run / "evaluation").mkdir(parents=True)
+        rows = ({"id": str(row), "greedy_rouge_l": row / len(run)} for row in range(3))
+        (folder / run / "evaluation/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
