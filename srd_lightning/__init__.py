@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NewOptimizerEachStage,
         TAIDSchedule,
         TrainingClock,
+        default_callbacks,
     )
     from srd_lightning.callbacks.runtime import RuntimeBenchmark
     from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
@@ -110,6 +111,7 @@ _HOME = {
     "TotalVariation": "losses",
     "TrainingClock": "callbacks",
     "chunked_objective": "losses.chunked",
+    "default_callbacks": "callbacks",
     "reciprocal_rank_fusion": "curriculum.ranking",
 }
 
@@ -166,6 +168,7 @@ __all__ = [
     "TotalVariation",
     "TrainingClock",
     "chunked_objective",
+    "default_callbacks",
     "reciprocal_rank_fusion",
 ]
 

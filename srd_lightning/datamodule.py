@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from srd_lightning.criteria.base import Criterion
 from srd_lightning.curation.curator import Curator, StagedRows
 from srd_lightning.curation.result import CurationResult
 from srd_lightning.curation.student_source import ReflectingStudent, find_family, find_tokenizer
-from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached
+from srd_lightning.curriculum.curriculum import PAPER_SCHEDULE, Curriculum, never_reached, paper_schedule
 from srd_lightning.curriculum.ranking import Arrangement, digest_of_order
 from srd_lightning.data.batches import padding_of
 from srd_lightning.data.loaders import Collate, Loaders, RebuiltEveryEpoch
@@ -37,7 +38,7 @@ from srd_lightning.data.tokenization import Report, ids_of
 from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions
-from srd_lightning.models.pretrained import Pretrained, load_tokenizer
+from srd_lightning.models.pretrained import ModelName, Pretrained, load_tokenizer, named
 from srd_lightning.preflight import run_preflight
 from srd_lightning.protocols import BatchColumns, HasStudent, IsReplayed
 from srd_lightning.training.arguments import check_sizes
@@ -57,10 +58,11 @@ class SRDDataModule(LightningDataModule):
             `datasets.Dataset`, a pandas DataFrame, or any iterable of rows. Rows have ``instruction`` (and ``input``)
             and ``output``, or ``prompt`` and ``response``, or ``messages``, …: docs/data.md has all forms.
         tokenizer: Name, folder or object; by default the student's.
-        student: Who reflects; by default the student of the module that is trained.
+        student: Who reflects, or its name; by default the student of the module that is trained.
         template: How a row becomes a prompt: `PromptTemplate` or `ChatTemplate`.
-        schedule: ``{first epoch: share of the rows}``, epochs being whole numbers; the last share is what is kept.
-            ``{0: 1.0}`` is all rows from the start, without reflection.
+        schedule: ``{first epoch: share of the rows}``, epochs being whole numbers; the last share is what is kept. By
+            default the paper's 25, 50 and 75 %, each for a third of the trainer's ``max_epochs``: ``{0: 0.25, 8: 0.5,
+            16: 0.75}`` in 24. ``{0: 1.0}`` is all rows from the start, without reflection.
         criteria: What makes a row hard; by default the paper's, `RougeL` and `NegativeLogLikelihood`.
         arrangement: How the ranked rows enter; `EasyToHard` by default, the others are controls.
         refresh: First epochs of stages at which the student, as trained so far, reflects again on the rows still to
@@ -99,9 +101,9 @@ class SRDDataModule(LightningDataModule):
         self,
         data: str | dict[str, Any] | list[Any],
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        student: Pretrained | nn.Module | None = None,
+        student: Pretrained | nn.Module | ModelName | None = None,
         template: PromptTemplate | ChatTemplate = ALPACA,
-        schedule: dict[Any, float] = dict(PAPER_SCHEDULE),  # noqa: B006 (never changed)
+        schedule: dict[Any, float] | None = None,
         criteria: list[Criterion] | None = None,
         arrangement: Arrangement | None = None,
         refresh: list[int] | None = None,
@@ -131,19 +133,24 @@ class SRDDataModule(LightningDataModule):
         if sampler is not None:
             check_sampler(sampler)
         self.reader = RowReader(data, template, max_length, max_prompt_length)
-        self.curator = Curator(
-            schedule,
-            criteria,
-            arrangement,
-            refresh or (),
-            scores,
-            ties,
-            decoding,
-            reflection_tokens,
-            reflection_threads,
+        self._curator_of = functools.partial(
+            Curator,
+            criteria=criteria,
+            arrangement=arrangement,
+            scores=scores,
+            ties=ties,
+            decoding=decoding,
+            reflection_tokens=reflection_tokens,
+            reflection_threads=reflection_threads,
         )
+        self._refresh = refresh or ()
+        self._follows_epochs = schedule is None
+        if schedule is None:  # until the epochs are known, and with them what may be refreshed
+            self.curator = self._curator_of(PAPER_SCHEDULE)
+        else:
+            self.curator = self._curator_of(schedule, refresh=self._refresh)
         self.loaders = Loaders(num_workers, seed, sampler or (LengthGrouped if group_by_length else plain_shuffle))
-        self.student = student
+        self.student = None if student is None else named(student)
         self.decontaminate = decontaminate
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -160,7 +167,7 @@ class SRDDataModule(LightningDataModule):
 
     @property
     def schedule(self) -> dict[int, float]:
-        """Share of the rows by first epoch."""
+        """Share of the rows by first epoch; where none was given, that of the run that `setup` was last called for."""
         return self.curator.schedule
 
     @property
@@ -228,6 +235,10 @@ class SRDDataModule(LightningDataModule):
         if trainer is not None:
             root, device = Path(trainer.default_root_dir), trainer.strategy.root_device
             run_preflight(trainer, module)
+        if self._follows_epochs:
+            self.curator = self._curator_of(
+                paper_schedule(None if trainer is None else trainer.max_epochs), refresh=self._refresh
+            )
         self._check_settings(stage, module, trainer, root)
         refuse_others = functools.partial(check_rows, outline_to_resume(trainer), self)
         refuse_others(self._settings)
@@ -243,7 +254,7 @@ class SRDDataModule(LightningDataModule):
         refuse_others(self._digests_of_rows)
         last = self.staged
         if last is not None and last.student.module is student.module and last.root == root:
-            result = last.result
+            result = replace(last.result, curriculum=self.curator.staged(last.result.order))
         else:  # another student, or another run
             assert self._read_rows is not None
             self._read_rows.find_leaks(drop=self.decontaminate)

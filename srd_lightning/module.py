@@ -31,7 +31,7 @@ from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.standard import ForwardKL
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding
-from srd_lightning.models.pretrained import Pretrained
+from srd_lightning.models.pretrained import ModelName, Pretrained, named
 from srd_lightning.models.vocabulary import shared_vocabulary, vocabulary_size
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import HasCuratedRows
@@ -61,7 +61,7 @@ class KDLightningModule(LightningModule):
     part of the checkpoint.
 
     Args:
-        student: The model to train.
+        student: The model to train; a plain text is the name of a `Pretrained` one.
         teacher: The model to learn from; may be left out where ``kd_weight`` stays 0.
         loss: The distillation loss; `ForwardKL` by default.
         kd_weight: Share w of the distillation loss, in [0, 1]; 0 is plain fine-tuning. Staged by
@@ -107,8 +107,8 @@ class KDLightningModule(LightningModule):
 
     def __init__(
         self,
-        student: Pretrained | nn.Module,
-        teacher: Pretrained | nn.Module | None = None,
+        student: Pretrained | nn.Module | ModelName,
+        teacher: Pretrained | nn.Module | ModelName | None = None,
         loss: DistillationLoss | None = None,
         kd_weight: float = 1.0,
         optimizer: Callable[[Any], Optimizer] = lambda params: AdamW(params, lr=1e-4, weight_decay=0.01, fused=True),
@@ -126,6 +126,7 @@ class KDLightningModule(LightningModule):
         auxiliary: Sequence[AuxiliaryLoss] = (),
         rollouts: Rollouts | None = None,
     ) -> None:
+        student, teacher = named(student), None if teacher is None else named(teacher)
         loss = loss if loss is not None else ForwardKL()
         arguments.check_loss_type(loss)
         arguments.check_auxiliary_types(auxiliary)

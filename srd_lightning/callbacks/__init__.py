@@ -8,6 +8,7 @@ itself needs done around its steps is in `training.hooks`, and the callback that
 from srd_lightning.callbacks.answer_scores import AnswerScores
 from srd_lightning.callbacks.answer_writer import AnswerWriter
 from srd_lightning.callbacks.curriculum_check import CurriculumCallback
+from srd_lightning.callbacks.defaults import default_callbacks
 from srd_lightning.callbacks.export import HuggingFaceExport
 from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
 from srd_lightning.callbacks.loss_driven import LossDrivenShare, TAIDSchedule
@@ -26,4 +27,5 @@ __all__ = [
     "RuntimeBenchmark",
     "TAIDSchedule",
     "TrainingClock",
+    "default_callbacks",
 ]

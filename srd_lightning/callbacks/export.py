@@ -30,8 +30,9 @@ class HuggingFaceExport(Callback):
     ``NAME-rescued-…`` that the message names. A run with ``fast_dev_run`` saves nothing.
 
     Args:
-        dirpath: The folder; replaced as a whole when training ends. LoRA adapters are merged into the weights; of
-            weights that are quantised, only the adapters are saved.
+        dirpath: The folder; by default ``student`` in the trainer's ``default_root_dir``. Replaced as a whole when
+            training ends. LoRA adapters are merged into the weights; of weights that are quantised, only the adapters
+            are saved.
 
     Raises:
         SettingError: The module has no student, or the folder is one that the run itself needs.
@@ -39,14 +40,16 @@ class HuggingFaceExport(Callback):
         StorageError: The folder cannot be written, or holds what no export has written; said before rows are read.
     """
 
-    def __init__(self, dirpath: str) -> None:
-        self.dirpath = Path(dirpath)
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = None if dirpath is None else Path(dirpath)
         self._saved = False
 
-    @property
-    def folder(self) -> Path:
-        """Where the student goes: the folder without links and ``~``."""
-        return self.dirpath.expanduser().resolve()
+    def _given(self, trainer: Trainer) -> Path:
+        return self.dirpath or Path(trainer.default_root_dir, "student")
+
+    def folder(self, trainer: Trainer) -> Path:
+        """Return where the student of a run goes: the folder without links and ``~``."""
+        return self._given(trainer).expanduser().resolve()
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse what could not be saved, or only at the cost of something else."""
@@ -56,9 +59,10 @@ class HuggingFaceExport(Callback):
         if not hasattr(module, "student"):
             raise SettingError(f"HuggingFaceExport saves `student`, which {type(module).__name__} does not have")
         if trainer.is_global_zero:
-            export_folder.check(self.folder, _needed_by(trainer, self))
-            check_folder(self.folder.parent, SETTING)
-            _check_student(module.student, self.folder)
+            folder = self.folder(trainer)
+            export_folder.check(folder, _needed_by(trainer, self))
+            check_folder(folder.parent, SETTING)
+            _check_student(module.student, folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come last, and clear away what a run left that was killed while it saved."""
@@ -68,32 +72,30 @@ class HuggingFaceExport(Callback):
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
             if trainer.is_global_zero:
-                export_folder.clear_away(self.folder)
+                export_folder.clear_away(self.folder(trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the student also where it has only now been loaded."""
         if trainer.is_global_zero:
-            _check_student(pl_module.student, self.folder)
+            _check_student(pl_module.student, self.folder(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the student."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"fast_dev_run: nothing is saved to {self.dirpath}")
+            rank_zero_info(f"fast_dev_run: nothing is saved to {self._given(trainer)}")
             return
         module: Any = pl_module
         student = module.whole_student(only_first=True) if isinstance(module, GathersStudent) else module.student
         self._saved = True
         if trainer.is_global_zero:
-            student, tokenizer = _merged(student), _tokenizer(trainer)
+            student, tokenizer, folder = _merged(student), _tokenizer(trainer), self.folder(trainer)
             try:
-                export_folder.check(self.folder, _needed_by(trainer, self))
-                export_folder.replace(self.folder, student, tokenizer)
+                export_folder.check(folder, _needed_by(trainer, self))
+                export_folder.replace(folder, student, tokenizer)
             except Exception as error:
                 where = self._rescue(trainer, student, tokenizer)
-                raise StorageError(
-                    f"the trained student could not be saved to {self.folder} ({error}); {where}"
-                ) from error
-            rank_zero_info(f"student saved to {self.dirpath}")
+                raise StorageError(f"the trained student could not be saved to {folder} ({error}); {where}") from error
+            rank_zero_info(f"student saved to {self._given(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the student also where another callback fails after the last step."""
@@ -105,9 +107,10 @@ class HuggingFaceExport(Callback):
 
     def _rescue(self, trainer: Trainer, student: Any, tokenizer: Any) -> str:
         """Write to the first place that takes it, and say which."""
-        for parent in (self.folder.parent, Path(trainer.default_root_dir), Path(tempfile.gettempdir())):
+        folder = self.folder(trainer)
+        for parent in (folder.parent, Path(trainer.default_root_dir), Path(tempfile.gettempdir())):
             with suppress(Exception):  # what went wrong first is what is told
-                place = export_folder.write_beside(parent, self.folder.name, student, tokenizer)
+                place = export_folder.write_beside(parent, folder.name, student, tokenizer)
                 return f"it is in {place}; move it to where it is to be"
         callback: Any = trainer.checkpoint_callback
         if checkpoint := callback and (callback.last_model_path or callback.best_model_path):

@@ -26,8 +26,9 @@ class RuntimeBenchmark(Callback):
     """Measures where the time of a run goes: curation, each stage, validation. Logs padding and waiting of each epoch.
 
     Args:
-        path: JSON file to write at the end of training, in place of an earlier report. Where it can then no longer be
-            written, the report is shown instead. A run with ``fast_dev_run`` writes none.
+        path: JSON file to write at the end of training, in place of an earlier report; by default ``runtime.json`` in
+            the trainer's ``default_root_dir``. Where it can then no longer be written, the report is shown instead. A
+            run with ``fast_dev_run`` writes none.
 
     Raises:
         StorageError: The file cannot be written, or holds something else than a report; said before rows are read.
@@ -62,8 +63,11 @@ class RuntimeBenchmark(Callback):
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse a file that could not be written at the end, or that is something else."""
-        if self.path is not None and trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
-            check_file(self.path, "RuntimeBenchmark(path=...)", "the report of an earlier run", _is_report)
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            check_file(self._file(trainer), "RuntimeBenchmark(path=...)", "the report of an earlier run", _is_report)
+
+    def _file(self, trainer: Trainer) -> Path:
+        return self.path or Path(trainer.default_root_dir, "runtime.json")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew, unless the trainer goes on."""
@@ -148,12 +152,12 @@ class RuntimeBenchmark(Callback):
             "validation_seconds": self._validation,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
-        if self.path is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            text = json.dumps(self.report, indent=2)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            text, file = json.dumps(self.report, indent=2), self._file(trainer)
             try:
-                write_atomically(self.path, text.encode())
+                write_atomically(file, text.encode())
             except OSError as error:  # what comes after it, such as an export, is worth more
-                rank_zero_warn(f"RuntimeBenchmark could not write {self.path} ({error}); the report is:\n{text}")
+                rank_zero_warn(f"RuntimeBenchmark could not write {file} ({error}); the report is:\n{text}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stages so far, so that a resumed run reports all of them."""

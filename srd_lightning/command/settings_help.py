@@ -55,6 +55,7 @@ FIRST: Mapping[str, tuple[str, ...]] = {
         "trainer.accumulate_grad_batches",
         "trainer.gradient_clip_val",
         "trainer.callbacks",
+        "defaults",
         "trainer.logger",
         "trainer.default_root_dir",
     ),

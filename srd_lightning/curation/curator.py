@@ -177,13 +177,12 @@ class Curator:
         start = time.perf_counter()
         scores = self._scores(rows, student, root) if self.ranks else None
         order = torch.arange(len(rows)) if scores is None else self.order(rows, scores)
-        kept = Curriculum(order, self.schedule).kept
         result = CurationResult(
             ids=ids_of(rows),
             columns={} if scores is None else scores.columns,
             higher_is_easier={criterion.column: criterion.higher_is_easier for criterion in self.criteria},
             order=order,
-            curriculum=Curriculum(arranged(self.arrangement, order, kept), self.schedule),
+            curriculum=self.staged(order),
             dropped=dropped,
             seconds=time.perf_counter() - start,
             scored=0 if scores is None else scores.scored,
@@ -214,6 +213,11 @@ class Curator:
         fingerprint = self.reflector.fingerprint(rows, model, student)
         folder = root / f"epoch-{first}-{digest(fingerprint)}"
         return self.reflector.scores(rows, model, student, folder, fingerprint)
+
+    def staged(self, order: Tensor) -> Curriculum:
+        """Return the curriculum of ranked rows, ``[N]``, easiest first."""
+        kept = Curriculum(order, self.schedule).kept
+        return Curriculum(arranged(self.arrangement, order, kept), self.schedule)
 
     def order(self, rows: Dataset, scores: Scores) -> Tensor:
         """Return row numbers, ``[N]``, easiest first."""

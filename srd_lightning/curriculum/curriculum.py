@@ -21,6 +21,9 @@ from srd_lightning.errors import DataError, SettingError
 PAPER_SCHEDULE: Mapping[int, float] = {0: 0.25, 8: 0.5, 16: 0.75}
 """The paper's stages for GPT-2: a quarter more of the rows every eight epochs, the hardest quarter never."""
 
+PAPER_EPOCHS = 24
+"""Of these stages."""
+
 
 def check_schedule(schedule: Mapping[Any, float], name: str = "schedule") -> dict[int, float]:
     """Return the schedule sorted by epoch.
@@ -80,6 +83,23 @@ def check_fractions(schedule: Mapping[Any, float]) -> dict[int, float]:
     if fractions != sorted(fractions):
         raise SettingError(f"the schedule must not shrink, but its fractions are {fractions}")
     return ordered
+
+
+def paper_schedule(max_epochs: int | None) -> dict[int, float]:
+    """Return the paper's stages for a run of some epochs: a third of them each; the later ones get what is over.
+
+    Args:
+        max_epochs: Of the run; without an end (``None`` or -1) the paper's 24.
+
+    Returns:
+        ``{first epoch: share of the rows}``; of a run with fewer than three epochs the first stages are left out.
+
+    Example:
+        >>> paper_schedule(24), paper_schedule(10), paper_schedule(1)
+        ({0: 0.25, 8: 0.5, 16: 0.75}, {0: 0.25, 3: 0.5, 6: 0.75}, {0: 0.75})
+    """
+    epochs = PAPER_EPOCHS if max_epochs in (None, -1) else (max_epochs or 0)
+    return {stage * epochs // 3: share for stage, share in enumerate(PAPER_SCHEDULE.values())}
 
 
 def value_at(schedule: Mapping[int, float], epoch: int) -> float:

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -232,6 +232,25 @@ class Pretrained:
         return load_tokenizer(
             self.name, revision=self.revision, gguf_file=self.gguf_file, trust_remote_code=self.trust_remote_code
         )
+
+
+if TYPE_CHECKING:
+    ModelName = str
+else:
+
+    class ModelName(str):
+        """A plain text that stands for a `Pretrained` of this name; a type of its own for the command line."""
+
+
+def named(model: Pretrained | nn.Module | ModelName) -> Pretrained | nn.Module:
+    """Return a model as it was given, or the pretrained one of a name.
+
+    Example:
+        >>> named("gpt2")
+        Pretrained(name='gpt2', dtype='float32', revision=None, gguf_file=None, keep_layers=None, lora=None,
+                   attn_implementation=None, trust_remote_code=False, liger=False)
+    """
+    return Pretrained(model) if isinstance(model, str) else model
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
