@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srd_lightning.command.console import Ending
-from srd_lightning.command.subcommands import OF_RUNS, SUBCOMMANDS
+from srd_lightning.command.subcommands import OF_RUNS, SUBCOMMANDS, TOOLS
 from srd_lightning.errors import SettingError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SRDCLI", "SRDTrainer", "find_config", "main", "parse", "run"]
 
 SHOW_TRACEBACK = "--traceback"
-ALL = {**SUBCOMMANDS, **OF_RUNS}
+ALL = {**SUBCOMMANDS, **OF_RUNS, **TOOLS}
 _HOME = {"SRDCLI": "command.commandline", "SRDTrainer": "command.trainer"}
 
 
@@ -42,6 +42,9 @@ def main() -> None:
             from srd_lightning.studies.commands import PROGRAMS
 
             PROGRAMS[arguments[0]](arguments[1:])
+            return
+        if name.removeprefix("srd ") in TOOLS:
+            importlib.import_module(f"srd_lightning.command.{arguments[0]}").main(arguments[1:])
             return
         importlib.import_module("srd_lightning.command.noise").quiet(name)
         _cli(arguments, run=True, ending=ending)

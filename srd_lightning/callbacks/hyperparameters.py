@@ -137,7 +137,7 @@ def over_stages(first: float, last: float, epochs: list[int]) -> dict[int, float
         {0: 0.8, 8: 0.9, 16: 1.0}
     """
     steps = len(epochs) - 1
-    return {epoch: (first * (steps - stage) + last * stage) / steps for stage, epoch in enumerate(epochs)}
+    return {epoch: round(first + (last - first) * stage / steps, 6) for stage, epoch in enumerate(epochs)}
 
 
 def assign(module: Any, name: str, value: float) -> None:

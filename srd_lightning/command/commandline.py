@@ -36,6 +36,8 @@ from srd_lightning.module import KDLightningModule
 
 OF_A_RUN = ("fit", "curate", "cache-teacher")
 """What belongs to a run of the method, and so to its folder; the others measure, or write, where they are told."""
+ONLY_SHOWN = {"logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary", "profiler"}
+"""Settings of the trainer that change nothing but what is seen of a run."""
 OWN = {"model", "datamodule"}
 """Arguments of our own methods of the trainer that are no settings."""
 
@@ -121,7 +123,8 @@ class SRDCLI(LightningCLI):
 
     def _said(self) -> str:
         """Return all settings that make a difference to what comes of a run."""
-        parts = {name: self._settings[name] for name in ("model", "data", "trainer", "defaults", "seed_everything")}
+        parts = {name: self._settings[name] for name in ("model", "data", "defaults", "seed_everything")}
+        parts["trainer"] = {name: value for name, value in self._settings.trainer.items() if name not in ONLY_SHOWN}
         return str(self._parser(self.subcommand).dump(dict_to_namespace(parts), skip_none=False, skip_validation=True))
 
     def instantiate_classes(self) -> None:

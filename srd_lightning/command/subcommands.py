@@ -19,3 +19,8 @@ OF_RUNS = {
     "report": "Show what runs have written, side by side, as one HTML page.",
 }
 """What is about many runs: `srd_lightning.studies.commands` has a program for each."""
+TOOLS = {
+    "init": "Ask for models, data and devices, and write a recipe for them.",
+    "doctor": "Say what this machine has, which settings suit it, and what is missing.",
+}
+"""What it can do besides, without a parser of Lightning's: each is a module of this room, with ``main(arguments)``."""
