@@ -47,12 +47,12 @@ def tiny(tmp_path, monkeypatch):
 def tiny_options(path):
     """Return what turns a recipe for real models into one for tiny ones, leaving the rest as it is."""
     models = yaml.safe_load(path.read_text())["model"]
-    kind = "t5-" if "t5" in models["student"].get("name", "") else ""
+    named = {part: models.get(part) for part in ("student", "teacher")}
+    named = {part: one if isinstance(one, str) else (one or {}).get("name") for part, one in named.items()}
+    kind = "t5-" if "t5" in (named["student"] or "") else ""
     options = ["--data.data={train: rows.jsonl, validation: rows.jsonl, test: rows.jsonl}"]
-    if "name" in models["student"]:
-        options += [f"--model.student.name={kind}student", "--model.student.keep_layers=null"]
-    if "name" in models.get("teacher", {}):
-        options += [f"--model.teacher.name={kind}teacher"]
+    options += [f"--model.{part}.name={kind}{part}" for part, name in named.items() if name]
+    options += ["--model.student.keep_layers=null"] if named["student"] else []
     return [*options, "--data.decoding.max_new_tokens=2", "--data.max_length=512", "--data.max_prompt_length=400"]
 
 
@@ -249,7 +249,7 @@ def test_help_of_a_subcommand_fits_a_screen(capsys):
     assert len(said) < 60
     assert all(len(line) <= settings_help.WIDTH for line in said)
     assert any(
-        line.split() == ["--data.batch_size", "Rows", "per", "rank", "and", "training", "step", "[8]"] for line in said
+        line.split() == ["--data.batch_size", "Rows", "per", "rank", "and", "training", "step", "[16]"] for line in said
     )
 
 
@@ -301,6 +301,7 @@ def test_arguments_know_their_types(tiny):
 SAID = r"""
 Seed set to 0
 GPU available: (False|True \(.*\)), used: False
+run: runs/debug
 train: 8 rows; dropped: none; responses cut to max_length: 0
 validation: 8 rows; dropped: none; responses cut to max_length: 0
 test: 8 rows; dropped: none; responses cut to max_length: 0
@@ -311,6 +312,9 @@ reflection: +\d+%\|.*
 from epoch 0: 2 of 8 rows
 from epoch 2: 4 of 8 rows
 from epoch 4: 6 of 8 rows
+from epoch 0: loss.temperature 1, kd_weight 0.8
+from epoch 2: loss.temperature 1.5, kd_weight 0.9
+from epoch 4: loss.temperature 2, kd_weight 1
 teacher cache: 14 rows with 139 response tokens take .* in runs/debug/teacher/[0-9a-f]+
 teacher cache: +\d+%\|.*
 student: 45,216 parameters, all of them trained
@@ -319,6 +323,7 @@ stage 1 begins at epoch 2 with 4 rows
 stage 2 begins at epoch 4 with 6 rows
 `Trainer.fit` stopped: `max_epochs=6` reached.
 student saved to runs/debug/student
+finished: runs/debug
 Epoch 5/5 .* train_loss: .*
 val_nll: .*
 """.strip().splitlines()

@@ -169,4 +169,4 @@ def test_wrong_settings_are_named_before_anything_runs(tokenizer):
     with pytest.raises(ValueError, match="pad_to_multiple_of=0"):
         SRDDataModule(ROWS, tokenizer, pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="first epochs of later stages"):
-        SRDDataModule(ROWS, tokenizer, refresh=[3])
+        SRDDataModule(ROWS, tokenizer, schedule={0: 0.5, 8: 0.75}, refresh=[3])

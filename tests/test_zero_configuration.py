@@ -263,6 +263,12 @@ def test_stages_have_a_third_of_the_epochs(epochs):
     assert lengths[2] == max(lengths)
 
 
+def test_a_refresh_is_held_against_the_stages_of_the_run(student, rows):
+    data = SRDDataModule(rows, ByT5Tokenizer(), student, refresh=[5])  # perhaps a stage begins there
+    with pytest.raises(SettingError, match=r"which are \[8, 16\], but names \[5\]"):
+        data.setup("fit")
+
+
 def fitted(student, teacher, rows, folder, *callbacks, **settings):
     """Train for three epochs in Python; return temperature and weight of each epoch, and the module."""
     seen = []

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 WARNINGS = {
     r"No seed found, seed set to \d+": "the seed is said in the next line",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning calls torch so",
+    r"Starting from v1.9.0, `tensorboardX`": "a table of metrics is what is wanted",
     r"Total length of `list` across ranks is zero": "a split that was not given has no rows",
     r"Checkpoint directory .* exists and is not empty": "a run that goes on finds its own checkpoints there",
     r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint": "ResumeCheckpoint says that the run begins",
