@@ -254,7 +254,9 @@ class SRDDataModule(LightningDataModule):
         refuse_others(self._digests_of_rows)
         last = self.staged
         if last is not None and last.student.module is student.module and last.root == root:
-            result = replace(last.result, curriculum=self.curator.staged(last.result.order))
+            result = last.result
+            if result.curriculum.schedule != self.curator.schedule:  # other epochs
+                result = replace(result, curriculum=self.curator.staged(result.order))
         else:  # another student, or another run
             assert self._read_rows is not None
             self._read_rows.find_leaks(drop=self.decontaminate)
