@@ -342,9 +342,10 @@ def test_runtime_benchmark_of_a_second_run_counts_only_that(tokenizer, rows, tmp
         assert [stage["steps"] for stage in benchmark.report["stages"]] == [4]
 
 
-def test_runtime_benchmark_of_several_loaders():
+def test_runtime_benchmark_of_several_loaders(tmp_path):
     benchmark = RuntimeBenchmark()
-    trainer = L.Trainer(max_epochs=1, callbacks=[benchmark], enable_checkpointing=False, **QUIET)
+    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = L.Trainer(max_epochs=1, callbacks=[benchmark], **options)
     trainer.fit(Plain(), {"a": DataLoader(range(8)), "b": DataLoader(range(5))})
     assert [stage["rows"] for stage in benchmark.report["stages"]] == [13]
 
@@ -353,7 +354,8 @@ def test_runtime_benchmark_asks_no_gpu_on_a_cpu(tokenizer, rows, tmp_path, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a context was made"))
     benchmark = RuntimeBenchmark()
-    trainer = L.Trainer(max_epochs=1, callbacks=[benchmark], enable_checkpointing=False, **QUIET)
+    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = L.Trainer(max_epochs=1, callbacks=[benchmark], **options)
     trainer.fit(Plain(), DataLoader(range(8)))
     assert benchmark.report["peak_memory_bytes"] > 10 * 2**20
 

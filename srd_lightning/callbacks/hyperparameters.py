@@ -40,9 +40,11 @@ class HyperparameterScheduler(Callback):
     """
 
     def __init__(self, schedules: dict[str, dict[int, float]] | None = None) -> None:
-        self.schedules = {name: check_schedule(schedule, name) for name, schedule in (schedules or {}).items()}
         self._follows_stages = schedules is None
-        self.logged = [f"schedule/{name}" for name in (PAPER if schedules is None else self.schedules)]
+        if schedules is None:  # until the stages are known
+            schedules = {name: dict(enumerate(ends)) for name, ends in PAPER.items()}
+        self.schedules = {name: check_schedule(schedule, name) for name, schedule in schedules.items()}
+        self.logged = [f"schedule/{name}" for name in self.schedules]
         for name, schedule in self.schedules.items():
             if wrong := [value for value in schedule.values() if not isinstance(value, Real) or not isfinite(value)]:
                 raise SettingError(f"the values of {name} must be numbers, but one is {wrong[0]!r}")
@@ -59,7 +61,7 @@ class HyperparameterScheduler(Callback):
         """
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        if self._follows_stages:  # which are known only when the rows are ranked
+        if self._follows_stages:
             for name in self._unset(trainer):
                 try_values(trainer.lightning_module, name, dict(enumerate(PAPER[name])))
             return
@@ -108,7 +110,7 @@ class HyperparameterScheduler(Callback):
 
     def _scheduled_by_others(self, trainer: Trainer) -> set[str]:
         others = [other for other in callbacks_of(trainer) if isinstance(other, HyperparameterScheduler)]
-        return {name for other in others if other is not self for name in other.schedules}
+        return {name for other in others if other is not self and not other._follows_stages for name in other.schedules}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the values also where a run is resumed within an epoch."""

@@ -139,7 +139,7 @@ FAULTS = [
         id="number_for_schedule",
         done="`--data.schedule 0.5`",
         argv=("fit", "--data.schedule", "0.5"),
-        says="data.schedule: expected settings by name ({name: value}), but got 0.5",
+        says="data.schedule: expected settings by name ({name: value}) or null, but got 0.5",
     ),
     Fault(
         id="one_criterion_for_a_list",
@@ -270,8 +270,8 @@ FAULTS = [
     Fault(
         id="callback_without_setting",
         done="A callback without a setting that it needs",
-        settings={"trainer": {"callbacks": [{"class_path": "HuggingFaceExport"}]}},
-        says="trainer.callbacks: HuggingFaceExport: dirpath must be given",
+        settings={"trainer": {"callbacks": [{"class_path": "AnswerWriter"}]}},
+        says="trainer.callbacks: AnswerWriter: path must be given",
     ),
     Fault(
         id="misspelt_setting_of_student",

@@ -16,7 +16,10 @@ def scheduled(**schedules: dict[int, float]) -> dict[str, Any]:
     return with_callbacks(("HyperparameterScheduler", {"schedules": names}))
 
 
-WATCHED = "train_kd, train_loss"
+WATCHED = (
+    "curriculum/rows, curriculum/stage, runtime/padding, runtime/waiting_seconds, schedule/kd_weight, "
+    "schedule/loss.temperature, train_ce, train_kd, train_loss"
+)
 NAMED_ROWS = [{"id": f"row {number}", **row} for number, row in enumerate(ROWS)]
 NAN = laid_over(TINY, {"init_args": {"config": {"init_args": {"rms_norm_eps": float("nan")}}}})
 """A model whose logits are NaN whatever its weights are."""
