@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import lightning as L
 import pytest
@@ -19,7 +20,7 @@ class Own:
     """What a callback of the user's may keep; as a class it is code."""
 
     def __reduce__(self):
-        return open, ("written", "w")  # what loads it leaves a file
+        return shutil.copyfile, (__file__, "written")  # what loads it leaves a file
 
 
 class Keeps(L.Callback):
@@ -61,14 +62,16 @@ def test_the_object_is_code(with_code, tmp_path):
 def test_a_checkpoint_with_code_is_refused_by_name_before_work(method, with_code, tmp_path, monkeypatch):
     monkeypatch.setattr(SRDDataModule, "setup", lambda *_: pytest.fail("rows were read"))
     module, data = parts()
-    with pytest.raises(ResumeError, match=rf"^ckpt_path: {with_code} holds io.open beside .* --weights_only false"):
+    with pytest.raises(
+        ResumeError, match=rf"^ckpt_path: {with_code} holds shutil.copyfile beside .* --weights_only false"
+    ):
         getattr(trainer_of(SRDTrainer, tmp_path), method)(module, datamodule=data, ckpt_path=str(with_code))
     assert not (tmp_path / "written").exists()
 
 
 def test_a_checkpoint_with_code_is_not_evaluated(with_code, tmp_path):
     module, data = parts()
-    with pytest.raises(ResumeError, match=r"holds io.open beside .* export the student with HuggingFaceExport"):
+    with pytest.raises(ResumeError, match=r"holds shutil.copyfile beside .* export the student with HuggingFaceExport"):
         trainer_of(SRDTrainer, tmp_path).evaluate(module, data, ckpt_path=str(with_code))
     assert not (tmp_path / "written").exists()
 
@@ -84,7 +87,7 @@ def test_a_checkpoint_with_code_that_is_trusted_is_gone_on_with(with_code, tmp_p
 def test_lightnings_own_trainer_runs_none_either(found, with_code, tmp_path):
     options = {"callbacks": [ResumeCheckpoint(with_code.parent)], "enable_checkpointing": True}
     trainer, (module, data) = trainer_of(L.Trainer, tmp_path, **options), parts()
-    with pytest.raises(pickle.UnpicklingError, match=r"io\.open"):
+    with pytest.raises(pickle.UnpicklingError, match=r"shutil\.copyfile"):
         trainer.fit(module, datamodule=data, ckpt_path="last" if found else with_code)
     assert not (tmp_path / "written").exists()
 
