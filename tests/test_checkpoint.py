@@ -372,6 +372,7 @@ class TestResumeCheckpoint:
             "model": {"student": {"name": "student"}, "teacher": {"name": "teacher"}},
             "data": {"data": "rows.jsonl", "batch_size": 2, "decoding": {"max_new_tokens": 2}, "scores": "scores"},
             "trainer": {
+                "default_root_dir": ".",
                 "max_epochs": 2,
                 "accelerator": "cpu",
                 "logger": False,

@@ -44,8 +44,6 @@ def tied_to(student):
         ({"teacher_cache": "hiden"}, "teacher_cache must be none, hidden or topk, but is 'hiden'"),
         ({"teacher_placement": "cpu"}, "teacher_placement must be replicate, shard or offload, but is 'cpu'"),
         ({"teacher_cache": None}, "teacher_cache must be .*, but is None"),
-        ({"student": "gpt2"}, r'student must be a model, but is the text .gpt2.; give student=Pretrained\("gpt2"\)'),
-        ({"teacher": "gpt2"}, r'give teacher=Pretrained\("gpt2"\)'),
         ({"student": None}, "student must be a Pretrained or a torch.nn.Module, but is None"),
         ({"loss": ForwardKL}, r"loss must be an object, but is the class ForwardKL; give ForwardKL\(\)"),
         ({"loss": nn.KLDivLoss()}, r"loss must be a DistillationLoss, such as ForwardKL\(\), but is KLDivLoss\(\)"),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, cast
 
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning import Callback
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
@@ -24,7 +24,7 @@ from srd_lightning.callbacks.settings_file import SettingsFile
 from srd_lightning.command.console import Ending
 from srd_lightning.command.noise import OneLineSummary
 from srd_lightning.command.parse_errors import of_value
-from srd_lightning.command.parser import SRDParser
+from srd_lightning.command.parser import SRDParser, namespace
 from srd_lightning.command.run_folder import RunFolder
 from srd_lightning.command.settings_help import AllHelp
 from srd_lightning.command.subcommands import SUBCOMMANDS
@@ -119,13 +119,13 @@ class SRDCLI(LightningCLI):
     def _add(self, settings: dict[str, Any]) -> None:
         """Add settings, by group and name, to those that were parsed."""
         for group, values in settings.items():
-            self._settings[group].update(dict_to_namespace(values))
+            self._settings[group].update(namespace(values))
 
     def _said(self) -> str:
         """Return all settings that make a difference to what comes of a run."""
         parts = {name: self._settings[name] for name in ("model", "data", "defaults", "seed_everything")}
         parts["trainer"] = {name: value for name, value in self._settings.trainer.items() if name not in ONLY_SHOWN}
-        return str(self._parser(self.subcommand).dump(dict_to_namespace(parts), skip_none=False, skip_validation=True))
+        return str(self._parser(self.subcommand).dump(namespace(parts), skip_unset=False, skip_validation=True))
 
     def instantiate_classes(self) -> None:
         """Make what the settings describe; what their classes refuse is a setting that cannot be.

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
-from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -20,12 +20,17 @@ from srd_lightning.models.pretrained import ModelName, Pretrained
 set_parsing_settings(subclasses_enabled=[Pretrained])
 
 
+def namespace(settings: Mapping[str, Any]) -> Namespace:
+    """Return settings, and the groups within them, as they are parsed."""
+    made = {key: namespace(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    return Namespace(**made)  # type: ignore[no-untyped-call]
+
+
 def _spec(name: object) -> Namespace:
     """Return what a name stands for as it is written in full, so that settings can be added to it."""
     if not isinstance(name, str):
         raise ValueError(f"a model's name is a text, but is {name!r}")
-    spec: Namespace = dict_to_namespace({"class_path": "srd_lightning.Pretrained", "init_args": {"name": name}})
-    return spec
+    return namespace({"class_path": "srd_lightning.Pretrained", "init_args": {"name": name}})
 
 
 register_type(ModelName, deserializer=_spec)

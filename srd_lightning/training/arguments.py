@@ -71,12 +71,10 @@ def check_models(student: object, teacher: object) -> None:
     """Check that student and teacher are models, and two: the teacher is frozen, and with it all that it shares.
 
     Raises:
-        SettingError: One is something else, such as a name.
+        SettingError: One is something else.
         ModelError: They share weights, or are one.
     """
     for name, model in (("student", student), ("teacher", teacher)):
-        if isinstance(model, str):
-            raise SettingError(f'{name} must be a model, but is the text {model!r}; give {name}=Pretrained("{model}")')
         if not isinstance(model, (Pretrained, nn.Module)) and not (name == "teacher" and model is None):
             raise SettingError(f"{name} must be a Pretrained or a torch.nn.Module, but is {model!r}")
     if not (isinstance(student, nn.Module) and isinstance(teacher, nn.Module)):
