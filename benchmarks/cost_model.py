@@ -8,7 +8,7 @@ One forward and backward pass in bf16 of N response tokens, with all six losses 
 - ``plain, 256``: chunks of 256 tokens, operations of torch, the head's gradient added to fp32 from a product in bf16.
   So it was before there was a kernel, and so it is with ``chunk=256`` where there is none.
 - ``plain``: operations of torch in the chunks that `chunk_size` chooses: losses of one's own, no Triton.
-- ``kernel``: `losses/triton_kernel.py`, for ``topk`` `losses/triton_top_k.py`, in the same chunks.
+- ``kernel``: `losses/triton/kernel.py`, for ``topk`` `losses/triton/top_k.py`, in the same chunks.
 
 Operations of torch are counted as they are called, on tensors without memory: each reads its arguments and writes its
 results once (a log-softmax reads twice), but for products, which are counted by their operations; what these read and
@@ -127,13 +127,13 @@ def traffic(name: str, given: list[Tensor], made: list[Tensor]) -> int:
 
 
 class KernelCount:
-    """Stands for `losses.triton_kernel`: what it reads and writes, without doing it."""
+    """Stands for `losses.triton.kernel`: what it reads and writes, without doing it."""
 
     def __init__(self, count: Count) -> None:
         self.count = count
 
     def way(self, cost: Any, logits: Tensor, teacher: Any) -> Callable[..., Tensor]:
-        """Return what `losses.triton_choice.way` would."""
+        """Return what `losses.triton.choice.way` would."""
         return self.of_likeliest if isinstance(teacher, TopKTeacher) else self.to_gradient
 
     def of_likeliest(self, cost: Any, logits: Tensor, teacher: TopKTeacher, targets: Tensor) -> Tensor:

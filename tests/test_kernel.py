@@ -29,10 +29,10 @@ PLAIN = {"temperature": 1.0, "kd_weight": 0.5, "scale": 1.0, "soft_cap": None}
 @pytest.fixture
 def kernel(monkeypatch):
     """The module, with blocks so small that some tokens' rows take several."""
-    from srd_lightning.losses import triton_kernel
+    from srd_lightning.losses.triton import kernel
 
-    monkeypatch.setattr(triton_kernel, "LARGEST_BLOCK", 128)
-    return triton_kernel
+    monkeypatch.setattr(kernel, "LARGEST_BLOCK", 128)
+    return kernel
 
 
 def some(tokens, vocabulary, dtype=torch.float32):
@@ -142,9 +142,9 @@ class TestLikeliest:
 
     @pytest.fixture
     def top_k(self, kernel):
-        from srd_lightning.losses import triton_top_k
+        from srd_lightning.losses.triton import top_k
 
-        return triton_top_k
+        return top_k
 
     @each_loss
     @pytest.mark.parametrize(("temperature", "kd_weight", "scale"), [(1.0, 0.5, 1.0), (2.0, 0.3, 0.7), (2.0, 1.0, 1.0)])
@@ -192,9 +192,9 @@ class TestObjective:
             found.append(len(logits))
             return run(cost, logits, *others)
 
-        from srd_lightning.losses import triton_choice
+        from srd_lightning.losses.triton import choice
 
-        triton_choice._tried.cache_clear()
+        choice._tried.cache_clear()
         monkeypatch.setattr(kernel, "to_gradient", noted)
         monkeypatch.setattr(chunked, "has_kernel", lambda device: True)
         return found
@@ -221,10 +221,10 @@ class TestObjective:
             assert float((gradient.double() - exact).norm() / exact.norm()) < 0.04
 
     def test_a_teacher_whose_likeliest_tokens_are_known(self, calls, monkeypatch):
-        from srd_lightning.losses import triton_top_k
+        from srd_lightning.losses.triton import top_k
 
-        ran, run = [], triton_top_k.to_gradient
-        monkeypatch.setattr(triton_top_k, "to_gradient", lambda *given: ran.append(len(given[1])) or run(*given))
+        ran, run = [], top_k.to_gradient
+        monkeypatch.setattr(top_k, "to_gradient", lambda *given: ran.append(len(given[1])) or run(*given))
         case = Case()
         best, ids, rest = TopK(4)._observe(case.teacher.float())
         (loss, gradients), (plain, expected) = (
@@ -271,8 +271,8 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from srd_lightning.losses import triton_kernel as kernel
-from srd_lightning.losses import triton_top_k as top_k
+from srd_lightning.losses.triton import kernel
+from srd_lightning.losses.triton import top_k
 
 TYPES = dict.fromkeys(("students", "teachers"), "*bf16") | {"targets": "*i64"}
 TYPES |= dict.fromkeys(("values", "plain", "tempered", "weights"), "*fp32")

@@ -86,9 +86,9 @@ def kernel_for(name: str, logits: Any, teacher: Any) -> Callable[..., Any] | Non
     """Return the kernel, where there is Triton; one that is left out is a failure."""
     if not chunked.has_kernel(torch.device(DEVICE)):
         return None
-    from srd_lightning.losses import triton_choice
+    from srd_lightning.losses.triton import choice
 
-    kernel = triton_choice.way(cost_of(name), logits, teacher)
+    kernel = choice.way(cost_of(name), logits, teacher)
     assert kernel is not None, "the kernel was left out; the reason stands above"
     return kernel
 

@@ -162,9 +162,9 @@ def has_kernel(device: torch.device) -> bool:
 def _kernel(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -> ToGradient | None:
     if not has_kernel(logits.device):
         return None
-    from srd_lightning.losses import triton_choice
+    from srd_lightning.losses.triton import choice
 
-    return triton_choice.way(cost, logits, teacher)
+    return choice.way(cost, logits, teacher)
 
 
 class _Chunked(torch.autograd.Function):

@@ -236,7 +236,7 @@ def one_token(
 
 
 def to_gradient(cost: TokenLoss, logits: Tensor, teacher: Tensor | None, targets: Tensor) -> Tensor:
-    """See `token_loss.to_gradient`; only where `triton_choice.way` says so."""
+    """See `token_loss.to_gradient`; only where `choice.way` says so."""
     terms, share = terms_of(cost.loss) or (None, 0.0)
     values = torch.empty(2, len(logits), device=logits.device)
     other = logits if teacher is None else teacher

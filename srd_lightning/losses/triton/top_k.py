@@ -15,7 +15,7 @@ from torch import Tensor
 from srd_lightning.losses.base import FLOOR
 from srd_lightning.losses.token_loss import TokenLoss
 from srd_lightning.losses.top_k import TopKTeacher
-from srd_lightning.losses.triton_kernel import LOWEST, add_exp, exp, shape_of_block, student_logits
+from srd_lightning.losses.triton.kernel import LOWEST, add_exp, exp, shape_of_block, student_logits
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def overwrite(
 
 
 def to_gradient(cost: TokenLoss, logits: Tensor, teacher: TopKTeacher, targets: Tensor) -> Tensor:
-    """See `token_loss.to_gradient`; only where `triton_choice.way` says so."""
+    """See `token_loss.to_gradient`; only where `choice.way` says so."""
     temperature, scale, ids = cost.loss.temperature, float(cost.scale), teacher.ids
     ce_weight = 1.0 - cost.kd_weight
     of_target = logits.gather(1, targets[:, None]).float()[:, 0] * scale

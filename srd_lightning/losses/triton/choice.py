@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_lightning.losses import token_loss, triton_kernel, triton_top_k
+from srd_lightning.losses import token_loss
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.losses.token_loss import TokenLoss
 from srd_lightning.losses.top_k import POWERS, TopKTeacher
+from srd_lightning.losses.triton import kernel, top_k
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,7 +30,7 @@ def way(cost: TokenLoss, logits: Tensor, teacher: Tensor | TopKTeacher | None) -
         logits: Of the student, ``[n, V]``.
         teacher: As in `token_loss.to_gradient`.
     """
-    if triton_kernel.terms_of(cost.loss) is None or logits.dtype not in DTYPES:
+    if kernel.terms_of(cost.loss) is None or logits.dtype not in DTYPES:
         return None
     of_teacher: torch.dtype | int | None
     if isinstance(teacher, TopKTeacher):
@@ -60,21 +61,21 @@ def _tried(
     logits, teacher = 3 * torch.randn(2, 3, vocabulary, generator=generator, device=device)
     found, expected = logits.to(dtype, copy=True), logits.to(dtype, copy=True)
     likeliest = isinstance(of_teacher, int)
-    kernel = triton_top_k.to_gradient if likeliest else triton_kernel.to_gradient
+    to_gradient = top_k.to_gradient if likeliest else kernel.to_gradient
     taught: Any = (
         _likeliest(teacher, of_teacher) if isinstance(of_teacher, int) else of_teacher and teacher.to(of_teacher)
     )
     cost = TokenLoss(make_loss(temperature=1.5, **dict(shares)), 0.0 if taught is None else 0.5, *head)
     targets = torch.zeros(3, dtype=torch.int64, device=device)
     try:
-        values = kernel(cost, found, taught, targets)
+        values = to_gradient(cost, found, taught, targets)
     except Exception as error:  # whatever a compiler may raise
         _warn(f"it cannot be run here ({error})")
         return None
     pairs = (values, token_loss.to_gradient(cost, expected, taught, targets)), (found.float(), expected.float())
     off = max(float((one - other).norm() / other.norm()) for one, other in pairs)
     if off < 4 * torch.finfo(dtype).eps + 1e-4:
-        return kernel
+        return to_gradient
     _warn(f"it is off by {off:.1e}")
     return None
 
