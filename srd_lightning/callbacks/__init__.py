@@ -1,7 +1,7 @@
 """Callbacks: what is staged, what is checked, what is written at the end. One idea a file.
 
-Imports `losses`, `curriculum`, `data`, `distributed`, `evaluation`, `checkpoints` and `training`. What the module
-itself needs done around its steps is in `training.hooks`, and the callback that saves is
+Imports `losses`, `curriculum`, `data`, `distributed`, `models`, `evaluation`, `checkpoints` and `training`. What the
+module itself needs done around its steps is in `training.hooks`, and the callback that saves is
 `checkpoints.resume_checkpoint`.
 """
 
@@ -10,6 +10,7 @@ from srd_lightning.callbacks.answer_writer import AnswerWriter
 from srd_lightning.callbacks.curriculum_check import CurriculumCallback
 from srd_lightning.callbacks.defaults import default_callbacks
 from srd_lightning.callbacks.export import HuggingFaceExport
+from srd_lightning.callbacks.hub_target import HubTarget
 from srd_lightning.callbacks.hyperparameters import HyperparameterScheduler
 from srd_lightning.callbacks.loss_driven import LossDrivenShare, TAIDSchedule
 from srd_lightning.callbacks.new_optimizer import NewOptimizerEachStage
@@ -20,6 +21,7 @@ __all__ = [
     "AnswerScores",
     "AnswerWriter",
     "CurriculumCallback",
+    "HubTarget",
     "HuggingFaceExport",
     "HyperparameterScheduler",
     "LossDrivenShare",

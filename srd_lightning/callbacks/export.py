@@ -8,14 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from srd_lightning.callbacks import export_folder
+from srd_lightning.callbacks.hub_target import HubTarget
+from srd_lightning.callbacks.model_card import model_card
+from srd_lightning.callbacks.run_facts import run_facts
 from srd_lightning.distributed.placement import shards_student
-from srd_lightning.errors import ModelError, SettingError, StorageError
+from srd_lightning.errors import ModelError, SettingError, StorageError, in_one_line
 from srd_lightning.protocols import GathersStudent
 from srd_lightning.storage import check_folder, check_room
 
@@ -23,26 +27,34 @@ SETTING = "HuggingFaceExport(dirpath=...)"
 
 
 class HuggingFaceExport(Callback):
-    """Saves the trained student as a Hugging Face folder: safetensors, configuration, tokenizer.
+    """Saves the trained student as a Hugging Face folder: safetensors, configuration, tokenizer, model card.
 
     It comes after all other callbacks, wherever it is listed, so that it saves what weight averaging makes of the
     student. Where it cannot write when training has ended, or another callback fails then, the student goes to a folder
     ``NAME-rescued-…`` that the message names. A run with ``fast_dev_run`` saves nothing.
 
+    ``README.md`` says what the student came of (`model_card`), and ``generation_config.json`` has the student's own
+    settings with the end token of training (`generation_settings`), not the decoding of the run.
+
     Args:
         dirpath: The folder; by default ``student`` in the trainer's ``default_root_dir``. Replaced as a whole when
             training ends. LoRA adapters are merged into the weights; of weights that are quantised, only the adapters
             are saved.
+        push_to: A repository on the hub to which the folder goes as well; whether it may is asked before rows are read.
+            Where that fails when training has ended, a warning names the command that does it later.
 
     Raises:
-        SettingError: The module has no student, or the folder is one that the run itself needs.
+        SettingError: The module has no student, the folder is one that the run itself needs, or the hub takes nothing.
         ModelError: The student cannot be saved.
         StorageError: The folder cannot be written, or holds what no export has written; said before rows are read.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, push_to: HubTarget | None = None) -> None:
         self.dirpath = None if dirpath is None else Path(dirpath)
+        self.push_to = push_to
         self._saved = False
+        self._may_push = False
+        self._validated_at: int | None = None
 
     def _given(self, trainer: Trainer) -> Path:
         return self.dirpath or Path(trainer.default_root_dir, "student")
@@ -63,12 +75,15 @@ class HuggingFaceExport(Callback):
             export_folder.check(folder, _needed_by(trainer, self))
             check_folder(folder.parent, SETTING)
             _check_student(module.student, folder)
+            if self.push_to is not None and not self._may_push and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self.push_to.check()
+                self._may_push = True  # the hub is asked once
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come last, and clear away what a run left that was killed while it saved."""
         self.preflight(trainer)
         if stage == "fit":
-            self._saved = False
+            self._saved, self._validated_at = False, None
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
             if trainer.is_global_zero:
@@ -78,6 +93,10 @@ class HuggingFaceExport(Callback):
         """Check the student also where it has only now been loaded."""
         if trainer.is_global_zero:
             _check_student(pl_module.student, self.folder(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Know how far the student was when it was measured last."""
+        self._validated_at = None if trainer.sanity_checking else trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the student."""
@@ -91,11 +110,35 @@ class HuggingFaceExport(Callback):
             student, tokenizer, folder = _merged(student), _tokenizer(trainer), self.folder(trainer)
             try:
                 export_folder.check(folder, _needed_by(trainer, self))
-                export_folder.replace(folder, student, tokenizer)
+                export_folder.replace(folder, student, tokenizer, self._card(trainer, student))
             except Exception as error:
                 where = self._rescue(trainer, student, tokenizer)
                 raise StorageError(f"the trained student could not be saved to {folder} ({error}); {where}") from error
             rank_zero_info(f"student saved to {self._given(trainer)}")
+            self._push(folder)
+
+    def _card(self, trainer: Trainer, student: Any) -> ModelCard | None:
+        """Return the model card; a student is not lost for it."""
+        name = self.folder(trainer).name if self.push_to is None else self.push_to.repo
+        try:
+            return model_card(run_facts(trainer, student, name, self._validated_at))
+        except Exception as error:
+            rank_zero_warn(f"the student has no model card ({type(error).__name__}: {in_one_line(error)})")
+            return None
+
+    def _push(self, folder: Path) -> None:
+        """Upload the folder, or say how that is done later; a run is not lost for it."""
+        if self.push_to is None:
+            return
+        try:
+            address = self.push_to.upload(folder, leave_out=export_folder.CONTENTS)
+        except Exception as error:
+            rank_zero_warn(
+                f"the student is in {folder}, but could not be uploaded ({in_one_line(error)}); to do so later: "
+                f"{self.push_to.command(folder, leave_out=export_folder.CONTENTS)}"
+            )
+        else:
+            rank_zero_info(f"student uploaded to {address}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the student also where another callback fails after the last step."""
@@ -107,10 +150,10 @@ class HuggingFaceExport(Callback):
 
     def _rescue(self, trainer: Trainer, student: Any, tokenizer: Any) -> str:
         """Write to the first place that takes it, and say which."""
-        folder = self.folder(trainer)
+        folder, card = self.folder(trainer), self._card(trainer, student)
         for parent in (folder.parent, Path(trainer.default_root_dir), Path(tempfile.gettempdir())):
             with suppress(Exception):  # what went wrong first is what is told
-                place = export_folder.write_beside(parent, folder.name, student, tokenizer)
+                place = export_folder.write_beside(parent, folder.name, student, tokenizer, card)
                 return f"it is in {place}; move it to where it is to be"
         callback: Any = trainer.checkpoint_callback
         if checkpoint := callback and (callback.last_model_path or callback.best_model_path):

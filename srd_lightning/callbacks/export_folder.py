@@ -11,11 +11,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from srd_lightning.callbacks.generation_settings import generation_settings
 from srd_lightning.errors import SettingError, StorageError
 from srd_lightning.storage import older_of, put_in_place
 
 CONTENTS = "srd_export.json"
 """Names of the files that an export has written, beside them: what stands in no such list is the user's."""
+CARD = "README.md"
+"""Name of the model card, by which the hub finds it."""
 
 
 def check(folder: Path, needed: Iterable[tuple[str, Path]]) -> None:
@@ -50,20 +56,20 @@ def check(folder: Path, needed: Iterable[tuple[str, Path]]) -> None:
             )
 
 
-def replace(folder: Path, student: Any, tokenizer: Any) -> None:
+def replace(folder: Path, student: Any, tokenizer: Any, card: ModelCard | None = None) -> None:
     """Write an export to a folder beside it, which then takes its place."""
     temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)
-    _write(temporary, student, tokenizer)
+    _write(temporary, student, tokenizer, card)
     put_in_place(temporary, folder)
 
 
-def write_beside(parent: Path, name: str, student: Any, tokenizer: Any) -> Path:
+def write_beside(parent: Path, name: str, student: Any, tokenizer: Any, card: ModelCard | None = None) -> Path:
     """Write an export to a new folder ``NAME-rescued-…`` and return it; nothing is left if that fails."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-rescued-", dir=parent))
     try:
-        _write(folder, student, tokenizer)
+        _write(folder, student, tokenizer, card)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -80,10 +86,15 @@ def clear_away(folder: Path) -> None:
             older.rename(folder)
 
 
-def _write(folder: Path, student: Any, tokenizer: Any) -> None:
+def _write(folder: Path, student: Any, tokenizer: Any, card: ModelCard | None) -> None:
     student.save_pretrained(folder)
+    settings = generation_settings(student, tokenizer)
+    if settings is not None and (folder / GENERATION_CONFIG_NAME).exists():
+        settings.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if card is not None:  # in place of that of peft, which knows nothing of the run
+        card.save(folder / CARD)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     (folder / CONTENTS).write_text(json.dumps({"files": [*files, CONTENTS]}, indent=1))
 
