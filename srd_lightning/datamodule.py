@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from srd_lightning.checkpoints.refusals import (
 )
 from srd_lightning.checkpoints.resume_state import ResumeState
 from srd_lightning.criteria.base import Criterion
+from srd_lightning.curation.curated_rows import check_path, curated_rows, write
 from srd_lightning.curation.curator import Curator, StagedRows
 from srd_lightning.curation.result import CurationResult
 from srd_lightning.curation.student_source import ReflectingStudent, find_family, find_tokenizer
@@ -313,6 +314,30 @@ class SRDDataModule(LightningDataModule):
             return
         answers = result.scores.answers(ids_of(rows.select(np.concatenate(extremes(result)))))
         present(result, rows, answers, result.scores.folder, console)
+
+    def check_export(self, path: Path) -> None:
+        """Refuse a file to which `export` could not write, and rows that can be read only once; before they are read.
+
+        Raises:
+            SettingError: Its name has another ending than .jsonl and .parquet, or the rows are an iterator.
+            StorageError: It cannot be written, or holds something else.
+        """
+        check_path(path)
+        source = self.data.get("train") if isinstance(self.data, Mapping) else self.data
+        if isinstance(source, Iterator):
+            raise SettingError(
+                f"export needs rows that can be read again, but `data` is a {type(source).__name__}; give a list"
+            )
+
+    def export(self, path: Path) -> None:
+        """Write the rows that were ranked, with all that the curation has found, as a data set; see `curated_rows`.
+
+        Args:
+            path: A .jsonl or .parquet file; what an earlier curation has written is replaced.
+        """
+        result, rows = self._staged.result, self._staged.rows
+        answers = {} if result.scores is None else result.scores.answers(ids_of(rows))
+        write(curated_rows(result, rows, self.reader.rows("train"), answers), path)
 
     def teardown(self, stage: str) -> None:
         """Let the trainer build its loaders as it did before, and batches be without a teacher's columns."""

@@ -45,11 +45,25 @@ class SRDTrainer(Trainer):
             check_no_code(Path(ckpt_path))
         return super()._run(model, ckpt_path, weights_only is not False)
 
-    def curate(self, model: LightningModule, datamodule: SRDDataModule) -> None:
-        """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it."""
+    def curate(self, model: LightningModule, datamodule: SRDDataModule, export: str | None = None) -> None:
+        """Reflect and rank only: let the student answer every prompt, save the scores, show what came of it.
+
+        Args:
+            model: Whose student reflects, if the data module has none of its own.
+            datamodule: Has the rows.
+            export: A .jsonl or .parquet file for the rows with scores, ranks, stages and answers, in place of what an
+                earlier curation has written.
+        """
+        file = None if export is None else Path(export).expanduser()
+        if file is not None:
+            datamodule.check_export(file)
         self._on_all_ranks(functools.partial(datamodule.set_up_for, model, self))
         if self.is_global_zero:
-            datamodule.report(Console())
+            console = Console()
+            datamodule.report(console)
+            if file is not None:
+                datamodule.export(file)
+                console.print(f"The rows, with scores, ranks and stages: {file}")
 
     def cache_teacher(self, model: KDLightningModule, datamodule: SRDDataModule) -> None:
         """Curate, and let the teacher see every row that is kept, so that ``fit`` need not load it."""
