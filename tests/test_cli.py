@@ -183,7 +183,8 @@ def test_curate_reflects_and_trains_nothing(tiny, monkeypatch):
         loaded.append(name)
         return AutoModelForCausalLM.from_pretrained(name)
 
-    cli.run(["curate", *base("--data.scores=scores")])
+    cli.run(["curate", *base("--data.scores=scores"), "--export=curated.jsonl"])
+    assert sum(json.loads(line)["kept"] for line in (tiny / "curated.jsonl").open()) < 8
     scores = [row for part in (tiny / "scores").glob("part-*.parquet") for row in pq.read_table(part).to_pylist()]
     assert len(scores) == 8
     assert loaded == ["student"]

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ TARGETS = [line for line in LINES if line.startswith("make ")]
 PYTHON = blocks("python")
 SETTINGS = [(page, block) for page, block in blocks("yaml") if page.name != "studies.md"]
 """Those of studies are run by test_studies.py."""
+OTHERS = ("trl", "vllm")
+"""Packages that no test needs: what uses them runs only where they are installed."""
 
 
 class Stopped(Exception):
@@ -131,6 +134,8 @@ def test_targets_are_there(line):
 @pytest.mark.parametrize(("page", "code"), PYTHON, ids=name_of)
 def test_python_runs_or_is_python(page, code, folder):
     compiled = compile(code, str(page), "exec")
+    if any(f"from {package} " in code and not find_spec(package) for package in OTHERS):
+        return
     if page.name == "README.md" or not re.search(r"^(?:from|import) ", code, re.MULTILINE):
         return  # test_readme.py runs the former; the latter is a part of something
     write_runs(folder / "runs")
@@ -141,7 +146,7 @@ def test_python_runs_or_is_python(page, code, folder):
 
 
 def write_runs(folder):
-    """Write what runs of the manual would have written: a student, and two evaluations."""
+    """Write what runs of the manual would have written: a student, two evaluations, and curated rows."""
     tiny_model().save_pretrained(folder / "first/student")
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
@@ -150,6 +155,23 @@ def write_runs(folder):
         (folder / run / "evaluation").mkdir(parents=True)
         rows = ({"id": str(row), "greedy_rouge_l": row / len(run)} for row in range(3))
         (folder / run / "evaluation/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = {"prompt": "Add 1 and 1.", "response": "2"}
+    kept = ({**texts, "id": str(row), "kept": row < 2, "stage": row % 2, "position": 2 - row} for row in range(3))
+    (folder.parent / "curated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    (folder.parent / "kept.jsonl").write_text(json.dumps({"prompt": "Add.", "completion": "2"}) + "\n")
+
+
+def test_settings_of_another_trainer_name_columns_that_are_there(folder):
+    """Of Axolotl, by the file that the block before has written."""
+    (rows,) = (code for page, code in PYTHON if page.name == "export.md" and ".to_json(" in code)
+    write_runs(folder / "runs")
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(rows, {"__name__": "pasted"})
+    ((_, block),) = blocks("yml")
+    (source,) = yaml.safe_load(block)["datasets"]
+    first = json.loads((folder / source["path"]).read_text().splitlines()[0])
+    assert {source["type"][field] for field in ("field_instruction", "field_output")} == first.keys()
+    assert first == {"prompt": "Add 1 and 1.", "completion": "2"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
