@@ -297,6 +297,20 @@ def test_averaged_weights_are_what_is_saved(averaging, first, tokenizer, rows, t
     assert not torch.equal(saved, last_step["weight"])
 
 
+def test_averaging_that_a_module_brings_along(tokenizer, rows, tmp_path):
+    """Callbacks of a module come after those of the trainer."""
+    average = EMAWeightAveraging(decay=0.5)
+
+    class Averages(KDLightningModule):
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), average]
+
+    model = Averages(tiny_model(0), tiny_model(1), optimizer=lambda params: SGD(params, lr=0.1))
+    saves = HuggingFaceExport(str(tmp_path / "student"))
+    fit(data(tokenizer, rows), tmp_path, saves, model=model, max_epochs=2)
+    assert torch.equal(saved_norm(tmp_path / "student"), average._average_model.module.student.model.norm.weight)
+
+
 class TestLora:
     @pytest.fixture
     def student(self, tokenizer, tmp_path):

@@ -112,14 +112,14 @@ class HubTarget:
     def upload(self, folder: Path, leave_out: str) -> str:
         """Make the repository if need be, and upload a folder; return its address."""
         api = HfApi()
-        repo = api.create_repo(self.repo, private=self.private, exist_ok=True).repo_id
+        repo = api.create_repo(self.repo, private=self.private, exist_ok=True)
         api.upload_folder(
-            repo_id=repo,
+            repo_id=repo.repo_id,
             folder_path=folder,
             ignore_patterns=[leave_out],
             commit_message="Student of Selective Reflection Distillation",
         )
-        return f"https://huggingface.co/{repo}"
+        return str(repo)
 
     def command(self, folder: Path, leave_out: str) -> str:
         """Return the command that does the same later."""

@@ -156,7 +156,8 @@ def _optimizer(optimizer: Any) -> str:
 
 
 def _decodings(module: Any, data: Any) -> dict[str, Any]:
-    found = {"of the answers that were curated": data, "of answers in test and predict": module}
+    curated = data if getattr(getattr(data, "curation", None), "columns", None) else None  # else none were asked for
+    found = {"of the answers that were curated": curated, "of answers in test and predict": module}
     decodings = {name: getattr(holder, "decoding", None) for name, holder in found.items()}
     return {name: one for name, one in decodings.items() if is_dataclass(one)}
 

@@ -137,6 +137,28 @@ FAULTS: list[Fault] = [
         "file or directory); name another place, or make room and give yourself the right to write there",
     ),
     Fault(
+        id="export_offline",
+        done="`HuggingFaceExport` with `push_to`, without a network",
+        settings=with_callbacks(("HuggingFaceExport", {"push_to": {"repo": "organisation/student"}})),
+        environment={"HF_TOKEN": "hf_some"},
+        says="push_to is to write to organisation/student on the hub, but HF_HUB_OFFLINE is set; unset it, or leave "
+        "push_to out",
+    ),
+    Fault(
+        id="export_of_rows_as_csv",
+        done="`srd curate --export rows.csv`",
+        argv=("curate", "--export", "rows.csv"),
+        says="export must name a .jsonl or .parquet file, but is rows.csv; give it such an ending",
+    ),
+    Fault(
+        id="export_of_rows_over_a_file",
+        done="`srd curate --export` to the file of the rows themselves",
+        files={"rows.jsonl": ROWS},
+        argv=("curate", "--export", "rows.jsonl"),
+        says="export would replace rows.jsonl, which does not hold the rows of an earlier curation; name another file, "
+        "or move this one away",
+    ),
+    Fault(
         id="curate_with_answers",
         done="`srd curate` with the `AnswerWriter` of a recipe, where answers stand",
         files={"answers.jsonl": [{"prompt": "a", "response": "b", "answer": "c"}]},
