@@ -137,7 +137,7 @@ class TestOfARun:
         ]
         fit(datamodule, tmp_path, *callbacks, model=model, max_epochs=2, limit_train_batches=1.0, limit_val_batches=1)
         trainer = model.trainer
-        found = run_facts(trainer, model.student, "out", trainer.global_step)
+        found = run_facts(trainer, model.student, "out", {"values": {}})
         head, body = parts_of((tmp_path / "out" / "README.md").read_text())
         assert head == {"library_name": "transformers", "license": "mit", "tags": ["distillation", "srd"]}
         # 8 rows make 2 steps of 4, then 12 make 3; one batch of 4 rows is validated on.
@@ -157,11 +157,12 @@ class TestOfARun:
             "system message:\n\n```\nBe brief.\n```",
             "The last validation of the run on 4 rows, after step 5 of 5, before `StochasticWeightAveraging` averaged"
             " the weights:",
-            f"| `val_nll` | {trainer.callback_metrics['val_nll']:.6g} |",
+            f"| `val_nll` | {trainer.callback_metrics['val_nll']:.6g} |\n"
+            f"| `val_kl` | {trainer.callback_metrics['val_kl']:.6g} |\n",
         ):
             assert f"\n{line}\n" in body, line
         assert str(tmp_path) not in body
-        assert set(found["measures"]["values"]) == {"val_nll", "val_kl"}
+        assert found["measures"] == {"values": {}, "of_steps": 5, "before": "StochasticWeightAveraging"}
         assert "README.md" in json.loads((tmp_path / "out" / "srd_export.json").read_text())["files"]
 
     def test_a_base_model_of_the_hub_and_rows_of_the_hub(self, tokenizer, rows, tmp_path, monkeypatch):
@@ -174,7 +175,7 @@ class TestOfARun:
         assert ModelCard.load(out / "README.md").data.base_model == "org/base"
         named = types.SimpleNamespace(data={"train": ["org/rows", "train.jsonl"], "test": "org/rows"})
         model.trainer.datamodule = named
-        assert run_facts(model.trainer, student, "out")["datasets"] == ["org/rows"]
+        assert run_facts(model.trainer, student, "out", {})["datasets"] == ["org/rows"]
 
     def test_a_license_that_is_not_said(self, tmp_path):
         (tmp_path / "README.md").write_text("---\ntags: [x]\n---\nBase.\n")

@@ -17,7 +17,7 @@ from torch import nn
 from srd_lightning.callbacks import export_folder
 from srd_lightning.callbacks.hub_target import HubTarget
 from srd_lightning.callbacks.model_card import model_card
-from srd_lightning.callbacks.run_facts import run_facts
+from srd_lightning.callbacks.run_facts import measures_of, run_facts
 from srd_lightning.distributed.placement import shards_student
 from srd_lightning.errors import ModelError, SettingError, StorageError, in_one_line
 from srd_lightning.protocols import GathersStudent
@@ -54,7 +54,7 @@ class HuggingFaceExport(Callback):
         self.push_to = push_to
         self._saved = False
         self._may_push = False
-        self._validated_at: int | None = None
+        self._measures: dict[str, Any] = {}
 
     def _given(self, trainer: Trainer) -> Path:
         return self.dirpath or Path(trainer.default_root_dir, "student")
@@ -83,7 +83,7 @@ class HuggingFaceExport(Callback):
         """Come last, and clear away what a run left that was killed while it saved."""
         self.preflight(trainer)
         if stage == "fit":
-            self._saved, self._validated_at = False, None
+            self._saved, self._measures = False, {}
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
             if trainer.is_global_zero:
@@ -95,8 +95,8 @@ class HuggingFaceExport(Callback):
             _check_student(pl_module.student, self.folder(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Know how far the student was when it was measured last."""
-        self._validated_at = None if trainer.sanity_checking else trainer.global_step
+        """Keep what was measured, and when; on all ranks, for to read a measure they may have to meet."""
+        self._measures = {} if trainer.sanity_checking else measures_of(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the student."""
@@ -121,7 +121,7 @@ class HuggingFaceExport(Callback):
         """Return the model card; a student is not lost for it."""
         name = self.folder(trainer).name if self.push_to is None else self.push_to.repo
         try:
-            return model_card(run_facts(trainer, student, name, self._validated_at))
+            return model_card(run_facts(trainer, student, name, self._measures))
         except Exception as error:
             rank_zero_warn(f"the student has no model card ({type(error).__name__}: {in_one_line(error)})")
             return None

@@ -36,14 +36,14 @@ OF_MODELS = ("dtype", "keep_layers", "lora", "gguf_file")
 PACKAGES = ("srd-lightning", "torch", "transformers", "lightning")
 
 
-def run_facts(trainer: Trainer, student: Any, name: str, validated_at: int | None = None) -> dict[str, Any]:
+def run_facts(trainer: Trainer, student: Any, name: str, measures: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `model_card` takes.
 
     Args:
         trainer: Of a run that has ended.
         student: As it is saved.
         name: Folder or repository from which it will be loaded.
-        validated_at: Optimizer steps before the last validation, if there was one.
+        measures: Of the last validation, as `measures_of` gave them; nothing where there was none.
     """
     module: Any = trainer.lightning_module
     data = getattr(trainer, "datamodule", None)
@@ -57,7 +57,7 @@ def run_facts(trainer: Trainer, student: Any, name: str, validated_at: int | Non
         "encoder_decoder": is_encoder_decoder(student),
         "training": _training(trainer, module),
         "decoding": _decodings(module, data),
-        "measures": _measures(trainer, validated_at),
+        "measures": _with_the_end(measures, trainer),
     }
     if models.get("teacher") is not None:
         facts["teacher"] = _model(models["teacher"])
@@ -162,18 +162,17 @@ def _decodings(module: Any, data: Any) -> dict[str, Any]:
     return {name: one for name, one in decodings.items() if is_dataclass(one)}
 
 
-def _measures(trainer: Trainer, validated_at: int | None) -> dict[str, Any]:
-    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(MEASURED)}
-    if not values:
-        return {}
+def measures_of(trainer: Trainer) -> dict[str, Any]:
+    """Return what a validation that has just ended has measured (``values`` by name), on how many rows, and when."""
+    named = {name: value for name, value in trainer.callback_metrics.items() if name.startswith(MEASURED)}
+    values = {name: float(value) for name, value in named.items()}
+    return {"values": values, "rows": _validation_rows(trainer), "step": trainer.global_step}
+
+
+def _with_the_end(measures: Mapping[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """Add what came after a validation: steps, and an average over weights that it has not seen."""
     averages = [type(one).__name__ for one in callbacks_of(trainer) if isinstance(one, StochasticWeightAveraging)]
-    return {
-        "values": values,
-        "rows": _validation_rows(trainer),
-        "step": validated_at,
-        "of_steps": trainer.global_step,
-        "before": averages[0] if averages else None,
-    }
+    return {**measures, "of_steps": trainer.global_step, "before": averages[0] if averages else None}
 
 
 def _validation_rows(trainer: Trainer) -> int | None:
