@@ -41,7 +41,7 @@ from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions
 from srd_lightning.models.pretrained import ModelName, Pretrained, load_tokenizer, named
 from srd_lightning.preflight import run_preflight
-from srd_lightning.protocols import BatchColumns, HasStudent, IsReplayed
+from srd_lightning.protocols import Around, BatchColumns, HasStudent, IsReplayed, unwatched
 from srd_lightning.training.arguments import check_sizes
 from srd_lightning.training.lr_plan import accumulation_of
 
@@ -165,6 +165,7 @@ class SRDDataModule(LightningDataModule):
         self._batch_columns: BatchColumns | None = None
         self._is_replayed: IsReplayed | None = None
         self._every_epoch = RebuiltEveryEpoch()
+        self._around: Around = unwatched
 
     @property
     def schedule(self) -> dict[int, float]:
@@ -261,7 +262,8 @@ class SRDDataModule(LightningDataModule):
         else:  # another student, or another run
             assert self._read_rows is not None
             self._read_rows.find_leaks(drop=self.decontaminate)
-            result = self.curator.curate(self.rows["train"], student, root, self.reports["train"].dropped)
+            with self._around("curation"):
+                result = self.curator.curate(self.rows["train"], student, root, self.reports["train"].dropped)
         self.staged = StagedRows(self.curator, self.rows["train"], student, root, result)
         refuse_others(self._digests_of_order)
 
@@ -345,6 +347,10 @@ class SRDDataModule(LightningDataModule):
         if self.trainer is not None:
             self._every_epoch.end(self.trainer)
 
+    def watch(self, around: Around) -> None:
+        """Tell when the student reflects, and reflects again; see `TellsParts`."""
+        self._around = around
+
     def rows_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer of the rows, if it is not left to the module."""
         return load_tokenizer(self._tokenizer) if isinstance(self._tokenizer, str) else self._tokenizer
@@ -427,7 +433,8 @@ class SRDDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the rows of the current epoch, shuffled by seed and epoch, after the refreshes that are due."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        self._staged.refresh(epoch)
+        with self._around("refresh"):
+            self._staged.refresh(epoch)
         pool: Any
         pool, lengths = self._staged.of_epoch(epoch)
         if self._is_replayed is not None and self._staged.answered is not None:

@@ -34,7 +34,7 @@ from srd_lightning.models.generation import Decoding
 from srd_lightning.models.pretrained import ModelName, Pretrained, named
 from srd_lightning.models.vocabulary import shared_vocabulary, vocabulary_size
 from srd_lightning.preflight import callbacks_of
-from srd_lightning.protocols import HasCuratedRows
+from srd_lightning.protocols import Around, HasCuratedRows
 from srd_lightning.rollouts.base import Rollouts
 from srd_lightning.rollouts.handle import RolloutsHandle
 from srd_lightning.rollouts.hooks import RolloutHooks
@@ -249,6 +249,14 @@ class KDLightningModule(LightningModule):
         both_known = self.student_handle.source is not None and self.teacher_handle.source is not None
         sizes = vocabulary_size(self.build_student()), vocabulary_size(teacher)
         return shared_vocabulary(*sizes, self.tokenizer if both_known else None)
+
+    def run_teacher(self) -> nn.Module | None:
+        """Return the teacher, where it is not cached; see `RunsTeacher`."""
+        return None if self.teacher_handle.cached is not None else self.teacher
+
+    def watch(self, around: Around) -> None:
+        """Tell when the teacher is asked or cached, and texts are written; see `TellsParts`."""
+        self.step.around = self.teacher_handle.around = self.rollouts_handle.around = around
 
     def _check_same_family(self) -> None:
         student, teacher = self.student_handle.source, self.teacher_handle.source

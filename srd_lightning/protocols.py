@@ -6,6 +6,7 @@ Only methods, so that ``isinstance`` looks and nothing is loaded by looking.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +19,34 @@ BatchColumns = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Takes the tokenised rows of a batch; returns what the batch carries besides, by name."""
 IsReplayed = Callable[[int, int], bool]
 """Takes an epoch and the number of a batch within it; returns whether all ranks see the student's answers in it."""
+
+Around = Callable[[str], AbstractContextManager[None]]
+"""Takes the name of a part of a run, such as ``refresh``; returns what is to stand around it while it is at work."""
+
+
+def unwatched(part: str) -> AbstractContextManager[None]:
+    """Let a part go by; an `Around` that nobody asked for."""
+    return nullcontext()
+
+
+@runtime_checkable
+class TellsParts(Protocol):
+    """A module, data module or callback that tells when something begins and ends for which there is no hook."""
+
+    def watch(self, around: Around) -> None:
+        """Put ``around(part)`` around each part from now on.
+
+        Args:
+            around: Of whoever measures it, or `unwatched`.
+        """
+
+
+@runtime_checkable
+class RunsTeacher(Protocol):
+    """A module with a teacher beside what it trains."""
+
+    def run_teacher(self) -> nn.Module | None:
+        """Return the teacher that is run on every batch, nothing where what it says is known already."""
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from srd_lightning.checkpoints.run_folder import RunLock, clean, put_aside
 from srd_lightning.distributed.launcher import TERMINATED, children_of
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import SettingError
+from srd_lightning.protocols import Around, unwatched
 from srd_lightning.storage import check_folder
 
 
@@ -71,6 +72,11 @@ class ResumeCheckpoint(ModelCheckpoint):
         self._lock: RunLock | None = None
         self._taken = False
         self._found: Path | None = None
+        self._around: Around = unwatched
+
+    def watch(self, around: Around) -> None:
+        """Tell when a checkpoint is written; see `TellsParts`."""
+        self._around = around
 
     def found_last(self) -> Path | None:
         """Return what ``ckpt_path="last"`` has found, see `FindsLast`."""
@@ -150,7 +156,8 @@ class ResumeCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             clean(Path(filepath).parent, self.FILE_EXTENSION)
         trainer.strategy.barrier("no partial checkpoints")
-        files.write(trainer, Path(filepath), self.save_weights_only)
+        with self._around("checkpoints"):
+            files.write(trainer, Path(filepath), self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():

@@ -14,7 +14,7 @@ from srd_lightning.data.batches import check_batch, collate, padding_of, prompts
 from srd_lightning.errors import DataError, SettingError
 from srd_lightning.losses.base import DistillationLoss
 from srd_lightning.models.positions import check_positions
-from srd_lightning.protocols import HasCuratedRows, KnowsPrompts, ShapesBatches
+from srd_lightning.protocols import Around, HasCuratedRows, KnowsPrompts, ShapesBatches, unwatched
 from srd_lightning.rollouts.base import Models, Moment, Rollouts, Text
 
 
@@ -30,6 +30,7 @@ class RolloutsHandle:
         self.rollouts = rollouts
         self.seconds = 0.0
         """That texts have taken to be written, in this process."""
+        self.around: Around = unwatched
         self._planned_steps = planned_steps
         self._total: int | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -98,7 +99,7 @@ class RolloutsHandle:
                 f"training batch {moment.batch_idx} has a row without a prompt, to which no text can be written; give "
                 f"{type(rollouts).__name__} rows whose labels are -100 at the tokens of a prompt"
             )
-        with trainer.precision_plugin.forward_context():
+        with self.around("generation"), trainer.precision_plugin.forward_context():
             texts = rollouts.texts(rows, models)
         self.seconds += time.perf_counter() - start
         multiple = trainer.datamodule.padded_to() if isinstance(trainer.datamodule, ShapesBatches) else 1

@@ -18,7 +18,7 @@ from srd_lightning.distributed.placement import TeacherPlacement, compute_dtype,
 from srd_lightning.distributed.process_group import Ranks
 from srd_lightning.errors import SettingError
 from srd_lightning.models.pretrained import Pretrained, dtype_named
-from srd_lightning.protocols import HasCuratedRows
+from srd_lightning.protocols import Around, HasCuratedRows, unwatched
 from srd_lightning.storage import check_folder
 from srd_lightning.teacher.cache import check_same
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
@@ -75,6 +75,7 @@ class TeacherHandle:
         self.placement = placement
         self.cached: CachedTeacher | None = None
         """The teacher as it lives on in its cache, in a run that has one."""
+        self.around: Around = unwatched
         self._digest: str | None = None
         self._products: torch.dtype | None = None
 
@@ -127,18 +128,19 @@ class TeacherHandle:
             raise SettingError("nothing is to be cached: set teacher_cache to hidden or topk")
         if not isinstance(data, HasCuratedRows):
             raise SettingError("teacher_cache needs an SRDDataModule: its batches bring along what is cached")
-        made_of = Ranks().rank0_result(self._made_of_for_first())
-        given = cast("Pretrained | nn.Module", self.given)
-        cache, self.cached = cache_teacher(
-            data.rows_to_cache(),
-            self._folder(trainer, made_of),
-            self.cache.format,
-            made_of,
-            lambda: self._ready_to_speak(trainer),
-            vocabulary,
-            width_of(given),
-            trainer.strategy.root_device,
-        )
+        with self.around("teacher_cache"):
+            made_of = Ranks().rank0_result(self._made_of_for_first())
+            given = cast("Pretrained | nn.Module", self.given)
+            cache, self.cached = cache_teacher(
+                data.rows_to_cache(),
+                self._folder(trainer, made_of),
+                self.cache.format,
+                made_of,
+                lambda: self._ready_to_speak(trainer),
+                vocabulary,
+                width_of(given),
+                trainer.strategy.root_device,
+            )
         on_gpu = trainer.strategy.root_device.type == "cuda"
         data.use_batch_columns(functools.partial(cache.batch, pin_memory=on_gpu))
         if self.source is not None:  # it can be loaded again

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -21,11 +21,13 @@ from srd_lightning.losses.base import IGNORE_INDEX, DistillationLoss, needs_all_
 from srd_lightning.losses.checks import check_scalar
 from srd_lightning.losses.chunked import Objective, chunked_objective
 from srd_lightning.losses.head import Head
+from srd_lightning.losses.pieces import Logits
 from srd_lightning.losses.top_k import TopKTeacher
 from srd_lightning.models.calling import logits_of
 from srd_lightning.models.family import is_encoder_decoder
 from srd_lightning.models.split import BodyAndHead, CannotSplit, split
 from srd_lightning.models.vocabulary import vocabulary_size
+from srd_lightning.protocols import Around, unwatched
 from srd_lightning.teacher.live import CachedTeacher, LiveTeacher, Teacher
 from srd_lightning.training.diagnosis import cause_of
 from srd_lightning.training.micro_batches import in_parts
@@ -55,6 +57,7 @@ class DistillationStep:
         self.compile = compile
         self.micro_batch_tokens = micro_batch_tokens
         self.student: nn.Module | None = None
+        self.around: Around = unwatched
 
     def attach(
         self, student: nn.Module, teacher: nn.Module | CachedTeacher | None, vocabulary: int | None = None
@@ -205,7 +208,7 @@ class DistillationStep:
         logits, theirs = None, dict[int, Tensor]()
         if self.teacher is not None and (kd_weight > 0 or auxiliary):
             numbers = {layer for other in auxiliary for layer in other.teacher_layers}
-            logits, theirs = self.teacher.logits_and_layers(batch, self.vocabulary, numbers)
+            logits, theirs = self._ask_teacher(batch, numbers)
 
         def work() -> tuple[Objective, dict[int, Tensor]]:
             head, own = parts.head().narrow(self.vocabulary), parts.layers(batch, layers)
@@ -274,10 +277,22 @@ class DistillationStep:
         share = torch.full_like(count, len(targets)) / num_tokens
         return Objective(total * share, (ce * share).detach(), (kd * share).detach())
 
+    def _ask_teacher(self, batch: Batch, layers: Collection[int] = ()) -> tuple[Logits, dict[int, Tensor]]:
+        """Return what the teacher says, and the hidden states of some layers; tell when it is at work."""
+        assert self.teacher is not None
+        around = self.around
+        with around("teacher"):
+            logits, found = self.teacher.logits_and_layers(batch, self.vocabulary, layers)
+
+        def of_tokens(tokens: slice | Tensor) -> Tensor | TopKTeacher:
+            with around("teacher"):
+                return logits(tokens)
+
+        return of_tokens, found
+
     def _all_teacher_logits(self, batch: Batch) -> Tensor:
         """Return ``[N, V]``."""
-        assert self.teacher is not None
-        logits = self.teacher.logits(batch, self.vocabulary)(slice(None))
+        logits = self._ask_teacher(batch)[0](slice(None))
         if isinstance(logits, TopKTeacher):
             raise SettingError(
                 "teacher_cache topk knows no logits, which this student or loss needs all of: use hidden"
