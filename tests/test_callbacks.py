@@ -1,12 +1,10 @@
 import json
 import warnings
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
-import references
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
@@ -23,7 +21,6 @@ from srd_lightning import (
     HyperparameterScheduler,
     JensenShannon,
     KDLightningModule,
-    RuntimeBenchmark,
     SkewForwardKL,
     SkewReverseKL,
     SRDDataModule,
@@ -269,116 +266,6 @@ class TestCurriculumCallback:
         trainer = L.Trainer(max_epochs=2, enable_checkpointing=False, **QUIET)
         with pytest.raises(SettingError, match=r"Staged has a curriculum, but .* only once.*: add Curriculum"):
             trainer.fit(module(), datamodule=Staged())
-
-
-@pytest.fixture
-def ticks(monkeypatch):
-    """A clock that goes on by a second whenever it is looked at."""
-    ticks = count()
-    monkeypatch.setattr("srd_lightning.callbacks.runtime.time.perf_counter", lambda: float(next(ticks)))
-    return ticks
-
-
-def test_runtime_benchmark_counts_rows_steps_tokens_and_time(tokenizer, rows, tmp_path, ticks):
-    batches = {}
-
-    class Seen(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            lengths = batch["attention_mask"].sum(dim=1).tolist()
-            batches.setdefault(trainer.current_epoch // 2, []).append(lengths)
-
-    benchmark = RuntimeBenchmark(str(tmp_path / "runtime.json"))
-    datamodule = data(tokenizer, rows, tmp_path, {0: 0.5, 2: 0.75})
-    fit([benchmark, Seen()], datamodule, tmp_path, max_epochs=3, num_sanity_val_steps=0)
-
-    report = json.loads((tmp_path / "runtime.json").read_text())
-    assert report == benchmark.report
-    lengths = [len(ids) for ids in datamodule.rows["train"]["input_ids"]]
-    tokens = [sum(lengths[row] for row in datamodule.curriculum.order[:size].tolist()) for size in (8, 12)]
-    positions = [sum(len(batch) * max(batch) for batch in batches[stage]) for stage in (0, 1)]
-    padding = [pytest.approx(references.share_of_padding(batches[stage])) for stage in (0, 1)]
-    # Within an epoch the clock is read at its start, at both ends of each batch and of the validation, at its end.
-    seconds = [2 * number + 4 - 1 - 1.0 for number in (2, 3)]
-    assert report["stages"] == [
-        {"first_epoch": 0, "rows": 8, "steps": 4, "tokens": 2 * tokens[0], "positions": positions[0]}
-        | {"padding": padding[0], "seconds": 2 * seconds[0], "waiting_seconds": 2 * 2.0, "generation_seconds": 0.0},
-        {"first_epoch": 2, "rows": 12, "steps": 3, "tokens": tokens[1], "positions": positions[1]}
-        | {"padding": padding[1], "seconds": seconds[1], "waiting_seconds": 3.0, "generation_seconds": 0.0},
-    ]
-    assert report["validation_seconds"] == 3.0
-    assert (report["curation"]["rows"], report["curation"]["kept"]) == (16, 12)
-    assert report["peak_memory_bytes"] > 10 * 2**20
-
-
-def test_runtime_benchmark_does_not_take_validation_for_waiting(tokenizer, rows, tmp_path, ticks):
-    class Slow(L.Callback):
-        def on_validation_epoch_end(self, trainer, pl_module):
-            for _ in range(1000):
-                next(ticks)
-
-    benchmark = RuntimeBenchmark()
-    options = {"max_epochs": 1, "num_sanity_val_steps": 0, "val_check_interval": 1}
-    fit([benchmark, Slow()], data(tokenizer, rows, tmp_path, {0: 1.0}), tmp_path, **options)
-    assert benchmark.report["validation_seconds"] == 4 * 1001.0
-    (stage,) = benchmark.report["stages"]
-    assert stage["waiting_seconds"] == 1.0 + 3 * 2.0  # both ends of a validation cost a look each
-    assert stage["seconds"] < 30.0
-
-
-def test_runtime_benchmark_of_a_resumed_run_reports_every_stage(tokenizer, rows, tmp_path):
-    schedule = {0: 0.5, 1: 0.75}
-    trainer, _ = fit([RuntimeBenchmark()], data(tokenizer, rows, tmp_path, schedule), tmp_path, max_epochs=1)
-    trainer.save_checkpoint(tmp_path / "first.ckpt")
-    benchmark = RuntimeBenchmark()
-    again = data(tokenizer, rows, tmp_path, schedule)
-    fit([benchmark], again, tmp_path, ckpt_path=tmp_path / "first.ckpt", max_epochs=2)
-    assert [stage["steps"] for stage in benchmark.report["stages"]] == [2, 3]
-
-
-def test_runtime_benchmark_of_a_second_run_counts_only_that(tokenizer, rows, tmp_path):
-    benchmark = RuntimeBenchmark()
-    for _ in range(2):
-        fit([benchmark], data(tokenizer, rows, tmp_path, {0: 1.0}), tmp_path, max_epochs=1)
-        assert [stage["steps"] for stage in benchmark.report["stages"]] == [4]
-
-
-def test_runtime_benchmark_of_several_loaders(tmp_path):
-    benchmark = RuntimeBenchmark()
-    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    trainer = L.Trainer(max_epochs=1, callbacks=[benchmark], **options)
-    trainer.fit(Plain(), {"a": DataLoader(range(8)), "b": DataLoader(range(5))})
-    assert [stage["rows"] for stage in benchmark.report["stages"]] == [13]
-
-
-def test_runtime_benchmark_asks_no_gpu_on_a_cpu(tokenizer, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a context was made"))
-    benchmark = RuntimeBenchmark()
-    options = {**QUIET, "enable_checkpointing": False, "default_root_dir": tmp_path}
-    trainer = L.Trainer(max_epochs=1, callbacks=[benchmark], **options)
-    trainer.fit(Plain(), DataLoader(range(8)))
-    assert benchmark.report["peak_memory_bytes"] > 10 * 2**20
-
-
-@pytest.mark.parametrize(
-    ("path", "content", "said"),
-    [
-        ("here", None, "must name a file, but .*here is a folder"),
-        ("mine.json", '{"a": 1}', r"would replace .*mine\.json, which does not hold the report of an earlier run"),
-        ("mine.jsonl", "text", r"would replace .*mine\.jsonl, which does not hold the report"),
-        ("/proc/srd/report.json", None, "but nothing can be written to /proc"),
-        ("/dev/null", None, "must name a file, but /dev/null is a device"),
-    ],
-)
-def test_runtime_benchmark_refuses_a_path_before_rows_are_read(path, content, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
-    if content is not None:
-        (tmp_path / path).write_text(content)
-    with pytest.raises(StorageError, match=said):
-        refused(RuntimeBenchmark(path))
-    if content is not None:
-        assert (tmp_path / path).read_text() == content
 
 
 class Answers(Plain):

@@ -1,7 +1,7 @@
 """Callbacks: what is staged, what is checked, what is written at the end. One idea a file.
 
-Imports `losses`, `curriculum`, `data`, `distributed`, `models`, `evaluation`, `checkpoints`, `training` and
-`metering`. What the module itself needs done around its steps is in `training.hooks`, and the callback that saves is
+Imports `curriculum`, `data`, `distributed`, `models`, `evaluation`, `checkpoints`, `training` and `metering`. What the
+module itself needs done around its steps is in `training.hooks`, and the callback that saves is
 `checkpoints.resume_checkpoint`.
 """
 
