@@ -153,8 +153,11 @@ class RuntimeBenchmark(Callback):
         self._peak = measured_peak(self._device, self._dtype)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count steps and energy."""
+        """Begin to count; of an epoch in which a run goes on, Lightning does not say that it begins."""
         self._meter, self._steps_before = EnergyMeter(self._device), trainer.global_step
+        epochs = self._record.epochs
+        if epochs and epochs[-1].epoch == trainer.current_epoch:
+            self.on_train_epoch_start(trainer, pl_module)
         if not pl_module.automatic_optimization:  # no other hook says that a step is over and training_step goes on
             for optimizer in trainer.optimizers:
                 handle = optimizer.register_step_post_hook(lambda *_: self._clock.enter("forward"))
@@ -166,7 +169,7 @@ class RuntimeBenchmark(Callback):
         self._clock.enter("data")
 
     def _work(self, trainer: Trainer) -> Work:
-        """Return the work of the epoch; of one that a run goes on in, Lightning does not say that it begins."""
+        """Return the work of the epoch."""
         epoch, epochs = trainer.current_epoch, self._record.epochs
         if self._epoch is None or self._epoch.epoch != epoch:
             self._settle()
@@ -179,7 +182,6 @@ class RuntimeBenchmark(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End the waiting."""
-        self._work(trainer)
         self._asked = False
         self._clock.enter("forward")
 
