@@ -14,7 +14,7 @@ from test_studies import QUICK, STAND_IN, write
 
 from srd_lightning.errors import DataError, MissingDataError, SettingError, StorageError
 from srd_lightning.studies import commands
-from srd_lightning.studies.report import time_parts
+from srd_lightning.studies.report import time_parts, times
 from srd_lightning.studies.runs import Run, read_runs
 
 SECTIONS = [
@@ -193,6 +193,15 @@ class TestRuns:
         (tmp_path / "runtime.json").write_text(json.dumps(RUNTIME))
         parts = time_parts(Run("a", "a", tmp_path))
         assert parts == {"curation": 5, "waiting": 3, "steps": 9, "validation": 2.5}
+
+    def test_parts_are_those_that_were_measured(self, tmp_path):
+        parts = {"teacher_cache": 4.0, "forward": 6.0, "refresh": 0.001}
+        (tmp_path / "runtime.json").write_text(
+            json.dumps({**RUNTIME, "parts": parts, "energy_joules": {"gpu": 1234.0}})
+        )
+        run = Run("a", "a", tmp_path)
+        assert time_parts(run) == {"teacher cache": 4.0, "forward": 6.0}
+        assert ["a", "gpu", "1,234"] in [row for table in times([run]).tables for row in table.rows]
 
 
 @pytest.mark.browser

@@ -19,6 +19,7 @@ from srd_lightning import (
     Hellinger,
     KDLightningModule,
     LossDrivenShare,
+    RuntimeBenchmark,
     Selected,
     SRDDataModule,
     TAIDSchedule,
@@ -149,6 +150,10 @@ def test_losses_that_look_ahead_or_follow_another_wait_for_nothing_more(loss, ca
 def test_logging_and_bars_wait_for_nothing(train, tmp_path):
     bar = {"enable_progress_bar": True, "log_every_n_steps": 1, "logger": CSVLogger(tmp_path)}
     check(train({"gradient_clip_val": 1.0, **bar}))
+
+
+def test_measuring_where_the_time_goes_waits_for_nothing(train, tmp_path):
+    check(train({"gradient_clip_val": 1.0}, [RuntimeBenchmark(str(tmp_path / "runtime.json"))]))
 
 
 def test_the_likeliest_tokens_are_only_weighed_by_numbers_of_the_host(train):

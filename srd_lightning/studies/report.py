@@ -177,6 +177,11 @@ def times(runs: Sequence[Run]) -> Section:
     ]
     if stages:
         tables.append(Table("stages", ["run", "stage", *(name.replace("_", " ") for name in STAGE)], stages))
+    joules = [
+        [run.name, of, f"{value:,.0f}"] for run in runs for of, value in run.runtime.get("energy_joules", {}).items()
+    ]
+    if joules:
+        tables.append(Table("energy of the training", ["run", "of", "joules"], joules))
     commands = [
         [run.name, command["command"], _seconds(command["seconds"]), _seconds(command["processor_seconds"])]
         for run in runs
@@ -195,13 +200,18 @@ def times(runs: Sequence[Run]) -> Section:
     return Section("Where the time went", lines, tables, [figure] if figure else [], legend)
 
 
-STAGE = ("first_epoch", "rows", "steps", "tokens", "padding", "seconds")
+STAGE = (
+    *("first_epoch", "rows", "steps", "tokens", "padding", "seconds"),
+    *("rows_per_second", "response_tokens_per_second", "positions_per_second", "mfu"),
+)
 
 
 def time_parts(run: Run) -> dict[str, float]:
     """Return the seconds of a run by part, from what `RuntimeBenchmark` has measured."""
     runtime = run.runtime
-    found = {"curation": (runtime.get("curation") or {}).get("seconds", 0.0)}
+    if "parts" in runtime:
+        return _worth_showing({name.replace("_", " "): seconds for name, seconds in runtime["parts"].items()})
+    found = {"curation": (runtime.get("curation") or {}).get("seconds", 0.0)}  # as earlier versions wrote it
     for stage in runtime.get("stages", []):
         own = {key: value for key, value in stage.items() if key.endswith("_seconds")}
         for name, seconds in {**own, "steps_seconds": stage["seconds"] - sum(own.values())}.items():
@@ -210,8 +220,12 @@ def time_parts(run: Run) -> dict[str, float]:
     for name, value in runtime.items():
         if name.endswith("_seconds") and isinstance(value, int | float):
             found[name.removesuffix("_seconds").replace("_", " ")] = value
-    total = sum(found.values())
-    return {name: seconds for name, seconds in found.items() if seconds > 0.001 * total}
+    return _worth_showing(found)
+
+
+def _worth_showing(parts: Mapping[str, float]) -> dict[str, float]:
+    total = sum(parts.values())
+    return {name: seconds for name, seconds in parts.items() if seconds > 0.001 * total}
 
 
 def memory(runs: Sequence[Run]) -> Section:

@@ -17,7 +17,9 @@ def scheduled(**schedules: dict[int, float]) -> dict[str, Any]:
 
 
 WATCHED = (
-    "curriculum/rows, curriculum/stage, runtime/padding, runtime/waiting_seconds, schedule/kd_weight, "
+    "curriculum/rows, curriculum/stage, runtime/backward_seconds, runtime/forward_seconds, runtime/mfu, "
+    "runtime/optimizer_seconds, runtime/padding, runtime/positions_per_second, runtime/response_tokens_per_second, "
+    "runtime/rows_per_second, runtime/teacher_seconds, runtime/waiting_seconds, schedule/kd_weight, "
     "schedule/loss.temperature, train_ce, train_kd, train_loss"
 )
 NAMED_ROWS = [{"id": f"row {number}", **row} for number, row in enumerate(ROWS)]
