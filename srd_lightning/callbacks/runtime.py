@@ -268,7 +268,7 @@ class RuntimeBenchmark(Callback):
             console = Console(width=None if sys.stdout.isatty() else 120)
             with console.capture() as shown:
                 console.print(table_of(self.report))
-            pl_module.print(shown.get())  # beside a progress bar
+            pl_module.print(shown.get().rstrip())  # beside a progress bar
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop the clock."""
