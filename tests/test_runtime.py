@@ -1,5 +1,6 @@
 """What `RuntimeBenchmark` measures: pieces of work whose cost is known, by a clock that only they move."""
 
+import copy
 import csv
 import json
 import sys
@@ -465,6 +466,26 @@ class TestClock:
             fit(BoringModel(), DataLoader(RandomDataset(32, rows)), tmp_path, max_epochs=2)
             waits.append(device.waits)
         assert waits[0] == waits[1] <= 2 * 2 + 2
+
+    def test_a_module_that_is_copied_goes_by_the_same_clock(self, tmp_path, monkeypatch):
+        """Events cannot be copied, and averaging of weights copies the module."""
+
+        class Single(Late):
+            def __deepcopy__(self, memo):
+                pytest.fail("copied")
+
+        device, copies = Single(behind=10**6), []
+        monkeypatch.setattr("srd_lightning.callbacks.runtime.timeline_of", lambda _: device)
+
+        class Copies(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                copies.append(copy.deepcopy(pl_module.step.around))
+
+        data = SRDDataModule(make_rows(4), ByT5Tokenizer(), schedule={0: 1.0}, batch_size=4)
+        fit(KDLightningModule(tiny_model(), kd_weight=0.0), data, tmp_path, [Copies()], max_epochs=1)
+        (around,) = copies
+        assert isinstance(around.__self__, PartClock)
+        assert around.__self__ is copy.deepcopy(around).__self__
 
     def test_parts_within_parts(self):
         clock = PartClock(Late(0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ class RuntimeBenchmark(Callback):
         self._epoch: Work | None = None
         self._counts: dict[str, Tensor | int] = {}
         self._steps_before = 0
-        self._asked = self._unwritable = False
+        self._unwritable = False
 
     def preflight(self, trainer: Trainer) -> None:
         """Refuse a file that could not be written, or is something else; start the clock, for curation comes next."""
@@ -126,7 +125,7 @@ class RuntimeBenchmark(Callback):
         self._clock = PartClock(timeline_of(self._device))
         self._clock.start("rest")
         for holder in _tellers(trainer):
-            holder.watch(self._around)
+            holder.watch(self._clock.around)
 
     def _end(self, trainer: Trainer) -> None:
         self._clock.stop()
@@ -134,10 +133,6 @@ class RuntimeBenchmark(Callback):
             holder.watch(unwatched)
         while self._step_hooks:
             self._step_hooks.pop()()
-
-    def _around(self, part: str) -> AbstractContextManager[None]:
-        self._asked |= part == "teacher"
-        return self._clock.around(part)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do so also for runs with other data modules."""
@@ -182,7 +177,7 @@ class RuntimeBenchmark(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End the waiting."""
-        self._asked = False
+        self._clock.seen.clear()
         self._clock.enter("forward")
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -207,7 +202,7 @@ class RuntimeBenchmark(Callback):
         """Count what the batch held, without waiting for the GPU."""
         counts = counts_of(batch)
         counts["steps"], self._steps_before = trainer.global_step - self._steps_before, trainer.global_step
-        if self._asked:
+        if "teacher" in self._clock.seen:
             counts["taught"] = counts.get("tokens", 0)
         for name, number in counts.items():
             self._counts[name] = self._counts.get(name, 0) + number

@@ -94,6 +94,7 @@ class PartClock:
 
     Attributes:
         part: The one under way; nothing while the clock stands still.
+        seen: Parts that something was around, since this was last cleared.
 
     Example:
         >>> clock = PartClock(HostTimeline())
@@ -108,6 +109,7 @@ class PartClock:
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self.part: str | None = None
+        self.seen: set[str] = set()
         self._since: Any = None
         self._unread: deque[tuple[str, Any]] = deque()
         self._seconds: dict[str, float] = {}
@@ -138,6 +140,7 @@ class PartClock:
     @contextmanager
     def around(self, part: str) -> Iterator[None]:
         """Have a part in the midst of another, unless that is one of those that are left whole, see `WHOLE`."""
+        self.seen.add(part)
         before = self.part
         if before is None or before in WHOLE:
             yield
