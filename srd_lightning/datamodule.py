@@ -40,7 +40,7 @@ from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.positions import check_positions
 from srd_lightning.models.pretrained import ModelName, Pretrained, load_tokenizer, named
-from srd_lightning.preflight import run_preflight
+from srd_lightning.preflight import check_no_twin, run_preflight, warn_of_twin
 from srd_lightning.protocols import Around, BatchColumns, HasStudent, IsReplayed, unwatched
 from srd_lightning.training.arguments import check_sizes
 from srd_lightning.training.lr_plan import accumulation_of
@@ -125,6 +125,7 @@ class SRDDataModule(LightningDataModule):
         sampler: Callable[[Any, Any, int, int, int, int], DistributedSampler[Any]] | None = None,
     ) -> None:
         super().__init__()
+        warn_of_twin(self)
         sizes = {"batch_size": batch_size, "reflection_tokens": reflection_tokens}
         sizes |= {"reflection_threads": reflection_threads, "pad_to_multiple_of": pad_to_multiple_of}
         sizes |= {"max_prompt_length": max_prompt_length, "eval_batch_size": eval_batch_size or batch_size}
@@ -166,6 +167,12 @@ class SRDDataModule(LightningDataModule):
         self._is_replayed: IsReplayed | None = None
         self._every_epoch = RebuiltEveryEpoch()
         self._around: Around = unwatched
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a trainer of the other package, where it comes to know this data module."""
+        if name == "trainer":
+            check_no_twin(value, self)
+        super().__setattr__(name, value)
 
     @property
     def schedule(self) -> dict[int, float]:
@@ -388,7 +395,11 @@ class SRDDataModule(LightningDataModule):
 
     @property
     def _staged(self) -> StagedRows:
-        assert self.staged is not None, 'setup("fit") comes first'
+        if self.staged is None:
+            raise SettingError(
+                f'the rows of {type(self).__name__} are not there yet: call setup("fit"), or, in a setup of your own, '
+                "super().setup(stage)"
+            )
         return self.staged
 
     def resume_state(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from srd_lightning.models.calling import logits_of
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.pretrained import ModelName, Pretrained, named
 from srd_lightning.models.vocabulary import shared_vocabulary, vocabulary_size
-from srd_lightning.preflight import callbacks_of
+from srd_lightning.preflight import callbacks_of, check_no_twin, warn_of_twin
 from srd_lightning.protocols import Around, HasCuratedRows
 from srd_lightning.rollouts.base import Rollouts
 from srd_lightning.rollouts.handle import RolloutsHandle
@@ -145,6 +145,7 @@ class KDLightningModule(LightningModule):
         if rollouts is not None and teacher is None:
             raise SettingError("rollouts learn from what a teacher says to the student's text, but none is given")
         super().__init__()
+        warn_of_twin(self)
         self.student: nn.Module | None = student if isinstance(student, nn.Module) else None
         self.student_handle = StudentHandle(
             student if isinstance(student, Pretrained) else None, activation_checkpointing
@@ -322,6 +323,7 @@ class KDLightningModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what is done around the steps, what resumes a run, and what explains failures."""
+        check_no_twin(self.trainer.datamodule, self)  # type: ignore[attr-defined]
         known = {type(callback) for callback in callbacks_of(self.trainer)}
         kinds = (TrainingHooks, RunSeed, ResumeState, RolloutHooks, Failures, Hardware)
         return [kind() for kind in kinds if kind not in known]

@@ -7,8 +7,9 @@ function of the epoch: nothing is counted, so nothing needs to be restored.
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,8 +203,13 @@ class Curriculum:
         """Return the row numbers of an epoch, int64, easiest first."""
         return self.order[: self.size(epoch)]
 
-    def subset(self, dataset: Dataset[Any], epoch: int) -> Subset[Any]:
-        """Return the rows of an epoch as a data set.
+    def epochs_alike(self, epoch: int) -> int | None:
+        """Return how many epochs, from this one on, have the same rows; ``None`` where all that may come do."""
+        later = [first - epoch for first in self.schedule if first > epoch and self.size(first) > self.size(epoch)]
+        return min(later, default=None)
+
+    def subset(self, dataset: Dataset[Any], epoch: int) -> EpochRows:
+        """Return the rows of an epoch as a data set, which warns where it is read in epochs that have more.
 
         Raises:
             DataError: The order names a row that the data set does not have.
@@ -213,7 +219,8 @@ class Curriculum:
                 f"the order names row {highest}, but the data set has {len(dataset)} rows"  # type: ignore[arg-type]
                 "; it was made of other rows: rank these"
             )
-        return Subset(dataset, array("q", self.rows(epoch).cpu().numpy().tobytes()))  # a list takes five times as much
+        rows = array("q", self.rows(epoch).cpu().numpy().tobytes())  # a list takes five times as much
+        return EpochRows(dataset, rows, epoch, self.epochs_alike(epoch))
 
     def num_steps(self, batch_size: int, max_epochs: int, world_size: int = 1, accumulate: int = 1) -> int:
         """Return how many optimizer steps a run takes, as Lightning counts them.
@@ -233,6 +240,42 @@ class Curriculum:
         """Return how many optimizer steps one epoch takes; arguments as for `num_steps`."""
         batches = math.ceil(math.ceil(self.size(epoch) / world_size) / batch_size)
         return math.ceil(batches / accumulate)
+
+
+class EpochRows(Subset[Any]):
+    """The rows of an epoch, which warn where a loader goes on with them when others should have come in.
+
+    Only what loaders read in this process counts: theirs that have workers are not seen.
+
+    Args:
+        dataset: Of all rows.
+        indices: Numbers of those of the epoch.
+        epoch: Its number.
+        epochs: How many epochs, from this one on, have these rows; ``None``: all.
+
+    Example:
+        >>> rows = Curriculum(torch.arange(4), {0: 0.5, 3: 1.0}).subset("abcd", epoch=1)
+        >>> list(rows), rows.epochs
+        (['a', 'b'], 2)
+    """
+
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], epoch: int, epochs: int | None) -> None:
+        super().__init__(dataset, indices)
+        self.epoch = epoch
+        self.epochs = epochs
+        self._read = 0
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Return the rows of a batch: so loaders ask, and nobody else."""
+        before, self._read = self._read, self._read + len(indices)
+        if self.epochs is not None and before <= self.epochs * len(self) < self._read:
+            warnings.warn(
+                f"the {len(self)} rows of epoch {self.epoch} are read again after the {self.epochs} epochs that have "
+                "these rows only: to let those in that come later, build the loader anew in every epoch (with "
+                "Lightning: add CurriculumCallback() to the callbacks)",
+                stacklevel=2,
+            )
+        return super().__getitems__(indices)
 
 
 def find_curriculum(trainer: Any) -> Curriculum | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import Optimizer
 
-from srd_lightning.curriculum.curriculum import find_curriculum
+from srd_lightning.curriculum.curriculum import EpochRows, find_curriculum
 from srd_lightning.errors import SettingError
 
 
@@ -32,12 +33,19 @@ class TrainingHooks(Callback):
                 "cached, and what an earlier run has left is used"
             )
         curriculum = find_curriculum(trainer)
-        reload_every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if curriculum is not None and len(set(curriculum.schedule.values())) > 1 and reload_every != 1:
-            raise SettingError(
-                f"the {type(trainer.datamodule).__name__} has a curriculum, but its loader would be built only once, "  # type: ignore[attr-defined]
-                "with the rows of the first stage: add CurriculumCallback() to the callbacks"
-            )
+        if curriculum is not None and curriculum.epochs_alike(0) is not None:
+            check_rebuilt(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse loaders that cannot grow, also of a curriculum that only they know.
+
+        Raises:
+            SettingError: They would be built only once.
+        """
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:
+            rows = getattr(loader, "dataset", None)
+            if isinstance(rows, EpochRows) and rows.epochs is not None:
+                check_rebuilt(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Get the student ready for answers, however it is spread."""
@@ -70,3 +78,19 @@ class TrainingHooks(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Check that a token of the epoch was trained on."""
         pl_module.token_normalizer.check_learnt()
+
+
+def check_rebuilt(trainer: Trainer) -> None:
+    """Refuse a trainer that builds its loaders only once: with a curriculum, no row would ever come in.
+
+    Raises:
+        SettingError: It does.
+    """
+    if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        whose = "training data" if data is None else type(data).__name__
+        raise SettingError(
+            f"the {whose} has a curriculum, but its loader would be built only once, with the rows of the first "
+            "stage: add CurriculumCallback() to the callbacks, with the curriculum, where the data module has none "
+            "of this name"
+        )

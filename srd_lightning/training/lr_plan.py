@@ -30,24 +30,26 @@ def stage_steps(trainer: Trainer) -> list[int]:
         One number per stage that the run reaches; a single one without a curriculum.
 
     Raises:
-        SettingError: The run has no end to plan for.
+        SettingError: The run has no end to plan for, or its loader no length.
     """
     endless = trainer.max_epochs in (None, -1)
     if endless and trainer.max_steps < 0:
         raise SettingError(
             "a learning-rate schedule needs the length of the run: set the trainer's max_epochs or max_steps"
         )
-    curriculum = find_curriculum(trainer)
     if endless:
         return [trainer.max_steps]
-    if curriculum is None:
-        return [int(trainer.estimated_stepping_batches)]
+    curriculum = find_curriculum(trainer)
+    same = _batches_of_loader(trainer) if curriculum is None else 0
+    if math.isinf(same):
+        return [trainer.max_steps]
     steps: dict[int, int] = {}
     left = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     for epoch in range(trainer.max_epochs or 0):
-        planned = int(min(_epoch_steps(trainer, curriculum, epoch), left))
+        batches = int(same) if curriculum is None else _batches(trainer, curriculum, epoch)
+        planned = int(min(math.ceil(batches / value_at(accumulation_of(trainer), epoch)), left))
         left -= planned
-        stage = curriculum.stage(epoch)
+        stage = 0 if curriculum is None else curriculum.stage(epoch)
         steps[stage] = steps.get(stage, 0) + planned
     return [count for count in steps.values() if count]
 
@@ -64,12 +66,23 @@ def accumulation_of(trainer: Trainer) -> dict[int, int]:
     return {0: trainer.accumulate_grad_batches}
 
 
-def _epoch_steps(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
+def _batches(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
     world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
     batches = curriculum.epoch_steps(epoch, _batch_size(trainer), world_size)
     limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return math.ceil(batches / value_at(accumulation_of(trainer), epoch))
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def _batches_of_loader(trainer: Trainer) -> float:
+    """Return the batches of every epoch of a run without a curriculum, infinite where ``max_steps`` ends it instead."""
+    trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if math.isinf(batches) and trainer.max_steps < 0:
+        raise SettingError(
+            "cannot plan the steps of a schedule of the learning rate: the training loader has no length; set the "
+            "trainer's max_steps, or leave lr_scheduler out"
+        )
+    return batches
 
 
 def _batch_size(trainer: Trainer) -> int:
