@@ -241,3 +241,9 @@ def test_what_goes_together_is_trained():
     trainer.fit(KDLightningModule(tiny_model(0), tiny_model(1), micro_batch_tokens=50), datamodule=data)
     assert trainer.global_step == 1
     assert torch.isfinite(trainer.callback_metrics["train_loss"])
+
+
+def test_a_module_is_not_compiled_as_a_whole():
+    """The students are compiled alone."""
+    module = torch.compile(KDLightningModule(tiny_model(0), tiny_model(1)))
+    refused(module, r"torch\.compile\(KDLightningModule\) would compile what is counted .* student\.compile\(\)")

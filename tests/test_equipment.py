@@ -48,38 +48,45 @@ def parts(folder, **options):
     return module, data
 
 
+def tensorboard(folder):
+    pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed", exc_type=ImportError)
+    return loggers.TensorBoardLogger(folder)
+
+
 EQUIPMENT = {
-    "early stopping": lambda folder: {"callbacks": [callbacks.EarlyStopping("val_nll", patience=9)]},
-    "checkpoints by metric": lambda folder: {
-        "callbacks": [callbacks.ModelCheckpoint(folder, monitor="val_kl", save_top_k=2, save_last=True)],
+    "what watches": lambda folder: {
+        "callbacks": [
+            callbacks.EarlyStopping("val_nll", patience=9),
+            callbacks.ModelCheckpoint(folder, monitor="val_kl", save_top_k=2, save_last=True),
+            callbacks.OnExceptionCheckpoint(folder),
+            callbacks.LearningRateMonitor(),
+            callbacks.DeviceStatsMonitor(cpu_stats=True),
+            callbacks.Timer("00:01:00:00"),
+        ],
+        "logger": loggers.CSVLogger(folder),
+        "log_every_n_steps": 1,
         "enable_checkpointing": True,
     },
     "SWA": lambda folder: {"callbacks": [callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)]},
-    "EMA": lambda folder: {"callbacks": [callbacks.EMAWeightAveraging(0.9)]},
-    "weight averaging": lambda folder: {"callbacks": [callbacks.WeightAveraging()]},
-    "learning rates": lambda folder: {
-        "callbacks": [callbacks.LearningRateMonitor()],
-        "logger": loggers.CSVLogger(folder),
-        "log_every_n_steps": 1,
+    "EMA": lambda folder: {"callbacks": [callbacks.EMAWeightAveraging(decay=0.9)]},
+    "steps": lambda folder: {
+        "callbacks": [callbacks.GradientAccumulationScheduler({1: 2})],
+        "gradient_clip_val": 1.0,
+        "val_check_interval": 1,
+        "detect_anomaly": True,
     },
-    "accumulation by epoch": lambda folder: {"callbacks": [callbacks.GradientAccumulationScheduler({1: 2})]},
-    "timer": lambda folder: {"callbacks": [callbacks.Timer("00:01:00:00")]},
-    "device stats": lambda folder: {
-        "callbacks": [callbacks.DeviceStatsMonitor(True)],
-        "logger": loggers.CSVLogger(folder),
+    "TQDM": lambda folder: {
+        "callbacks": [callbacks.TQDMProgressBar(), callbacks.RichModelSummary()],
+        "enable_progress_bar": True,
+        "enable_model_summary": True,
+        "profiler": profilers.SimpleProfiler(folder, "simple"),
     },
-    "exception checkpoint": lambda folder: {"callbacks": [callbacks.OnExceptionCheckpoint(folder)]},
-    "summary": lambda folder: {"callbacks": [callbacks.RichModelSummary()], "enable_model_summary": True},
-    "TQDM": lambda folder: {"callbacks": [callbacks.TQDMProgressBar()], "enable_progress_bar": True},
-    "Rich": lambda folder: {"callbacks": [callbacks.RichProgressBar()], "enable_progress_bar": True},
-    "simple profiler": lambda folder: {"profiler": profilers.SimpleProfiler(folder, "simple")},
-    "advanced profiler": lambda folder: {"profiler": profilers.AdvancedProfiler(folder, "advanced")},
-    "CSV": lambda folder: {"logger": loggers.CSVLogger(folder)},
-    "TensorBoard": lambda folder: {"logger": pytest.importorskip("tensorboard") and loggers.TensorBoardLogger(folder)},
-    "clipping": lambda folder: {"gradient_clip_val": 1.0},
-    "anomalies": lambda folder: {"detect_anomaly": True},
-    "validation within epochs": lambda folder: {"val_check_interval": 1},
-    "bfloat16": lambda folder: {"precision": "bf16-mixed"},
+    "Rich": lambda folder: {
+        "callbacks": [callbacks.RichProgressBar()],
+        "enable_progress_bar": True,
+        "profiler": profilers.AdvancedProfiler(folder, "advanced"),
+    },
+    "TensorBoard": lambda folder: {"logger": tensorboard(folder), "log_every_n_steps": 1},
 }
 
 

@@ -38,6 +38,7 @@ def check_run(module: Any, trainer: Trainer) -> None:
     Raises:
         SRDError: Of the first check that fails.
     """
+    check_not_compiled(module)
     schedules = [getattr(callback, "schedules", {}) for callback in callbacks_of(trainer)]
     trains = trainer.state.fn == "fit"
     teacher, step = module.teacher_handle, module.step
@@ -292,6 +293,20 @@ def check_precision(trainer: Trainer, make_optimizer: Callable[[Any], Any]) -> N
             f"gradient_clip_val {trainer.gradient_clip_val} and precision 16-mixed need an optimizer that leaves "
             f"gradients to be unscaled first, which a fused {type(optimizer).__name__} does not; set fused to "
             "false for the optimizer, or use precision bf16-mixed"
+        )
+
+
+def check_not_compiled(module: Any) -> None:
+    """Check that ``torch.compile`` was not given the module itself.
+
+    Raises:
+        SettingError: It was.
+    """
+    if module._compiler_ctx is not None:
+        raise SettingError(
+            f"torch.compile({type(module).__name__}) would compile what is counted and logged around the models too, "
+            "which takes minutes or fails: give the module as it is, and compile=True to its class, or compile the "
+            "student alone, student.compile()"
         )
 
 
