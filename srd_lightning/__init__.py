@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from srd_lightning.callbacks.runtime import RuntimeBenchmark
     from srd_lightning.checkpoints.resume_checkpoint import ResumeCheckpoint
     from srd_lightning.curriculum.curriculum import Curriculum
-    from srd_lightning.curriculum.ranking import reciprocal_rank_fusion
+    from srd_lightning.curriculum.ranking import order_by_id, reciprocal_rank_fusion
+    from srd_lightning.curriculum.samplers import CurriculumSampler, WholeRunSampler
     from srd_lightning.data.samplers import LengthGrouped
     from srd_lightning.data.templates import ALPACA, ChatTemplate, Example, PromptTemplate
     from srd_lightning.datamodule import SRDDataModule
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from srd_lightning.module import KDLightningModule
     from srd_lightning.rollouts import GKD, DistiLLM, MiniLLM, ReflectionReplay, Rollouts
     from srd_lightning.teacher.handle import CacheSettings
+    from srd_lightning.transformers_trainer import CurriculumTrainerCallback
 
 _HOME = {
     "ALPACA": "data.templates",
@@ -72,6 +74,8 @@ _HOME = {
     "ContrastivePair": "losses",
     "Curriculum": "curriculum",
     "CurriculumCallback": "callbacks",
+    "CurriculumSampler": "curriculum",
+    "CurriculumTrainerCallback": "transformers_trainer",
     "Decoding": "models.generation",
     "DistiLLM": "rollouts",
     "DistillationLoss": "losses",
@@ -112,8 +116,10 @@ _HOME = {
     "TokenTemperature": "losses",
     "TotalVariation": "losses",
     "TrainingClock": "callbacks",
+    "WholeRunSampler": "curriculum",
     "chunked_objective": "losses.chunked",
     "default_callbacks": "callbacks",
+    "order_by_id": "curriculum",
     "reciprocal_rank_fusion": "curriculum.ranking",
 }
 
@@ -133,6 +139,8 @@ __all__ = [
     "ContrastivePair",
     "Curriculum",
     "CurriculumCallback",
+    "CurriculumSampler",
+    "CurriculumTrainerCallback",
     "Decoding",
     "DistiLLM",
     "DistillationLoss",
@@ -170,8 +178,10 @@ __all__ = [
     "TokenTemperature",
     "TotalVariation",
     "TrainingClock",
+    "WholeRunSampler",
     "chunked_objective",
     "default_callbacks",
+    "order_by_id",
     "reciprocal_rank_fusion",
 ]
 

@@ -9,7 +9,7 @@ from tiny import LOSSES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from srd_lightning.callbacks.hyperparameters import assign
+from srd_lightning.curriculum.staged_values import assign
 from srd_lightning.errors import SettingError
 from srd_lightning.losses import (
     TAID,

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from math import isfinite
-from numbers import Real
 from operator import attrgetter
-from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from srd_lightning.curriculum.curriculum import check_schedule, find_curriculum, never_reached, value_at
+from srd_lightning.curriculum.curriculum import find_curriculum, never_reached, value_at
+from srd_lightning.curriculum.staged_values import assign, check_values, try_values
 from srd_lightning.errors import SettingError
 from srd_lightning.preflight import callbacks_of
 
@@ -43,11 +40,8 @@ class HyperparameterScheduler(Callback):
         self._follows_stages = schedules is None
         if schedules is None:  # until the stages are known
             schedules = {name: dict(enumerate(ends)) for name, ends in PAPER.items()}
-        self.schedules = {name: check_schedule(schedule, name) for name, schedule in schedules.items()}
+        self.schedules = check_values(schedules)
         self.logged = [f"schedule/{name}" for name in self.schedules]
-        for name, schedule in self.schedules.items():
-            if wrong := [value for value in schedule.values() if not isinstance(value, Real) or not isfinite(value)]:
-                raise SettingError(f"the values of {name} must be numbers, but one is {wrong[0]!r}")
 
     def values(self, epoch: int) -> dict[str, float]:
         """Return the values that hold in an epoch."""
@@ -140,33 +134,3 @@ def over_stages(first: float, last: float, epochs: list[int]) -> dict[int, float
     """
     steps = len(epochs) - 1
     return {epoch: round(first + (last - first) * stage / steps, 6) for stage, epoch in enumerate(epochs)}
-
-
-def assign(module: Any, name: str, value: float) -> None:
-    """Give an attribute of a module, which may be dotted, a value."""
-    owner, _, attribute = name.rpartition(".")
-    setattr(attrgetter(owner)(module) if owner else module, attribute, value)
-
-
-def try_values(module: Any, name: str, schedule: dict[int, float]) -> None:
-    """Give an attribute every value of a schedule once, and then the one that it had.
-
-    Raises:
-        SettingError: It is not there, is not a number, or does not take a value.
-    """
-    path, _, attribute = name.rpartition(".")
-    try:
-        owner = attrgetter(path)(module) if path else module
-        former = getattr(owner, attribute)
-    except AttributeError as error:
-        raise SettingError(f"{type(module).__name__} has no attribute {name!r} to schedule: {error}") from error
-    if former is not None and not isinstance(former, (int, float, Tensor)):
-        raise SettingError(
-            f"{name} of {type(module).__name__} is a {type(former).__name__}, not a number that can be scheduled"
-        )
-    for epoch, value in schedule.items():
-        try:
-            setattr(owner, attribute, value)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise SettingError(f"the schedule of {name} cannot begin {value} at epoch {epoch}: {error}") from error
-        setattr(owner, attribute, former)

@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from srd_lightning.callbacks.hyperparameters import assign, try_values
+from srd_lightning.curriculum.staged_values import assign, try_values
 from srd_lightning.errors import SettingError
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import KnowsStepLoss

@@ -256,6 +256,35 @@ def _shuffle(number: int, seed: int) -> Tensor:
     return torch.randperm(number, generator=torch.Generator().manual_seed(seed))
 
 
+def order_by_id(ranked: Sequence[object], ids: Sequence[object]) -> Tensor:
+    """Return the order of a ranking, such as that in ``ranking.parquet``, as row numbers of another data set.
+
+    Args:
+        ranked: Ids, easiest first.
+        ids: Of the rows of the data set, in its order; rows that were not ranked stay out.
+
+    Returns:
+        Row numbers ``[N]``, int64, for `Curriculum`.
+
+    Raises:
+        DataError: An id stands twice, or is ranked and not in the data set.
+
+    Example:
+        >>> order_by_id(["c", "a"], ["a", "b", "c"])
+        tensor([2, 0])
+    """
+    places = {str(name): place for place, name in enumerate(ids)}
+    for what, names in (("the data set", ids), ("the ranking", ranked)):
+        if twice := len(names) - len({str(name) for name in names}):
+            raise DataError(f"ids must stand once, but {twice} of {len(names)} in {what} stand there before")
+    if unknown := [str(name) for name in ranked if str(name) not in places]:
+        raise DataError(
+            f"the ranking has {len(unknown)} ids that the data set has not, such as {unknown[0]!r}; rank its rows, or "
+            "give it the ids that were ranked"
+        )
+    return torch.tensor([places[str(name)] for name in ranked], dtype=torch.int64)
+
+
 def digest_of_order(order: Tensor) -> str:
     """Return a digest of row numbers.
 
