@@ -134,3 +134,29 @@ def test_own_data_with_our_module(devices, run):
     seen, _ = rows_by_epoch(records)
     assert seen[0] == {(n, n + 1, n + 2, n + 1, n) for n in range(2, 12)}
     assert {"val_nll", "val_kl", "train_kd", "train_ce"} <= set(records[0]["metrics"])
+
+
+@both
+def test_own_scores(devices, run):
+    """7 n mod 12 mistakes in row n: six of the rows have fewer than 6."""
+    sys.path.insert(0, str(PROJECTS))
+    import distil
+
+    records, _ = run("own_scores", devices)
+    seen, _ = rows_by_epoch(records)
+    tokens = [
+        tuple(byte_ids(example.prompt) + byte_ids(example.response) + [1])
+        for example in map(ALPACA, distil.make_rows())
+    ]
+    assert seen[0] == {tokens[n] for n in range(12) if 7 * n % 12 < 6}
+    assert seen[1] == set(tokens[:12])
+    assert records[0]["steps"] == references.count_steps([6, 12], 2, world_size=devices)
+
+
+def test_own_command_line_with_classes_that_derive_from_ours(run):
+    records, _ = run("own_cli", 1)
+    seen, _ = rows_by_epoch(records)
+    assert [len(rows) for rows in seen.values()] == [6, 12]
+    assert seen[0] < seen[1]
+    assert records[0]["steps"] == references.count_steps([6, 12], 2)
+    assert {"squares", "train_kd"} <= set(records[0]["metrics"])

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class Seen(TrainerCallback):
 def main(folder, stop=None, **options):
     set_seed(0)
     curriculum = Curriculum(reciprocal_rank_fusion(-torch.arange(16.0)), SCHEDULE)
-    run = WholeRunSampler(CurriculumSampler(curriculum), EPOCHS, rows_per_step=4)
+    run = WholeRunSampler(CurriculumSampler(curriculum), EPOCHS, 4 * int(os.environ.get("WORLD_SIZE", 1)))
     loss = ForwardKL()
     seen = Seen(loss, run)
     settings = {
