@@ -136,13 +136,32 @@ def test_python_runs_or_is_python(page, code, folder):
     compiled = compile(code, str(page), "exec")
     if any(f"from {package} " in code and not find_spec(package) for package in OTHERS):
         return
-    if page.name == "README.md" or not re.search(r"^(?:from|import) ", code, re.MULTILINE):
-        return  # test_readme.py runs the former; the latter is a part of something
+    if page.name in ("README.md", "projects.md") or not re.search(r"^(?:from|import) ", code, re.MULTILINE):
+        return  # tests of their own run the former; the latter is a part of something
     write_runs(folder / "runs")
+    expected = printed_in(code)
+    assert prints(compiled, {"__name__": "pasted"}) == expected or not expected
+
+
+def printed_in(code):
+    """Return what a block says that it prints."""
+    return re.findall(r"^print\(.*  # (.*)$", code, re.MULTILINE)
+
+
+def prints(code, names):
+    """Return the lines that code prints."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec(compiled, {"__name__": "pasted"})
-    expected = re.findall(r"^print\(.*  # (.*)$", code, re.MULTILINE)
-    assert not expected or said.getvalue().splitlines() == expected
+        exec(code, names)
+    return said.getvalue().splitlines()
+
+
+def test_projects_are_one_program(folder):
+    names, page = {"__name__": "pasted"}, ROOT / "docs/projects.md"
+    for _, code in [block for block in PYTHON if block[0] == page]:
+        if "accelerate" in code or "import Trainer" in code:
+            pytest.importorskip("accelerate", reason="accelerate is not installed")
+        lines = prints(compile(code, str(page), "exec"), names)
+        assert [line for line in lines if not line.startswith("{'")] == printed_in(code), code
 
 
 def write_runs(folder):

@@ -39,6 +39,16 @@ def test_loops_of_others_see_the_planned_rows(project, devices, tmp_path):
         assert [record["steps"] for record in records] == [steps] * devices
 
 
+@pytest.mark.parametrize("project", ["own_fabric", pytest.param("own_accelerate", marks=needs_accelerate)])
+def test_loops_of_others_that_are_resumed_see_the_rows_of_their_epoch(project, tmp_path):
+    """Both would tell a sampler that has ``set_epoch`` that it is the first one."""
+    for folder, first in ((tmp_path / "whole", 0), (tmp_path / "resumed", 2)):
+        folder.mkdir()
+        run_project(project, folder, first)
+    (whole,), (resumed,) = records_of(tmp_path / "whole", 1), records_of(tmp_path / "resumed", 1)
+    assert resumed["epochs"] == {epoch: whole["epochs"][epoch] for epoch in ("2", "3")}
+
+
 @needs_accelerate
 @both
 def test_the_trainer_of_transformers(devices, tmp_path):
@@ -127,7 +137,7 @@ class TestCurriculumSampler:
             expected = DistributedSampler(pool, ranks, rank, shuffle=True, seed=3)
             expected.set_epoch(epoch)
             sampler = CurriculumSampler(self.CURRICULUM, ranks, rank, seed=3)
-            sampler.set_epoch(epoch)
+            sampler.epoch = epoch
             assert list(sampler) == [pool[place] for place in expected]
             assert len(sampler) == len(expected)
 
@@ -135,7 +145,7 @@ class TestCurriculumSampler:
         run, expected = WholeRunSampler(CurriculumSampler(self.CURRICULUM), 3, rows_per_step=3), []
         for epoch in range(3):
             sampler = CurriculumSampler(self.CURRICULUM)
-            sampler.set_epoch(epoch)
+            sampler.epoch = epoch
             rows = list(sampler)
             expected += [*rows, *rows[: -len(rows) % 3]]
         assert list(run) == list(run) == expected

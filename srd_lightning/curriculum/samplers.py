@@ -21,6 +21,9 @@ from srd_lightning.errors import SettingError
 class CurriculumSampler(Sampler[int]):
     """The rows of one epoch in random order, dealt to the ranks as `DistributedSampler` deals them.
 
+    The epoch is an attribute, ``sampler.epoch = epoch``, to be set before each of them. There is no ``set_epoch``:
+    Fabric and Accelerate would call that by themselves, with a count that begins anew in a run that is resumed.
+
     Args:
         curriculum: Of the rows of a data set.
         num_replicas: Ranks that see different rows; the first rows of the order fill up what the last ones lack. 1
@@ -35,7 +38,7 @@ class CurriculumSampler(Sampler[int]):
         >>> sampler = CurriculumSampler(Curriculum(torch.tensor([3, 0, 2, 1]), {0: 0.5, 1: 1.0}))
         >>> list(sampler), len(sampler)
         ([3, 0], 2)
-        >>> sampler.set_epoch(1)
+        >>> sampler.epoch = 1
         >>> list(sampler), len(sampler)
         ([0, 1, 2, 3], 4)
     """
@@ -48,10 +51,7 @@ class CurriculumSampler(Sampler[int]):
         self.rank = rank
         self.seed = seed
         self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Have the rows of an epoch; call it before each of them."""
-        self.epoch = epoch
+        """Whose rows it has."""
 
     def __len__(self) -> int:
         """Return how many rows this rank has in the epoch."""
@@ -124,7 +124,7 @@ class WholeRunSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Deal the row numbers of all epochs."""
         for epoch in range(self.max_epochs):
-            self.epochs.set_epoch(epoch)
+            self.epochs.epoch = epoch
             rows = list(self.epochs)
             for place in range(self.epochs.curriculum.epoch_steps(epoch, self.rows_per_step) * self.rows_per_step):
                 yield rows[place % len(rows)]

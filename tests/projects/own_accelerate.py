@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from srd_lightning import CurriculumSampler
 
 
-def main(folder):
+def main(folder, first=0):
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     model = nn.Linear(1, 1)
@@ -20,8 +20,8 @@ def main(folder):
         model, torch.optim.SGD(model.parameters(), lr=0.001), DataLoader(Numbers(), batch_size=3, sampler=sampler)
     )
     seen, steps = {}, 0
-    for epoch in range(EPOCHS):
-        sampler.set_epoch(epoch)
+    for epoch in range(int(first), EPOCHS):
+        sampler.epoch = epoch
         for batch in loader:
             seen.setdefault(epoch, []).extend(batch.tolist())
             accelerator.backward((model(batch) - 2 * batch).square().mean())

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from srd_lightning import CurriculumSampler
 
 
-def main(folder):
+def main(folder, first=0):
     fabric = Fabric(accelerator="cpu", devices=RANKS, strategy="ddp" if RANKS > 1 else "auto")
     fabric.launch()
     fabric.seed_everything(0)
@@ -21,8 +21,8 @@ def main(folder):
     loader = DataLoader(Numbers(), batch_size=3, sampler=sampler)
     loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)  # ours deals to the ranks
     seen, steps = {}, 0
-    for epoch in range(EPOCHS):
-        sampler.set_epoch(epoch)
+    for epoch in range(int(first), EPOCHS):
+        sampler.epoch = epoch
         for batch in loader:
             seen.setdefault(epoch, []).extend(batch.tolist())
             fabric.backward((model(batch) - 2 * batch).square().mean())

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from srd_lightning import CurriculumSampler
 
 
-def main(folder):
+def main(folder, first=0):
     if RANKS > 1:
         torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
@@ -20,8 +20,8 @@ def main(folder):
     sampler = CurriculumSampler(curriculum(), RANKS, RANK)  # was: shuffle=True
     loader = DataLoader(Numbers(), batch_size=3, sampler=sampler)
     seen, steps = {}, 0
-    for epoch in range(EPOCHS):
-        sampler.set_epoch(epoch)
+    for epoch in range(int(first), EPOCHS):
+        sampler.epoch = epoch
         for batch in loader:
             seen.setdefault(epoch, []).extend(batch.tolist())
             (model(batch) - 2 * batch).square().mean().backward()
