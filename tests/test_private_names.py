@@ -136,3 +136,18 @@ def test_the_parser_lists_its_settings():
 
 def test_the_command_line_sets_its_seed_by_a_method_that_ours_replaces():
     assert parameters(LightningCLI._set_seed) == ["self"]
+
+
+def test_a_module_that_torch_compiles_says_so_privately():
+    """`compatibility` refuses it."""
+    from lightning.pytorch.utilities.compile import from_compiled
+
+    assert BoringModel()._compiler_ctx is None
+    assert from_compiled(torch.compile(BoringModel()))._compiler_ctx is not None
+
+
+def test_the_trainer_of_transformers_asks_one_method_for_its_sampler():
+    """The manual has it return a `WholeRunSampler`."""
+    from transformers import Trainer
+
+    assert parameters(Trainer._get_train_sampler) == ["self", "train_dataset"]

@@ -75,7 +75,8 @@ def _batches(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
 
 def _batches_of_loader(trainer: Trainer) -> float:
     """Return the batches of every epoch of a run without a curriculum, infinite where ``max_steps`` ends it instead."""
-    trainer.fit_loop.setup_data()
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
     if math.isinf(batches) and trainer.max_steps < 0:
         raise SettingError(
