@@ -38,9 +38,8 @@ class Few(SRDDataModule):
 def main(callbacks=(), **trainer_options):
     folder = Path(trainer_options["default_root_dir"])
     for seed, name in enumerate(["student", "teacher"]):
-        if not (folder / name).exists() and trainer_options["devices"] == 1:
-            tiny(seed).save_pretrained(folder / name)
-            ByT5Tokenizer().save_pretrained(folder / name)
+        tiny(seed).save_pretrained(folder / name)
+        ByT5Tokenizer().save_pretrained(folder / name)
     model = {"class_path": "own_cli.Mine", "init_args": {"decay": 0.01, "student": str(folder / "student")}}
     model["init_args"] |= {"teacher": str(folder / "teacher"), "loss": {"class_path": "srd_lightning.ForwardKL"}}
     data = {"class_path": "own_cli.Few", "init_args": {"rows": 12, "schedule": {0: 0.5, 1: 1.0}, "batch_size": 2}}
