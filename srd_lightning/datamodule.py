@@ -240,26 +240,50 @@ class SRDDataModule(LightningDataModule):
             trainer: Of the run; without, the rank is the only one and the folder the current one.
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
         """
-        root, device = Path.cwd(), None
+        refuse_others = functools.partial(check_rows, outline_to_resume(trainer), self)
+        root = self.read_for(module, trainer, stage)
+        if stage == "fit":
+            self._stage_rows(self.reflecting(module, trainer), root, refuse_others)
+
+    def read_for(self, module: Any, trainer: Trainer | None, stage: str = "fit") -> Path:
+        """Do what comes before the curation: check what can be known, read and tokenise once.
+
+        Args:
+            module: As for `set_up_for`.
+            trainer: As for `set_up_for`.
+            stage: As for `set_up_for`.
+
+        Returns:
+            The folder of the run.
+        """
+        root = Path.cwd()
         if trainer is not None:
-            root, device = Path(trainer.default_root_dir), trainer.strategy.root_device
+            root = Path(trainer.default_root_dir)
             run_preflight(trainer, module)
         if self._follows_epochs:
             self.curator = self._curator_of(
                 paper_schedule(None if trainer is None else trainer.max_epochs), refresh=self._refresh
             )
         self._check_settings(stage, module, trainer, root)
-        refuse_others = functools.partial(check_rows, outline_to_resume(trainer), self)
-        refuse_others(self._settings)
+        check_rows(outline_to_resume(trainer), self, self._settings)
         if self._read_rows is None or self._made_for_another(module):
             self.read_rows(stage, module)
         if stage == "fit":
-            student = ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device, trainer)
-            self._stage_rows(student, root, refuse_others)
+            check_splits(self.rows, "fit")
+        return root
+
+    def reflecting(self, module: Any, trainer: Trainer | None) -> ReflectingStudent:
+        """Return who reflects; arguments are those of `set_up_for`."""
+        device = None if trainer is None else trainer.strategy.root_device
+        return ReflectingStudent(self.student, module, self.tokenizer, self.reader.template, device, trainer)
+
+    def find_leaks(self) -> None:
+        """Report training rows that stand twice or in another split; leave the latter out under ``decontaminate``."""
+        assert self._read_rows is not None, "the rows are read first"
+        self._read_rows.find_leaks(drop=self.decontaminate)
 
     def _stage_rows(self, student: ReflectingStudent, root: Path, refuse_others: Callable[[Any], None]) -> None:
         """Curate, unless that was done for the same module and root, and begin with the first stage."""
-        check_splits(self.rows, "fit")
         refuse_others(self._digests_of_rows)
         last = self.staged
         if last is not None and last.student.module is student.module and last.root == root:
@@ -267,8 +291,7 @@ class SRDDataModule(LightningDataModule):
             if result.curriculum.schedule != self.curator.schedule:  # other epochs
                 result = replace(result, curriculum=self.curator.staged(result.order))
         else:  # another student, or another run
-            assert self._read_rows is not None
-            self._read_rows.find_leaks(drop=self.decontaminate)
+            self.find_leaks()
             with self._around("curation"):
                 result = self.curator.curate(self.rows["train"], student, root, self.reports["train"].dropped)
         self.staged = StagedRows(self.curator, self.rows["train"], student, root, result)

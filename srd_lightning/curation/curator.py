@@ -24,7 +24,7 @@ from srd_lightning.criteria.base import Column, Criterion, check_criteria
 from srd_lightning.criteria.standard import NegativeLogLikelihood, RougeL
 from srd_lightning.curation.answered_rows import AnsweredRows
 from srd_lightning.curation.external_scores import check_scores_file, read_scores
-from srd_lightning.curation.reflection import Reflector
+from srd_lightning.curation.reflection import Known, Reflector
 from srd_lightning.curation.result import CurationResult
 from srd_lightning.curation.score_store import Scores, stored_scores
 from srd_lightning.curation.student_source import ReflectingStudent
@@ -199,6 +199,24 @@ class Curator:
         model = student.untrained()
         fingerprint = self.reflector.fingerprint(rows, model, student)
         return self.reflector.scores(rows, model, student, self._folder(root, fingerprint), fingerprint)
+
+    def look(self, rows: Dataset, student: ReflectingStudent, root: Path) -> Known:
+        """Return the scores that there are already; nothing is written, and nobody reflects.
+
+        Args:
+            rows: Tokenised.
+            student: Who would reflect.
+            root: Folder of the run.
+
+        Raises:
+            StorageError: The folder holds scores that were made of something else.
+        """
+        if not self.ranks:
+            return Known({}, [])
+        if self.scores_file is not None:
+            return Known(read_scores(self.scores_file, rows, self.criteria, student.tokenizer).columns, [])
+        fingerprint = self.reflector.fingerprint(rows, student.untrained(), student)
+        return self.reflector.look(rows, self._folder(root, fingerprint), fingerprint)
 
     def scores_again(self, rows: Dataset, student: ReflectingStudent, root: Path, first: int) -> Scores:
         """Let the student, as trained so far, reflect on rows.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding, end_tokens
 from srd_lightning.models.lockstep import share
 from srd_lightning.progress import progress_bar
+from srd_lightning.results_folder import MANIFEST
 
 SCORING_VERSION = "2"
 """Rises when the same inputs would give other scores."""
@@ -61,6 +63,18 @@ def fixed_batches(rows: Dataset, tokens_per_batch: int, decoding: Decoding) -> l
             batches.append(order[first:position])
             first, longest_prompt, longest_rest = position, prompts[row], rests[row]
     return [*batches, order[first:]]
+
+
+class Known(NamedTuple):
+    """Which scores there are before a reflection.
+
+    Args:
+        columns: Scores by column, ``[N]``, NaN where there is none.
+        unscored: Batches that lack some, each with its number and its row numbers.
+    """
+
+    columns: dict[str, Floats]
+    unscored: list[tuple[int, RowNumbers]]
 
 
 @dataclass(frozen=True)
@@ -138,6 +152,25 @@ class Reflector:
                     self._reflect(rows, todo[team.rank :: team.size], model, student, store, check)
                 columns = team.rank0_result(finish)
         return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers, store.cut)
+
+    def look(self, rows: Dataset, folder: Path, made_of: Mapping[str, str]) -> Known:
+        """Return the scores that there are; nothing is written.
+
+        Args:
+            rows: Tokenised rows.
+            folder: Where the scores are kept.
+            made_of: Their fingerprint.
+
+        Raises:
+            StorageError: The folder holds scores that were made of something else.
+        """
+        names, ids = [criterion.column for criterion in self.criteria], ids_of(rows)
+        columns = dict.fromkeys(names, np.full(len(rows), np.nan))
+        if (folder / MANIFEST).exists():
+            store = ScoreStore.reopen(folder)
+            store.refuse_another(made_of, {criterion.column: criterion.settings() for criterion in self.criteria})
+            columns = store.columns(ids, names)
+        return Known(columns, self._unscored(rows, columns))
 
     def _reflect(
         self,

@@ -58,11 +58,8 @@ class ScoreStore:
         kept = _results(self.folder)
         found = kept.manifest(made_of=dict, criteria=dict)
         stored: Any = {"made_of": dict(made_of), "criteria": {}} if found is None else found
-        different = [part for part in made_of if stored["made_of"].get(part) != made_of[part]]
-        known = stored["criteria"].keys() & criteria.keys()
-        different += [column for column in sorted(known) if stored["criteria"][column] != criteria[column]]
-        kept.refuse(different)
-        if found is None or known != criteria.keys():
+        kept.refuse(_different(stored, made_of, criteria))
+        if found is None or not criteria.keys() <= stored["criteria"].keys():
             stored["criteria"] |= criteria
             kept.write_manifest(stored)
 
@@ -71,6 +68,11 @@ class ScoreStore:
         """Open a folder as it is, whatever its scores were made of."""
         stored = _results(folder).manifest(made_of=dict) or {"made_of": {}}
         return cls(folder, stored["made_of"], {})
+
+    def refuse_another(self, made_of: Mapping[str, str], criteria: Mapping[str, str]) -> None:
+        """Raise where the scores are not of this, as making the store with it would; nothing is written."""
+        kept = _results(self.folder)
+        kept.refuse(_different(kept.manifest(made_of=dict, criteria=dict) or {}, made_of, criteria))
 
     @classmethod
     @contextmanager
@@ -198,6 +200,13 @@ def by_id(table: pa.Table, ids: pa.Array, names: Sequence[str]) -> dict[str, Flo
 
 def _results(folder: Path) -> ResultsFolder:
     return ResultsFolder(folder, "scores", "scores")
+
+
+def _different(stored: Mapping[str, Any], made_of: Mapping[str, str], criteria: Mapping[str, str]) -> list[str]:
+    """Return which parts of what scores were made of, and which columns, are others in a manifest."""
+    known = stored["criteria"].keys() & criteria.keys()
+    parts = [part for part in made_of if stored["made_of"].get(part) != made_of[part]]
+    return [*parts, *(column for column in sorted(known) if stored["criteria"][column] != criteria[column])]
 
 
 def _one_row_per_id(table: pa.Table) -> pa.Table:

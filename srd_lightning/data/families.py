@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +20,7 @@ from srd_lightning.data.batches import DECODER_INPUT, collate, padded
 from srd_lightning.losses.base import IGNORE_INDEX
 
 Tokens = list[list[int]]
+Ints = NDArray[np.int64]
 
 
 class Family(Protocol):
@@ -36,6 +39,9 @@ class Family(Protocol):
         self, rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to_multiple_of: int = 1
     ) -> dict[str, Tensor]:
         """Return the batch of tokenised rows."""
+
+    def padded_apart(self, prompt_lengths: Ints, lengths: Ints) -> list[Ints]:
+        """Return the lengths, ``[N]`` each, of the texts of N rows that a batch pads each for itself."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class Decoder:
     ) -> dict[str, Tensor]:
         """See `batches.collate`."""
         return collate(rows, pad_token_id, pad_to_multiple_of)
+
+    def padded_apart(self, prompt_lengths: Ints, lengths: Ints) -> list[Ints]:
+        """Return the lengths of prompt and response together."""
+        return [lengths]
 
 
 DECODER = Decoder()
@@ -134,6 +144,10 @@ class EncoderDecoder:
             "labels": labels,
             DECODER_INPUT: shifted,
         }
+
+    def padded_apart(self, prompt_lengths: Ints, lengths: Ints) -> list[Ints]:
+        """Return the lengths of prompts, and those of responses."""
+        return [prompt_lengths, lengths - prompt_lengths]
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -79,13 +79,30 @@ class Loaders:
         found = np.ones(len(pool), dtype=np.bool_)
         for rank in range(ranks):
             whose = {"num_replicas": ranks, "rank": rank}
-            sampler = sampler_of(self.sampler, pool, lengths, batch_size, whose, self.seed)
-            sampler.set_epoch(epoch)
-            places = np.fromiter(sampler, dtype=np.int64)
+            places = self.places(pool, lengths, epoch, batch_size, whose)
             for number, first in enumerate(range(0, len(places), batch_size)):
                 if not is_wanted(number):
                     found[places[first : first + batch_size]] = False
         return found
+
+    def places(
+        self, pool: Any, lengths: Lengths, epoch: int, batch_size: int, ranks: Mapping[str, int]
+    ) -> NDArray[np.int64]:
+        """Return the places in the pool of the rows that a rank sees in an epoch, batch after batch.
+
+        Args:
+            pool: As for `train`.
+            lengths: As for `train`.
+            epoch: As for `train`.
+            batch_size: As for `train`.
+            ranks: As for `train`.
+
+        Returns:
+            ``[ceil(N / num_replicas)]``
+        """
+        sampler = sampler_of(self.sampler, pool, lengths, batch_size, ranks, self.seed)
+        sampler.set_epoch(epoch)
+        return np.fromiter(sampler, dtype=np.int64)
 
     def evaluation(
         self, rows: Any, batch_size: int, ranks: Mapping[str, int], collate: Collate, pin_memory: bool

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import numpy as np
 import torch
+from datasets import Dataset
 from lightning import Trainer
+from numpy.typing import NDArray
 from torch import nn
 
 from srd_lightning.digests import digest
@@ -20,7 +23,7 @@ from srd_lightning.errors import SettingError
 from srd_lightning.models.pretrained import Pretrained, dtype_named
 from srd_lightning.protocols import Around, HasCuratedRows, unwatched
 from srd_lightning.storage import check_folder
-from srd_lightning.teacher.cache import check_same
+from srd_lightning.teacher.cache import TeacherCache, check_same
 from srd_lightning.teacher.live import CachedTeacher, HiddenStates, TopK
 from srd_lightning.teacher.precompute import cache_teacher, width_of
 from srd_lightning.teacher.products import cast_products
@@ -145,6 +148,23 @@ class TeacherHandle:
         data.use_batch_columns(functools.partial(cache.batch, pin_memory=on_gpu))
         if self.source is not None:  # it can be loaded again
             self.model = None
+
+    def missing(self, rows: Dataset, trainer: Trainer) -> NDArray[np.int64]:
+        """Return the places of rows that the cache lacks, all where there is none; nothing is written.
+
+        Args:
+            rows: Tokenised.
+            trainer: Of the run.
+
+        Raises:
+            StorageError: The cache is another teacher's.
+        """
+        assert self.cache is not None, "nothing is to be cached"
+        made_of = self._made_of()
+        folder = self._folder(trainer, made_of)
+        if not check_same(folder, lambda: made_of):
+            return np.arange(len(rows))
+        return TeacherCache(folder, self.cache.format, made_of).missing(rows)
 
     def load(self) -> nn.Module:
         """Load the teacher if it is not there yet, and return it."""

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
-from srd_lightning.curriculum.curriculum import Curriculum, find_curriculum, value_at
+from srd_lightning.curriculum.curriculum import Curriculum, find_curriculum
+from srd_lightning.curriculum.steps import EpochSteps, epochs_of_run
 from srd_lightning.errors import SettingError
 from srd_lightning.preflight import callbacks_of
 
@@ -44,14 +45,31 @@ def stage_steps(trainer: Trainer) -> list[int]:
     if math.isinf(same):
         return [trainer.max_steps]
     steps: dict[int, int] = {}
-    left = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-    for epoch in range(trainer.max_epochs or 0):
-        batches = int(same) if curriculum is None else _batches(trainer, curriculum, epoch)
-        planned = int(min(math.ceil(batches / value_at(accumulation_of(trainer), epoch)), left))
-        left -= planned
-        stage = 0 if curriculum is None else curriculum.stage(epoch)
-        steps[stage] = steps.get(stage, 0) + planned
-    return [count for count in steps.values() if count]
+    for epoch in planned_epochs(trainer, curriculum, same):
+        stage = 0 if curriculum is None else curriculum.stage(epoch.epoch)
+        steps[stage] = steps.get(stage, 0) + epoch.steps
+    return list(steps.values())
+
+
+def planned_epochs(trainer: Trainer, curriculum: Curriculum | None, same: float = 0) -> list[EpochSteps]:
+    """Return the batches and optimizer steps of each epoch that a run has.
+
+    Args:
+        trainer: Set up for fitting, with ``max_epochs`` or ``max_steps``.
+        curriculum: Of the run.
+        same: Batches of every epoch of a run without one.
+    """
+    end = trainer.max_epochs, trainer.max_steps
+    if curriculum is None:
+        return epochs_of_run(lambda _: int(same), accumulation_of(trainer), *end)
+    world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    batch_size = _batch_size(trainer)
+    return epochs_of_run(
+        lambda epoch: curriculum.epoch_steps(epoch, batch_size, world_size),
+        accumulation_of(trainer),
+        *end,
+        trainer.limit_train_batches,
+    )
 
 
 def accumulation_of(trainer: Trainer) -> dict[int, int]:
@@ -64,13 +82,6 @@ def accumulation_of(trainer: Trainer) -> dict[int, int]:
         if isinstance(callback, GradientAccumulationScheduler):
             return {int(epoch): batches for epoch, batches in sorted(callback.scheduling.items())}
     return {0: trainer.accumulate_grad_batches}
-
-
-def _batches(trainer: Trainer, curriculum: Curriculum, epoch: int) -> int:
-    world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-    batches = curriculum.epoch_steps(epoch, _batch_size(trainer), world_size)
-    limit = trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def _batches_of_loader(trainer: Trainer) -> float:
