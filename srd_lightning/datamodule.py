@@ -450,7 +450,7 @@ class SRDDataModule(LightningDataModule):
             "decontaminate": self.decontaminate,
             "group_by_length": self.group_by_length,
             "sampler": sampler and getattr(sampler, "__qualname__", description_of(sampler)),
-            "global_batch": self.batch_size * self._ranks["num_replicas"],
+            "global_batch": self.batch_size * self.ranks["num_replicas"],
             "accumulate_grad_batches": accumulation,
         }
 
@@ -472,10 +472,10 @@ class SRDDataModule(LightningDataModule):
         pool: Any
         pool, lengths = self._staged.of_epoch(epoch)
         if self._is_replayed is not None and self._staged.answered is not None:
-            batches, ranks = functools.partial(self._is_replayed, epoch), self._ranks["num_replicas"]
+            batches, ranks = functools.partial(self._is_replayed, epoch), self.ranks["num_replicas"]
             replaced = self.loaders.only_in(batches, pool, lengths, epoch, self.batch_size, ranks)
             pool = self._staged.answered.in_place(pool, replaced)
-        return self.loaders.train(pool, lengths, epoch, self.batch_size, self._ranks, self._collate, self._on_gpu)
+        return self.loaders.train(pool, lengths, epoch, self.batch_size, self.ranks, self.collate, self._on_gpu)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the ``validation`` rows, or nothing if there are none."""
@@ -492,13 +492,14 @@ class SRDDataModule(LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader[Any] | list[Any]:
         if split in self.rows:
             rows = self.rows[split]
-            return self.loaders.evaluation(rows, self.eval_batch_size, self._ranks, self._collate, self._on_gpu)
+            return self.loaders.evaluation(rows, self.eval_batch_size, self.ranks, self.collate, self._on_gpu)
         if self.trainer is not None and self.trainer.state.fn not in (None, "fit"):
             check_splits(self.rows, self.trainer.state.fn.value)
         return []
 
     @property
-    def _collate(self) -> Collate:
+    def collate(self) -> Collate:
+        """What makes batches of rows, once these are read."""
         assert self._read_rows is not None
         pad = padding_of(self.tokenizer)
         return Collate(pad, self.pad_to_multiple_of, self._batch_columns, self._read_rows.family)
@@ -508,5 +509,6 @@ class SRDDataModule(LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     @property
-    def _ranks(self) -> dict[str, int]:
+    def ranks(self) -> dict[str, int]:
+        """Of this process: ``rank``, and ``num_replicas`` that see different rows."""
         return (self.trainer and self.trainer.distributed_sampler_kwargs) or {"rank": 0, "num_replicas": 1}

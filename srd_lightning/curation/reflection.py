@@ -130,7 +130,6 @@ class Reflector:
         """
         team, ids = Ranks(), ids_of(rows)
         names = [criterion.column for criterion in self.criteria]
-        device = student.device or next(model.parameters()).device
 
         def begin() -> tuple[ScoreStore, dict[str, Floats], list[tuple[int, RowNumbers]]]:
             settings = {criterion.column: criterion.settings() for criterion in self.criteria}
@@ -148,10 +147,25 @@ class Reflector:
         with ExitStack() as stack:
             store, columns, todo = team.rank0_result(begin)
             if todo:
-                with _placed(model, device), pinned_threads(self.threads, device), share(model) as check:
+                with self.ready(model, student) as check:
                     self._reflect(rows, todo[team.rank :: team.size], model, student, store, check)
                 columns = team.rank0_result(finish)
         return Scores(columns, store.folder, sum(len(batch) for _, batch in todo), store.answers, store.cut)
+
+    @contextmanager
+    def ready(self, model: nn.Module, student: ReflectingStudent) -> Iterator[Callable[[], None]]:
+        """Have a student where it reflects, with as many threads as it reflects with.
+
+        Args:
+            model: The student; moved back afterwards.
+            student: Where it reflects.
+
+        Yields:
+            Raises where another rank has failed.
+        """
+        device = student.device or next(model.parameters()).device
+        with _placed(model, device), pinned_threads(self.threads, device), share(model) as check:
+            yield check
 
     def look(self, rows: Dataset, folder: Path, made_of: Mapping[str, str]) -> Known:
         """Return the scores that there are; nothing is written.

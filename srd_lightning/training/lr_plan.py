@@ -41,33 +41,33 @@ def stage_steps(trainer: Trainer) -> list[int]:
     if endless:
         return [trainer.max_steps]
     curriculum = find_curriculum(trainer)
-    same = _batches_of_loader(trainer) if curriculum is None else 0
-    if math.isinf(same):
-        return [trainer.max_steps]
+    if curriculum is None:
+        same = _batches_of_loader(trainer)
+        if math.isinf(same):
+            return [trainer.max_steps]
+        found = epochs_of_run(lambda _: int(same), accumulation_of(trainer), trainer.max_epochs, trainer.max_steps)
+        return [sum(epoch.steps for epoch in found)]
     steps: dict[int, int] = {}
-    for epoch in planned_epochs(trainer, curriculum, same):
-        stage = 0 if curriculum is None else curriculum.stage(epoch.epoch)
+    for epoch in planned_epochs(trainer, curriculum, _batch_size(trainer)):
+        stage = curriculum.stage(epoch.epoch)
         steps[stage] = steps.get(stage, 0) + epoch.steps
     return list(steps.values())
 
 
-def planned_epochs(trainer: Trainer, curriculum: Curriculum | None, same: float = 0) -> list[EpochSteps]:
+def planned_epochs(trainer: Trainer, curriculum: Curriculum, batch_size: int) -> list[EpochSteps]:
     """Return the batches and optimizer steps of each epoch that a run has.
 
     Args:
         trainer: Set up for fitting, with ``max_epochs`` or ``max_steps``.
         curriculum: Of the run.
-        same: Batches of every epoch of a run without one.
+        batch_size: Rows per rank and batch.
     """
-    end = trainer.max_epochs, trainer.max_steps
-    if curriculum is None:
-        return epochs_of_run(lambda _: int(same), accumulation_of(trainer), *end)
     world_size = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-    batch_size = _batch_size(trainer)
     return epochs_of_run(
         lambda epoch: curriculum.epoch_steps(epoch, batch_size, world_size),
         accumulation_of(trainer),
-        *end,
+        trainer.max_epochs,
+        trainer.max_steps,
         trainer.limit_train_batches,
     )
 
