@@ -1,8 +1,9 @@
-"""`SRDCLI`: LightningCLI of the module and the data module, with four subcommands more."""
+"""`SRDCLI`: LightningCLI of the module and the data module, with five subcommands more."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from srd_lightning.command.console import Ending
 from srd_lightning.command.noise import OneLineSummary
 from srd_lightning.command.parse_errors import of_value
 from srd_lightning.command.parser import SRDParser, namespace
-from srd_lightning.command.run_folder import RunFolder
+from srd_lightning.command.run_folder import COMMON, RunFolder
 from srd_lightning.command.settings_help import AllHelp
 from srd_lightning.command.subcommands import SUBCOMMANDS
 from srd_lightning.command.trainer import SRDTrainer
@@ -71,7 +72,8 @@ class SRDCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return those whose parsers are needed, and the arguments of the trainer's methods that are no settings."""
-        of_all = {**LightningCLI.subcommands(), "curate": OWN, "cache-teacher": OWN, "generate": OWN, "evaluate": OWN}
+        ours = dict.fromkeys(("curate", "cache-teacher", "generate", "evaluate", "plan"), OWN)
+        of_all = {**LightningCLI.subcommands(), **ours}
         return {name: of_all[name] for name in self._wanted}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -101,7 +103,10 @@ class SRDCLI(LightningCLI):
         """Settle what a run leaves unsaid, and where it goes; from now on a traceback is kept."""
         trainer = self._settings.trainer
         self._add(of_the_device(trainer))
-        if self.subcommand is None or self.subcommand in OF_A_RUN:
+        if self.subcommand == "plan":
+            self._add(of_a_run(trainer, self._settings.model))
+            self._add({"trainer": {"logger": False, "default_root_dir": trainer.default_root_dir or str(COMMON)}})
+        elif self.subcommand is None or self.subcommand in OF_A_RUN:
             self._add(of_a_run(trainer, self._settings.model))
             if self.subcommand is not None and trainer.default_root_dir is None:
                 self.folder = RunFolder(self._settings.model, self._settings.data.data, self._said())
@@ -110,7 +115,8 @@ class SRDCLI(LightningCLI):
             if trainer.logger is None:
                 self._add({"trainer": {"logger": csv_logger(trainer.default_root_dir)}})
         if self._ending is not None:
-            self._ending.begin_run(trainer.default_root_dir or ".")
+            kept = tempfile.gettempdir() if self.subcommand == "plan" else trainer.default_root_dir
+            self._ending.begin_run(kept or ".")
 
     @property
     def _settings(self) -> Namespace:
@@ -142,7 +148,7 @@ class SRDCLI(LightningCLI):
 
     def instantiate_trainer(self, **options: Any) -> SRDTrainer:
         """Make the trainer, and say of what is refused that it is one of its settings."""
-        if self.subcommand in (None, "fit"):
+        if self.subcommand in (None, "fit", "plan"):
             options["callbacks"] = self._callbacks()
         try:
             return cast(SRDTrainer, super().instantiate_trainer(**options))

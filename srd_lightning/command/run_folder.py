@@ -16,6 +16,8 @@ from srd_lightning.digests import bytes_digest, file_digest
 from srd_lightning.storage import write_atomically
 
 RUNS = Path("runs")
+COMMON = RUNS / ".shared"
+"""Where what runs have in common is."""
 FINISHED = "finished.json"
 SHARED = ("scores", "teacher")
 """Folders that all runs have in common: what is in them has a name that says what it was made of."""
@@ -43,7 +45,7 @@ class RunFolder:
         """Make the folder, and its links to what runs have in common."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in SHARED:
-            (RUNS / ".shared" / name).mkdir(parents=True, exist_ok=True)
+            (COMMON / name).mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):  # of an earlier run, or another rank
                 (self.path / name).symlink_to(Path("..", ".shared", name))
 

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 FIRST: Mapping[str, tuple[str, ...]] = {
     "the run": ("config", "ckpt_path", "print_config", "seed_everything"),
+    "the plan": ("calibrate.seconds", "throughput", "clock", "json"),
     "what is written": (
         "path",
         "split",

@@ -8,6 +8,7 @@ SUBCOMMANDS = {
     "test": "Measure the student on the test rows, answers included.",
     "evaluate": "Measure the student on held-out rows, greedily and sampling over seeds, beside the teacher.",
     "predict": "Let the student answer the rows of the split predict, else test.",
+    "plan": "Say what fit would do and what that would cost: rows, steps, tokens, disk, memory, time.",
     "curate": "Reflect and rank only: let the student answer every prompt, save the scores, show what came of it.",
     "cache-teacher": "Curate, and let the teacher see every row that is kept, so that fit need not load it.",
     "generate": "Let the teacher, or another model, write the responses of a split, as a data file to train on.",

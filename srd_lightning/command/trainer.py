@@ -1,4 +1,4 @@
-"""`SRDTrainer`: Lightning's Trainer that can also curate only, cache the teacher, let it write, or evaluate."""
+"""`SRDTrainer`: Lightning's Trainer that can also curate only, cache the teacher, let it write, evaluate, or plan."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from srd_lightning.errors import SettingError
 from srd_lightning.models.generation import Decoding
 from srd_lightning.models.pretrained import Pretrained
 from srd_lightning.module import KDLightningModule
+from srd_lightning.planning.clock import Calibrate, ClockName, Throughput
+from srd_lightning.planning.make import make_plan
+from srd_lightning.planning.plan import Plan
+from srd_lightning.planning.table import tables
 
 
 class SRDTrainer(Trainer):
@@ -154,6 +158,37 @@ class SRDTrainer(Trainer):
         if self.is_global_zero:
             Console().print(table(found, f"the student, in {folder}"))
         return found
+
+    def plan(
+        self,
+        model: KDLightningModule,
+        datamodule: SRDDataModule,
+        calibrate: Calibrate = Calibrate(),  # noqa: B008 (frozen)
+        throughput: Throughput | None = None,
+        clock: ClockName = "wall",
+        json: str | None = None,
+    ) -> Plan:
+        """Say what ``fit`` with the same settings will do and cost; a few batches are tried, and nothing is kept.
+
+        Args:
+            model: That would be trained; a calibration trains it, so use it for nothing else.
+            datamodule: Has the rows.
+            calibrate: How long may be measured.
+            throughput: What a device does in a second, where it is known; then nothing is measured.
+            clock: By which is measured: ``wall``, or ``processor``, which a busy machine does not change.
+            json: File to write the plan to.
+
+        Returns:
+            The plan, on the first rank also shown.
+
+        Raises:
+            SettingError: The run is none that can be planned.
+        """
+        file = None if json is None else Path(json).expanduser()
+        made = make_plan(self, model, datamodule, calibrate, throughput, clock, file)
+        if self.is_global_zero:
+            Console().print(tables(made))
+        return made
 
     def _on_all_ranks(self, work: Callable[[], object]) -> None:
         """Do something on every rank, on its device: as the set-up of a prediction that has no batches."""

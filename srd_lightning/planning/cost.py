@@ -70,7 +70,7 @@ def rate_of(pieces: Sequence[Work], seconds: Sequence[float]) -> Rate:
 
 
 def evenly(number: int, of: int) -> list[int]:
-    """Return places that are spread over a range, also the first few of them: halves, quarters, eighths, …
+    """Return places that are spread over a range, also the first few of them.
 
     Args:
         number: Of places, at most.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from srd_lightning.curriculum.steps import EpochSteps, epochs_of_run
 from srd_lightning.data.samplers import batches_by_token_budget
 from srd_lightning.datamodule import SRDDataModule
 from srd_lightning.errors import SettingError
-from srd_lightning.planning.cost import Ints, Work, batch_sizes, evenly
+from srd_lightning.planning.cost import Ints, Work, batch_sizes
 from srd_lightning.planning.schedule import Stage, limited, validations_of
 from srd_lightning.teacher.precompute import TOKENS_AT_ONCE
 from srd_lightning.training.lr_plan import accumulation_of, planned_epochs
@@ -87,7 +86,9 @@ def stages_of(rows: Rows, curriculum: Curriculum, trainer: Trainer) -> tuple[lis
     epochs = planned_epochs(trainer, curriculum, batch_size)
     interval = trainer.val_check_interval
     if not isinstance(interval, (int, float)):
-        raise SettingError(f"a plan needs val_check_interval in batches or as a share of an epoch, but it is {interval}")
+        raise SettingError(
+            f"a plan needs val_check_interval in batches or as a share of an epoch, but it is {interval}"
+        )
     often = validations_of(epochs, trainer.check_val_every_n_epoch, interval)
     stages, some = dict[int, Stage](), list[tuple[int, Ints]]()
     for epoch, validations in zip(epochs, often, strict=True):
@@ -128,28 +129,3 @@ def teaching(lengths: Ints) -> Work:
         return Work(0, 0)
     batches = list(batches_by_token_budget(lengths, TOKENS_AT_ONCE))
     return Work(len(batches), sum(len(batch) * int(lengths[batch].max()) for batch in batches))
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Rows on which a calibration trains and validates.
-
-    Args:
-        train: Row numbers of training batches; the first few are not counted.
-        validation: Row numbers of validation batches.
-    """
-
-    train: list[Ints]
-    validation: list[Ints]
-
-
-def choose(batches: Sequence[Ints], validation: Sequence[Ints], number: int) -> Chosen:
-    """Choose batches, evenly spaced in length.
-
-    Args:
-        batches: Row numbers, shortest first.
-        validation: Row numbers.
-        number: Of training batches.
-    """
-    places = evenly(number, len(batches))
-    return Chosen([batches[place] for place in places], [validation[place] for place in evenly(3, len(validation))])

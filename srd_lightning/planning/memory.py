@@ -32,9 +32,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Sum of all."""
-        return (
-            self.parameters + self.gradients + self.optimizer + self.teacher + self.activations + self.logits
-        )
+        return self.parameters + self.gradients + self.optimizer + self.teacher + self.activations + self.logits
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,13 @@ class Tried:
 
 
 def try_reflection(
-    curator: Curator, rows: Dataset, known: Known, model: nn.Module, student: ReflectingStudent, now: Clock, seconds: float
+    curator: Curator,
+    rows: Dataset,
+    known: Known,
+    model: nn.Module,
+    student: ReflectingStudent,
+    now: Clock,
+    seconds: float,
 ) -> Tried:
     """Let the student reflect on parts of a few batches; what it says is not kept.
 

@@ -34,9 +34,7 @@ class Stage:
     seconds: float = field(default=0.0)
 
 
-def validations_of(
-    epochs: Sequence[EpochSteps], every_n_epochs: int | None, interval: float
-) -> list[int]:
+def validations_of(epochs: Sequence[EpochSteps], every_n_epochs: int | None, interval: float) -> list[int]:
     """Return how often each epoch of a run validates, as Lightning decides it.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
@@ -111,7 +110,9 @@ class Trial(Callback):
         """Start the clock of the validation."""
         self._validating = self._since = self.now()
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         """Stop the clock of a batch."""
         now = self.now()
         self._validated.append((Work(1, positions_in(batch)), now - self._since))
@@ -122,7 +123,9 @@ class Trial(Callback):
         self._validation = self.now() - self._validating
         pieces = self._validated[1:] or self._validated
         self.prices.validate = rate_of(*map(list, zip(*pieces, strict=True)))  # type: ignore[arg-type]
-        known = sum(took for _, took in pieces) + (self.prices.validate.seconds(self._validated[0][0]) if len(self._validated) > 1 else 0)
+        known = sum(took for _, took in pieces) + (
+            self.prices.validate.seconds(self._validated[0][0]) if len(self._validated) > 1 else 0
+        )
         self.prices.validation = max(self._validation - known, 0.0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,24 +145,3 @@ def positions_in(batch: Any) -> int:
     """Return the positions of a batch, of an encoder-decoder those of both texts."""
     own = int(batch["attention_mask"].numel())
     return own + int(batch["labels"].numel()) if "decoder_input_ids" in batch else own
-
-
-def state_per_byte(make: Any, dtype: torch.dtype) -> float:
-    """Return how many bytes of state an optimizer keeps for each byte of a weight, by one step of a small one.
-
-    Args:
-        make: Makes the optimizer from its parameters.
-        dtype: Of the weight.
-
-    Returns:
-        2, that of Adam, for an optimizer that cannot take the step on a CPU.
-    """
-    weight = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
-    weight.grad = torch.ones_like(weight)
-    try:
-        optimizer = make([weight])
-        optimizer.step()
-    except Exception:  # what another library's optimizer needs is not known
-        return 2.0
-    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(value.numel() * value.element_size() for value in kept if value.numel() > 1) / (4096 * dtype.itemsize)
