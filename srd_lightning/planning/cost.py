@@ -25,6 +25,9 @@ class Work(NamedTuple):
     positions: int
 
 
+NOTHING = Work(0, 0)
+
+
 class Rate(NamedTuple):
     """What work costs, in seconds.
 
@@ -180,10 +183,11 @@ def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
     spread = [float(np.std(values)) for values in ranks]
     if not all(spread):
         return 0.0
-    return float(np.clip(np.corrcoef(*ranks)[0, 1], -1, 1).round(12))
+    return round(float(np.clip(np.corrcoef(ranks[0], ranks[1])[0, 1], -1, 1)), 12)
 
 
 def _ranks(values: NDArray[np.number]) -> NDArray[np.float64]:
     """Return ranks; equal values share the mean of theirs."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    mean: NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
+    return np.asarray(mean[which])

@@ -74,8 +74,8 @@ def check_plannable(trainer: Trainer, module: object, data: object) -> None:
         raise SettingError(f"a plan needs a KDLightningModule, whose steps it knows, but got a {type(module).__name__}")
     if not isinstance(data, SRDDataModule):
         raise SettingError(
-            f"a plan needs an SRDDataModule, whose rows it can count, but got a {type(data).__name__}; time a few steps "
-            "of your own with Trainer(max_steps=...)"
+            f"a plan needs an SRDDataModule, whose rows it can count, but got a {type(data).__name__}; time a "
+            "few steps of your own with Trainer(max_steps=...)"
         )
     if any(isinstance(callback, Timer) for callback in callbacks_of(trainer)):
         raise SettingError(

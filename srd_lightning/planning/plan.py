@@ -115,7 +115,8 @@ def known_prices(seen: Seen, given: Throughput) -> Prices:
     for name, needed in needs.items():
         if needed and getattr(given, name) is None:
             raise SettingError(
-                f"throughput says nothing of {name}, which this run needs; add it: {{train: {given.train:g}, {name}: …}}"
+                f"throughput says nothing of {name}, which this run needs; add it: {{train: {given.train:g}, "
+                f"{name}: …}}"
             )
     answers = reflection.most_answer_tokens / reflection.work.positions if reflection.work.positions else 1.0
     return Prices(

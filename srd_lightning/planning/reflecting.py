@@ -113,7 +113,7 @@ def try_reflection(
 def _spread(batch: RowNumbers, size: int) -> RowNumbers:
     """Return so many rows of a batch, from its beginning to its end."""
     places = np.linspace(0, len(batch) - 1, min(size, len(batch))).round().astype(np.int64)
-    return batch[places]
+    return np.asarray(batch[places])
 
 
 def work_of(prompts: Sequence[int], lengths: Sequence[int], answers: Sequence[int]) -> Work:

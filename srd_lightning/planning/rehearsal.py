@@ -39,8 +39,10 @@ from srd_lightning.teacher.handle import TeacherHandle
 
 BATCHES = 15
 """Of training, that are measured at most."""
-HELD_OUT = 3
+HELD_OUT = 5
 """Of the validation."""
+AGAIN = 6
+"""How often each comes while there is time: on a machine that does other things too, some steps take longer."""
 
 
 class Rehearsal(LightningDataModule):
@@ -113,7 +115,7 @@ class Rehearsal(LightningDataModule):
         trainer.callbacks = [*kept, Trial(self._now, self._seconds, self.prices)]
         trainer.accumulate_grad_batches = min(trainer.accumulate_grad_batches, 2)
         trainer.limit_train_batches = trainer.limit_val_batches = 1.0 if tries else 0
-        trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps = 1.0, 2, 0
+        trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps = 1.0, 1, 0
         trainer.reload_dataloaders_every_n_epochs = 1
 
     def clean(self) -> None:
@@ -128,7 +130,7 @@ class Rehearsal(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return a few batches that are not counted, and in the next epoch those that are."""
         trainer: Any = self.trainer
-        batches = self._batches[:WARM_UP] if trainer.current_epoch == 0 else self._batches
+        batches = self._batches[:WARM_UP] if trainer.current_epoch == 0 else self._batches * AGAIN
         return self._loader(self.data.rows["train"], batches)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

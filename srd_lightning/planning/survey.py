@@ -19,7 +19,7 @@ from srd_lightning.data.tokenization import ids_of
 from srd_lightning.datamodule import SRDDataModule
 from srd_lightning.module import KDLightningModule
 from srd_lightning.planning.clock import Clock, Prices
-from srd_lightning.planning.cost import Ints, Work, added
+from srd_lightning.planning.cost import NOTHING, Ints, Work, added
 from srd_lightning.planning.counting import Rows, lengths_in, stages_of, teaching, validation_of
 from srd_lightning.planning.reflecting import Tried, expected_order, expected_work
 from srd_lightning.planning.schedule import Stage
@@ -44,12 +44,12 @@ class Reflection:
     """
 
     rows: int = 0
-    work: Work = Work(0, 0)
+    work: Work = NOTHING
     prompt_tokens: int = 0
     answer_tokens: int = 0
     most_answer_tokens: int = 0
     refreshes: dict[int, int] = field(default_factory=dict)
-    refresh_work: Work = Work(0, 0)
+    refresh_work: Work = NOTHING
 
 
 @dataclass

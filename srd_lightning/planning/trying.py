@@ -108,6 +108,7 @@ class Trial(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the validation."""
+        self._validated = []
         self._validating = self._since = self.now()
 
     def on_validation_batch_end(
@@ -121,12 +122,10 @@ class Trial(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of the validation."""
         self._validation = self.now() - self._validating
-        pieces = self._validated[1:] or self._validated
-        self.prices.validate = rate_of(*map(list, zip(*pieces, strict=True)))  # type: ignore[arg-type]
-        known = sum(took for _, took in pieces) + (
-            self.prices.validate.seconds(self._validated[0][0]) if len(self._validated) > 1 else 0
-        )
-        self.prices.validation = max(self._validation - known, 0.0)
+        pieces, took = zip(*(self._validated[1:] or self._validated), strict=True)
+        self.prices.validate = rate_of(pieces, took)
+        batches = sum(self.prices.validate.seconds(work) for work, _ in self._validated)
+        self.prices.validation = max(self._validation - batches, 0.0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the prices, of the epoch that counts."""
