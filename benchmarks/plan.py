@@ -85,6 +85,7 @@ def real(folder: Path, data: Path | None, rows: int, held_out: int) -> list[str]
         "--data.max_length=256",
         "--data.max_prompt_length=160",
         "--data.eval_batch_size=8",
+        "--data.reflection_threads=1",
         "--trainer.enable_checkpointing=false",
     ]
 
