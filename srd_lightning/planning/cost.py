@@ -84,7 +84,7 @@ def evenly(number: int, of: int) -> list[int]:
         ([4, 2, 6], [1, 0])
     """
     halves = ((2 * odd + 1) / 2**power for power in itertools.count(1) for odd in _mixed(power - 1))
-    places = dict.fromkeys(int(share * of) for share in itertools.islice(halves, 4 * max(of, number)))
+    places = dict.fromkeys(int(share * of) for share in itertools.islice(halves, 4 * max(of, number)) if of)
     return list(places)[:number]
 
 

@@ -32,7 +32,7 @@ from srd_lightning.planning.plan import known_prices
 from srd_lightning.planning.reflecting import Tried, try_reflection
 from srd_lightning.planning.sizes import sizes_of
 from srd_lightning.planning.survey import Seen, survey
-from srd_lightning.planning.trying import WARM_UP, Passes, Trial
+from srd_lightning.planning.trying import WARM_UP, NoTrial, Passes, Trial
 from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import BatchColumns, IsReplayed
 from srd_lightning.teacher.handle import TeacherHandle
@@ -112,9 +112,9 @@ class Rehearsal(LightningDataModule):
             self._folder = Path(Ranks().rank0_result(functools.partial(tempfile.mkdtemp, prefix="srd-plan-")))
             teacher.cache = dataclasses.replace(teacher.cache, dir=str(self._folder))
         kept = [one for one in callbacks_of(trainer) if one not in self._left_out or _shapes(one)]
-        trainer.callbacks = [*kept, Trial(self._now, self._seconds, self.prices)]
+        trainer.callbacks = [*kept, Trial(self._now, self._seconds, self.prices) if tries else NoTrial()]
         trainer.accumulate_grad_batches = min(trainer.accumulate_grad_batches, 2)
-        trainer.limit_train_batches = trainer.limit_val_batches = 1.0 if tries else 0
+        trainer.limit_train_batches = trainer.limit_val_batches = 1.0
         trainer.val_check_interval, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps = 1.0, 1, 0
         trainer.reload_dataloaders_every_n_epochs = 1
 
