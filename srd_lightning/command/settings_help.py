@@ -16,7 +16,6 @@ from jsonargparse import Namespace
 
 FIRST: Mapping[str, tuple[str, ...]] = {
     "the run": ("config", "ckpt_path", "print_config", "seed_everything"),
-    "the plan": ("calibrate.seconds", "throughput", "clock", "json"),
     "what is written": (
         "path",
         "split",
@@ -25,6 +24,10 @@ FIRST: Mapping[str, tuple[str, ...]] = {
         "decoding.temperature",
         "sets",
         "protocol.seeds",
+        "calibrate.seconds",
+        "throughput",
+        "clock",
+        "json",
     ),
     "data": (
         "data.data",

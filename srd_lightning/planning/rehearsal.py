@@ -37,9 +37,9 @@ from srd_lightning.preflight import callbacks_of
 from srd_lightning.protocols import BatchColumns, IsReplayed
 from srd_lightning.teacher.handle import TeacherHandle
 
-BATCHES = 15
+BATCHES = 7
 """Of training, that are measured at most."""
-HELD_OUT = 5
+HELD_OUT = 3
 """Of the validation."""
 AGAIN = 6
 """How often each comes while there is time: on a machine that does other things too, some steps take longer."""
