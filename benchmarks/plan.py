@@ -53,12 +53,15 @@ def student(folder: Path, data: Path | None) -> list[str]:
 def live(folder: Path, data: Path | None) -> list[str]:
     """Return the settings of one with a teacher that is run at every step, and accumulated batches."""
     return [
-        *real(folder, data, rows=64, held_out=12),
+        *real(folder, data, rows=48, held_out=8),
         "--model.teacher_cache=none",
         "--trainer.accumulate_grad_batches=2",
         "--data.batch_size=4",
         "--data.group_by_length=false",
-        "--trainer.max_epochs=3",
+        "--data.max_length=128",
+        "--data.max_prompt_length=96",
+        "--data.decoding.max_new_tokens=16",
+        "--trainer.max_epochs=2",
     ]
 
 
