@@ -230,7 +230,9 @@ def test_help_imports_nothing_that_takes_its_time():
 
 
 def test_subcommands_are_those_of_the_trainer():
-    assert {*LightningCLI.subcommands(), "curate", "cache-teacher", "generate", "evaluate", "plan"} == set(cli.SUBCOMMANDS)
+    assert {*LightningCLI.subcommands(), "curate", "cache-teacher", "generate", "evaluate", "plan"} == set(
+        cli.SUBCOMMANDS
+    )
     assert all(callable(getattr(cli.SRDTrainer, name)) for name in cli.SUBCOMMANDS)
 
 

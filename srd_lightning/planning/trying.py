@@ -74,7 +74,7 @@ class Trial(Callback):
         self._steps: list[float] = []
         self._validated: list[tuple[Work, float]] = []
         self._begun = self._last = self._since = self._step_from = self._validating = 0.0
-        self._stepping = self._validation = 0.0
+        self._validation = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the run end after two epochs, whatever it was told."""
@@ -86,7 +86,6 @@ class Trial(Callback):
         """Start the clock."""
         self._batches, self._steps = [], []
         self._begun = self._last = self.now()
-        self._stepping = 0.0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Tell the step of the optimizer from the batch."""
