@@ -47,20 +47,17 @@ def tiny(folder: Path, _: Path | None) -> list[str]:
 
 def student(folder: Path, data: Path | None) -> list[str]:
     """Return the settings of a short run of 24 layers of SmolLM2-135M-Instruct, with its teacher's hidden states."""
-    return [*real(folder, data, rows=96, held_out=16), "--model.teacher_cache=hidden", "--trainer.max_epochs=3"]
+    return [*real(folder, data, rows=32, held_out=8), "--model.teacher_cache=hidden", "--trainer.max_epochs=3"]
 
 
 def live(folder: Path, data: Path | None) -> list[str]:
     """Return the settings of one with a teacher that is run at every step, and accumulated batches."""
     return [
-        *real(folder, data, rows=48, held_out=8),
+        *real(folder, data, rows=32, held_out=8),
         "--model.teacher_cache=none",
         "--trainer.accumulate_grad_batches=2",
         "--data.batch_size=4",
         "--data.group_by_length=false",
-        "--data.max_length=128",
-        "--data.max_prompt_length=96",
-        "--data.decoding.max_new_tokens=16",
         "--trainer.max_epochs=2",
     ]
 
@@ -85,8 +82,9 @@ def real(folder: Path, data: Path | None, rows: int, held_out: int) -> list[str]
         f"--model.student.name={weights}",
         f"--model.teacher.name={weights}",
         f"--data.data={{train: {folder}/rows.jsonl, validation: {folder}/held.jsonl}}",
-        "--data.max_length=256",
-        "--data.max_prompt_length=160",
+        "--data.max_length=128",
+        "--data.max_prompt_length=96",
+        "--data.decoding.max_new_tokens=16",
         "--data.eval_batch_size=8",
         "--data.reflection_threads=1",
         "--trainer.enable_checkpointing=false",
