@@ -34,7 +34,8 @@ from srd_lightning.planning.cost import (
 from srd_lightning.progress import progress_bar
 
 AT_FIRST = 4
-"""Rows of the first batch that is measured; each next one has twice as many, until the time is up."""
+"""Rows of the first batch that is measured; each next one has four times as many, until the time is up: from small batches
+alone one cannot tell what large ones take."""
 MOST = 12
 """Batches that are measured."""
 
@@ -101,7 +102,7 @@ def try_reflection(
             tried.update(int(row) for row in chosen)
             for name, values in scores.items():
                 values[chosen] = [row[name] for row in found]
-            size *= 2
+            size *= 4
             if sum(took) + 2 * last > seconds and len(took) > 1:
                 break
     progress.close()
