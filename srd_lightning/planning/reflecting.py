@@ -34,8 +34,8 @@ from srd_lightning.planning.cost import (
 from srd_lightning.progress import progress_bar
 
 AT_FIRST = 4
-"""Rows of the first batch that is measured; each next one has four times as many, until the time is up: from small batches
-alone one cannot tell what large ones take."""
+"""Rows of the first batch that is measured; each next one has four times as many, until the time is up: small batches
+alone do not tell what large ones take."""
 MOST = 12
 """Batches that are measured."""
 
