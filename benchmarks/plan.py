@@ -100,22 +100,13 @@ def run_fit(arguments: list[str], file: Path) -> None:
     """Fit, in this process, and write how long each part took; its clock is whatever `time.perf_counter` is."""
     from srd_lightning.callbacks.runtime import RuntimeBenchmark
     from srd_lightning.cli import run
-    from srd_lightning.teacher.handle import TeacherHandle
 
-    fill, cached = TeacherHandle.fill_cache, [0.0]
-
-    def timed(*args: Any, **options: Any) -> None:
-        start = time.perf_counter()
-        fill(*args, **options)
-        cached[0] += time.perf_counter() - start
-
-    TeacherHandle.fill_cache = timed  # type: ignore[method-assign]
     callbacks: list[Any] = run(["fit", *arguments]).trainer.callbacks
     report = next(callback.report for callback in callbacks if isinstance(callback, RuntimeBenchmark))
     stages = [stage["seconds"] for stage in report["stages"]]
     found = {
         "curation": report["curation"]["seconds"],
-        "cache": cached[0],
+        "cache": report["parts"].get("teacher_cache", 0.0),
         "training": sum(stages),
         "validation": report["validation_seconds"],
     }

@@ -8,9 +8,9 @@ from typing import Any, cast
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from srd_lightning.callbacks.runtime import peak_memory_bytes
 from srd_lightning.datamodule import SRDDataModule
 from srd_lightning.errors import SettingError
+from srd_lightning.metering.memory import peak_memory
 from srd_lightning.module import KDLightningModule
 from srd_lightning.planning.clock import Calibrate, ClockName, Throughput
 from srd_lightning.planning.memory import memory_of
@@ -55,7 +55,8 @@ def make_plan(
             rehearsal.clean()
     assert rehearsal.seen is not None
     assert rehearsal.sizes is not None
-    peak = None if throughput is not None else peak_memory_bytes(trainer.strategy.root_device)
+    peaks = peak_memory(trainer.strategy.root_device)
+    peak = None if throughput is not None else peaks.get("device", peaks["host"])
     devices = data.ranks["num_replicas"]
     measured_by = None if throughput is not None else clock
     made = plan_of(rehearsal.seen, rehearsal.prices, memory_of(rehearsal.sizes), peak, devices, measured_by)
