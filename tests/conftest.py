@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+collect_ignore = ["projects"]  # programs; one imports pytorch_lightning, of which ours would warn ever after
+
 CACHE = tempfile.TemporaryDirectory()
 os.environ["HF_DATASETS_CACHE"] = CACHE.name  # nothing that an earlier run has tokenised
 if "datasets" in sys.modules:  # in a fork, which has imported it

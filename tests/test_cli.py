@@ -326,11 +326,16 @@ stage 1 begins at epoch 2 with 4 rows
 stage 2 begins at epoch 4 with 6 rows
 `Trainer.fit` stopped: `max_epochs=6` reached.
 student saved to runs/debug/student
+where .* s went
+┃ seconds +┃ epoch 0 on ┃ epoch 2 on ┃ epoch 4 on ┃ before ┃ +all ┃ share ┃
+[┏┡├└].*[┓┩┤┘]
+│ .* │
+host memory .* GiB at most; products of float32: .*
 finished: runs/debug
 Epoch 5/5 .* train_loss: .*
 val_nll: .*
 """.strip().splitlines()
-"""All that a good run says: each line at least once, and no other."""
+"""All that a good run says, the table of where its time went among it: each at least once, and no other."""
 
 
 def test_all_that_a_good_run_says(tmp_path):

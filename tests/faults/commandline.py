@@ -8,7 +8,7 @@ FAULTS = [
         done="`srd` alone",
         argv=(),
         bare=True,
-        says="say what to do: fit, validate, test, evaluate, predict, curate, cache-teacher, generate, study, report, init, doctor; srd --help explains them",
+        says="say what to do: fit, validate, test, evaluate, predict, plan, curate, cache-teacher, generate, study, report, init, doctor; srd --help explains them",
     ),
     Fault(
         id="misspelt_subcommand",
@@ -22,7 +22,7 @@ FAULTS = [
         done="`srd dance`",
         argv=("dance",),
         bare=True,
-        says="there is no subcommand 'dance'; there are fit, validate, test, evaluate, predict, curate, cache-teacher, generate, study, report, init, doctor",
+        says="there is no subcommand 'dance'; there are fit, validate, test, evaluate, predict, plan, curate, cache-teacher, generate, study, report, init, doctor",
     ),
     Fault(
         id="responses_in_place_of_data",

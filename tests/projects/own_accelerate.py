@@ -29,7 +29,6 @@ def main(folder, first=0):
             optimizer.zero_grad()
             steps += 1
     write(folder, seen, steps)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
