@@ -87,6 +87,25 @@ def test_pure_core_imports_without_lightning_and_transformers():
     assert result.returncode == 0, result.stderr
 
 
+STRANGERS_COMMAND_LINE = """
+from lightning.pytorch.cli import LightningCLI
+
+from srd_lightning import KDLightningModule
+
+options = {"subclass_mode_model": True, "run": False, "auto_configure_optimizers": False}
+line = ["--model", "srd_lightning.KDLightningModule", "--model.student", "no/such", "--model.kd_weight", "0"]
+cli = LightningCLI(KDLightningModule, args=line, **options)
+print(cli.config.model.init_args.student)
+"""
+
+
+def test_a_command_line_that_is_not_ours_takes_the_name_of_a_model(tmp_path):
+    command = [sys.executable, "-c", STRANGERS_COMMAND_LINE]  # a process of its own: `srd` was never imported there
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "class_path='srd_lightning.Pretrained'" in result.stdout, result.stderr
+    assert "name='no/such'" in result.stdout
+
+
 def test_manual_lists_the_public_names():
     names = re.findall(r"^\| \[`(\w+)`\]", PUBLIC_NAMES.read_text(), re.MULTILINE)
     assert sorted(names) == sorted(srd_lightning.__all__)

@@ -6,34 +6,18 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
-from jsonargparse import Namespace, set_parsing_settings
-from jsonargparse.typing import register_type
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from srd_lightning.command.parse_errors import plain, unknown
 from srd_lightning.command.settings_help import AllHelp, first_help
 from srd_lightning.errors import SettingError, in_one_line
-from srd_lightning.models.pretrained import ModelName, Pretrained
-
-# As a dataclass among others it would be tried first for every setting of a model, and what the tries take from the
-# settings given before is lost: `--model.student.config.hidden_size` would reset all others to their defaults.
-set_parsing_settings(subclasses_enabled=[Pretrained])
 
 
 def namespace(settings: Mapping[str, Any]) -> Namespace:
     """Return settings, and the groups within them, as they are parsed."""
     made = {key: namespace(value) if isinstance(value, dict) else value for key, value in settings.items()}
     return Namespace(**made)  # type: ignore[no-untyped-call]
-
-
-def _spec(name: object) -> Namespace:
-    """Return what a name stands for as it is written in full, so that settings can be added to it."""
-    if not isinstance(name, str):
-        raise ValueError(f"a model's name is a text, but is {name!r}")
-    return namespace({"class_path": "srd_lightning.Pretrained", "init_args": {"name": name}})
-
-
-register_type(ModelName, deserializer=_spec)
 
 
 class SRDParser(LightningArgumentParser):

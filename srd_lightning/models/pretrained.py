@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -239,7 +241,22 @@ if TYPE_CHECKING:
 else:
 
     class ModelName(str):
-        """A plain text that stands for a `Pretrained` of this name; a type of its own for the command line."""
+        """A plain text that stands for a `Pretrained` of this name; a type of its own for any command line."""
+
+
+def _spec(name: object) -> Namespace:
+    """Return what a name stands for as it is written in full, so that settings can be added to it."""
+    if not isinstance(name, str):
+        raise ValueError(f"a model's name is a text, but is {name!r}")
+    spec = {"class_path": "srd_lightning.Pretrained", "init_args": Namespace(name=name)}  # type: ignore[no-untyped-call]
+    return Namespace(**spec)  # type: ignore[no-untyped-call]
+
+
+register_type(ModelName, deserializer=_spec)
+
+# As a dataclass among others it would be tried first for every setting of a model, and what the tries take from the
+# settings given before is lost: `--model.student.config.hidden_size` would reset all others to their defaults.
+set_parsing_settings(subclasses_enabled=[Pretrained])
 
 
 def named(model: Pretrained | nn.Module | ModelName) -> Pretrained | nn.Module:
