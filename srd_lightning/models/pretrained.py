@@ -248,8 +248,8 @@ def _spec(name: object) -> Namespace:
     """Return what a name stands for as it is written in full, so that settings can be added to it."""
     if not isinstance(name, str):
         raise ValueError(f"a model's name is a text, but is {name!r}")
-    spec = {"class_path": "srd_lightning.Pretrained", "init_args": Namespace(name=name)}  # type: ignore[no-untyped-call]
-    return Namespace(**spec)  # type: ignore[no-untyped-call]
+    settings = Namespace(name=name)  # type: ignore[no-untyped-call]
+    return Namespace(class_path="srd_lightning.Pretrained", init_args=settings)  # type: ignore[no-untyped-call]
 
 
 register_type(ModelName, deserializer=_spec)
